@@ -1,0 +1,39 @@
+"""raymask: distributed search for the best sparse version of a Transformer.
+
+result = raymask.search({"model": "bert-base-uncased", "task": "glue/mrpc"}, run="runs/mrpc")
+
+mask = raymask.draw_mask(model, density=1 / 16, seed=7)      # the pieces alone, in any training loop, without Ray
+raymask.apply_mask(model, mask)                              # after every optimizer step
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raymask.api import apply_mask, draw_mask, search
+    from raymask.core.errors import UserError
+    from raymask.core.records import Result
+    from raymask.core.spec import Spec
+
+__version__ = version("raymask")
+__all__ = ["Result", "Spec", "UserError", "__version__", "apply_mask", "draw_mask", "search"]
+
+HOMES = {
+    "search": "raymask.api",
+    "draw_mask": "raymask.api",
+    "apply_mask": "raymask.api",
+    "UserError": "raymask.core.errors",
+    "Result": "raymask.core.records",
+    "Spec": "raymask.core.spec",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is used when it is used: `import raymask` alone loads neither torch nor Ray."""
+    if name not in HOMES:
+        raise AttributeError(f"module 'raymask' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(HOMES[name]), name)

@@ -1,0 +1,139 @@
+"""How does a YAML file, with overrides, become a Spec?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raymask.core.errors import UserError
+from raymask.core.spec import PRESETS, Spec
+
+
+def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
+    """Read a YAML spec; `overrides` are `section.key=value` with YAML values. Raises UserError, naming all mistakes."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file. `jobs/` has specs to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    return parse_spec(text, overrides, source=str(path))
+
+
+def parse_spec(text: str, overrides: Sequence[str] = (), *, source: str = "spec") -> Spec:
+    """The same from a YAML text."""
+    try:
+        data = yaml.load(text, UniqueKeys)  # noqa: S506 - a SafeLoader that also refuses a key given twice
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{source}: a spec is a mapping of keys to values, at least `model:` and `task:`")
+    for override in overrides:
+        set_key(data, override)
+    return make_spec(data, source=source)
+
+
+def make_spec(data: Mapping[str, Any], *, source: str = "spec") -> Spec:
+    """A Spec from plain data, its `preset` underneath. Raises UserError that lists every mistake at once."""
+    data = dict(data)
+    preset = data.pop("preset", None)
+    if preset is not None:
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise UserError(f"{source}: preset: there is no preset {preset!r}; known are {', '.join(PRESETS)}")
+        data = merge(PRESETS[preset], data)
+    try:
+        return Spec.model_validate(data)
+    except ValidationError as error:
+        mistakes = [describe(mistake) for mistake in error.errors()]
+        raise UserError(
+            f"{source}: " + (mistakes[0] if len(mistakes) == 1 else "\n  - ".join(["", *mistakes]))
+        ) from None
+
+
+def set_key(data: dict[str, Any], override: str) -> None:
+    """Apply one `section.key=value`."""
+    path, equals, value = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set {override}: write it as key=value, for instance --set candidates.count=16")
+    try:
+        parsed = yaml.load(value, UniqueKeys)  # noqa: S506 - see above
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+    for depth, key in enumerate(keys[:-1]):
+        inner = data.get(key)
+        if isinstance(inner, str) and key in ("model", "task") and depth == 0:
+            inner = {"name": inner}
+        data[key] = dict(inner) if isinstance(inner, dict) else {}
+        data = data[key]
+    data[keys[-1]] = parsed
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two levels deep: a section's keys in `above` win one by one, anything else wins whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        if key != "levels" and isinstance(value, Mapping) and isinstance(under, Mapping):
+            value = {**under, **value}
+        merged[key] = value
+    return merged
+
+
+def describe(mistake: Any) -> str:
+    """One pydantic error as `key: what is wrong`, with the likely spelling for an unknown key."""
+    path = tuple(mistake["loc"])
+    where = ".".join(str(part) for part in path)
+    if mistake["type"] == "extra_forbidden":
+        known = keys_beside(path)
+        close = get_close_matches(str(path[-1]), known, n=1)
+        return f"{where}: there is no such key; " + (
+            f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+        )
+    if mistake["type"] == "missing":
+        return f"{where}: is missing"
+    message = mistake["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    given = mistake.get("input")
+    shown = f" (it is {given!r})" if isinstance(given, (str, int, float, bool)) else ""
+    return f"{where}: {message}{shown}" if where else message
+
+
+def keys_beside(path: Sequence[Any]) -> list[str]:
+    """The keys that the section of `path` knows."""
+    section: type[BaseModel] = Spec
+    for part in path[:-1]:
+        inner = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        section = inner
+    return [*section.model_fields, *(["preset"] if section is Spec else [])]
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """A safe YAML loader that refuses a key given twice, and reads 1e-4 as a number, as YAML 1.2 does."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
+)

@@ -1,0 +1,124 @@
+"""What does a spec mean? The one place where its names become functions and its numbers become work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raymask.core.patterns import PATTERNS, Pattern
+from raymask.core.records import Candidate, Noise, Stage
+from raymask.core.rules import RULES, Rule
+from raymask.core.samplers import SAMPLERS, Sampler
+from raymask.core.scorers import SCORERS, Scorer
+from raymask.core.seeds import derive
+from raymask.core.spec import Spec
+
+IMP_EPOCHS = 1.5  # the reference fine-tunes its baseline for 15 epochs a level, its search for 10
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A spec with its verbs resolved; `densities` of level 1, 2, ... are strictly decreasing."""
+
+    spec: Spec
+    densities: tuple[float, ...]
+    scorer: Scorer
+    sampler: Sampler
+    pattern: Pattern
+    rule: Rule
+
+
+def resolve(spec: Spec) -> Recipe:
+    """The verbs that a spec names; all but the schedule have one implementation so far."""
+    return Recipe(
+        spec=spec,
+        densities=spec.levels.densities(),
+        scorer=SCORERS["magnitude"],
+        sampler=SAMPLERS["votes"],
+        pattern=PATTERNS["unstructured"],
+        rule=RULES["best"],
+    )
+
+
+def control(recipe: Recipe, level: int) -> Candidate:
+    """The magnitude mask of a level, counted from 1; level 0 is the dense model, which nothing masks."""
+    density = recipe.densities[level - 1] if level else 1.0
+    return Candidate(level=level, index=0, seed=derive(recipe.spec.seed, "candidate", level, 0), density=density)
+
+
+def propose(recipe: Recipe, level: int) -> tuple[Candidate, ...]:
+    """The level's pool: the control, then as many random masks as asked for, sampling ratios in turn."""
+    first, asked = control(recipe, level), recipe.spec.candidates
+    return first, *(
+        first.model_copy(
+            update={
+                "index": index,
+                "seed": derive(recipe.spec.seed, "candidate", level, index),
+                "noise": Noise(exponent=asked.exponent, ratio=asked.ratios[(index - 1) % len(asked.ratios)]),
+            }
+        )
+        for index in range(1, asked.count + 1)
+    )
+
+
+def dense_stage(spec: Spec) -> Stage:
+    """Fine-tuning of the dense model on the labels."""
+    dense = spec.dense
+    return Stage(
+        epochs=dense.epochs,
+        batch_size=dense.batch_size,
+        learning_rate=dense.learning_rate,
+        schedule="linear",
+        warmup=dense.warmup,
+        distill=False,
+    )
+
+
+def warm_stage(spec: Spec) -> Stage | None:
+    """Dense distillation, from which level 1 starts; None when nothing is distilled."""
+    if not spec.distill or spec.dense.distill_epochs == 0:
+        return None
+    return dense_stage(spec).model_copy(update={"epochs": spec.dense.distill_epochs, "distill": True})
+
+
+def probe_stage(spec: Spec) -> Stage:
+    """The early evaluation: linear decay after the warm-up."""
+    probe = spec.probe
+    return Stage(
+        epochs=probe.epochs,
+        batch_size=probe.batch_size,
+        learning_rate=probe.learning_rate,
+        schedule="linear",
+        warmup=probe.warmup,
+        distill=spec.distill,
+    )
+
+
+def finetune_stage(recipe: Recipe, level: int, *, imp: bool = False) -> Stage:
+    """Fine-tuning of a level's mask, for the search or for its baseline: the rate decays at the last level only."""
+    spec, finetune = recipe.spec, recipe.spec.finetune
+    return Stage(
+        epochs=(spec.imp.epochs or IMP_EPOCHS * finetune.epochs) if imp else finetune.epochs,
+        batch_size=finetune.batch_size,
+        learning_rate=finetune.learning_rate,
+        schedule="linear" if level == len(recipe.densities) else "constant",
+        warmup=finetune.warmup,
+        distill=spec.distill,
+    )
+
+
+def runs_imp(spec: Spec) -> bool:
+    """Whether there is a baseline to run: without random candidates the search itself is one."""
+    return spec.imp.run and spec.candidates.count > 0
+
+
+def epochs(recipe: Recipe) -> dict[str, float]:
+    """Epochs by purpose that the whole search will train."""
+    spec, levels = recipe.spec, len(recipe.densities)
+    warm = warm_stage(spec)
+    probes = levels * len(propose(recipe, 1)) * spec.probe.epochs if spec.candidates.count else 0.0
+    return {
+        "dense": spec.dense.epochs + (warm.epochs if warm else 0.0),
+        "early evaluation": probes,
+        "fine-tuning": levels * finetune_stage(recipe, 1).epochs,
+        "baseline (IMP)": levels * finetune_stage(recipe, 1, imp=True).epochs if runs_imp(spec) else 0.0,
+    }

@@ -1,0 +1,241 @@
+"""What crosses a boundary: the frozen records that driver, workers, journal and report share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from raymask.core.tensors import Packed
+
+
+class Record(BaseModel):
+    """A frozen value that reads and writes JSON exactly."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants"
+    )
+
+
+class Noise(Record):
+    """How far a random mask may stray: `exponent` a > 0 (1/temperature), `ratio` r > 0 of votes (method 2)."""
+
+    exponent: float
+    ratio: float
+
+
+class Candidate(Record):
+    """Everything about one mask, given a snapshot: never the mask itself.
+
+    `level` counts from 1 (0 is dense), `density` in (0, 1] is the share of every prunable matrix that is kept.
+    Without `noise` it is the control: the deterministic magnitude mask.
+    """
+
+    level: int
+    index: int
+    seed: int
+    density: float
+    noise: Noise | None = None
+
+    @property
+    def is_control(self) -> bool:
+        return self.noise is None
+
+    @property
+    def name(self) -> str:
+        return "control" if self.is_control else f"candidate {self.index}"
+
+
+class Point(Record):
+    """One look at the `select` split after `step` optimizer steps: mean `loss`, mean of the task's metrics."""
+
+    step: int
+    loss: float
+    metric: float
+
+
+class Evaluation(Record):
+    """What the early evaluation of one candidate found, or the `error` that ended it.
+
+    `score`: larger is better (the negative loss, or the metric). `curve`: every look at `select`.
+    `row_losses`: float32 bytes, one loss a row of `select`, averaged over the same looks as the score.
+    `distance`: share in [0, 1] of kept entries that the control prunes. `digest`: the mask's.
+    """
+
+    candidate: Candidate
+    score: float | None = None
+    curve: tuple[Point, ...] = ()
+    row_losses: bytes = b""
+    distance: float | None = None
+    digest: str | None = None
+    seconds: float = 0.0
+    worker: str = ""
+    error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None
+
+    def losses(self) -> np.ndarray:
+        """float32, one a row of `select`."""
+        return np.frombuffer(self.row_losses, np.float32)
+
+
+class Stage(Record):
+    """One training: as many `epochs` as asked, at a peak `learning_rate` reached after the `warmup` share of steps."""
+
+    epochs: float
+    batch_size: int
+    learning_rate: float
+    schedule: str
+    warmup: float
+    distill: bool
+
+
+class FineTuned(Record):
+    """How a fine-tuning went: every look at `select`, and which one (`best`, an index) was kept."""
+
+    curve: tuple[Point, ...]
+    best: int
+    seconds: float
+    worker: str
+
+    @property
+    def kept(self) -> Point:
+        return self.curve[self.best]
+
+
+class Interval(Record):
+    """A mean with the bounds of its 95 % bootstrap interval; within noise when it contains zero."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def within_noise(self) -> bool:
+        return self.low <= 0.0 <= self.high
+
+
+class Level(Record):
+    """A finished level of one lineage; written last, so its existence means that the level is done.
+
+    `winner` has no score when it was the only candidate. `gain`: by how much the winner's loss on `select`
+    undercuts the control's, positive is better. `report`: the task's metrics on the split that no choice
+    ever sees. `files`: SHA-256 by file name.
+    """
+
+    level: int
+    density: float
+    kept: int
+    total: int
+    winner: Evaluation
+    evaluated: int
+    failed: int
+    gain: Interval | None
+    finetuned: FineTuned
+    report: dict[str, float]
+    digest: str
+    data: str
+    files: dict[str, str] = {}
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the prunable weights that are gone."""
+        return 1 - self.kept / self.total if self.total else 0.0
+
+
+class Row(Record):
+    """One model of the final table: metrics on `report`, and sparsity in [0, 1] in three denominators."""
+
+    name: str
+    report: dict[str, float]
+    sparsity: dict[str, float]
+
+
+class Result(Record):
+    """What a finished search found. `rows`: dense, the baseline where it ran, selected.
+
+    `gain`: by how much the selected model's mean metric on `report` exceeds the baseline's, paired over rows.
+    `seconds`: by purpose, summed over workers, and the `wall` clock of the last start.
+    """
+
+    run: str
+    model: str
+    task: str
+    metrics: tuple[str, ...]
+    rows: tuple[Row, ...]
+    gain: Interval | None
+    levels: tuple[Level, ...]
+    imp: tuple[Level, ...]
+    seconds: dict[str, float]
+    export: str
+
+
+class Watch(Protocol):
+    """Who is told what happens while it happens: a terminal, a log, or nobody."""
+
+    def begins(self, stage: str, total: int, done: int) -> None:
+        """A stage of `total` pieces of work starts, `done` of which were found finished."""
+
+    def running(self, shares: Mapping[str, float]) -> None:
+        """What is being worked on, and which share in [0, 1] of each is done."""
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """A candidate's early evaluation ended."""
+
+    def settled(self, lineage: str, level: Level) -> None:
+        """A level of a lineage is done."""
+
+    def note(self, text: str) -> None:
+        """Anything else that deserves a line."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Weights and optimizer state that training starts from, with the teacher's weights when it distils.
+
+    `key` names the contents: equal keys, equal tensors. `optimizer` is None for a fresh start.
+    """
+
+    key: str
+    weights: Packed
+    optimizer: Packed | None = None
+    teacher: Packed | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a fine-tuning returns: tensors by name, packed mask bits, logits of `report` (float32)."""
+
+    weights: Packed
+    optimizer: Packed
+    mask: Packed
+    digest: str
+    kept: int
+    total: int
+    finetuned: FineTuned
+    logits: np.ndarray
+
+
+@dataclass(frozen=True)
+class Settling:
+    """One fine-tuning to be done: `candidate`'s mask, redrawn from its parent, must have `digest` when given.
+
+    `name` is shown while it runs. The search and its baseline share the seeds, so the mask is the difference.
+    """
+
+    name: str
+    candidate: Candidate
+    stage: Stage
+    digest: str | None = None
+
+
+Evaluate = Callable[[Snapshot, Sequence[Candidate]], Iterator[Evaluation]]
+"""The first seam: early evaluation of candidates, yielded in the order in which they finish."""
+
+FineTune = Callable[[Sequence[tuple[Snapshot, Settling]]], Iterator[tuple[int, Checkpoint]]]
+"""The second seam: fine-tunings from their parents, yielded with their index in the order in which they finish."""

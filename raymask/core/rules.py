@@ -1,0 +1,27 @@
+"""Who goes on to the next level?"""
+
+from collections.abc import Callable, Sequence
+
+from raymask.core.errors import UserError
+from raymask.core.records import Evaluation
+
+Rule = Callable[[Sequence[Evaluation]], Evaluation]
+"""Evaluations of one level, in any order -> the winner."""
+
+
+def best(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The highest score; on a tie the lowest index, so that the order of arrival never matters.
+
+    Raises UserError when every candidate failed.
+    """
+    alive = [evaluation for evaluation in evaluations if evaluation.ok and evaluation.score is not None]
+    if not alive:
+        first = min(evaluations, key=lambda evaluation: evaluation.candidate.index)
+        raise UserError(
+            f"level {first.candidate.level}: all {len(evaluations)} candidates failed; the first one said: "
+            f"{first.error}. Mend the cause (often a learning rate that is too high) and start in a new run directory"
+        )
+    return max(alive, key=lambda evaluation: (evaluation.score, -evaluation.candidate.index))
+
+
+RULES: dict[str, Rule] = {"best": best}

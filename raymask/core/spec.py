@@ -1,0 +1,268 @@
+"""What did the user ask for?
+
+A spec is pure data; every default is the reference's (method.md), except the probe's score, which is the loss.
+Mistakes inside it are pydantic's to find; `config` turns them into one message.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+
+from raymask.core.schedules import SCHEDULES
+
+GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
+QUICKSTART = "quickstart"
+METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
+
+Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Section(BaseModel):
+    """One mapping of the spec: frozen, and an unknown key is a mistake."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def named(value: Any) -> Any:
+    """`model: NAME` is short for `model: {name: NAME}`; so for `task`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def listed(value: Any) -> Any:
+    """`text: COLUMN` is short for `text: [COLUMN]`."""
+    return (value,) if isinstance(value, str) else value
+
+
+def sparsities(value: Any) -> Any:
+    """`levels: [0.5, 0.9]` is short for `levels: {sparsities: [0.5, 0.9]}`."""
+    return {"sparsities": value} if isinstance(value, (list, tuple)) else value
+
+
+class Model(Section):
+    """A hub id or a folder that `AutoModelForSequenceClassification` loads, and which of its matrices to prune.
+
+    Without `include` these are the linear weights inside the repeated blocks; `include` replaces that choice
+    by shell-style patterns on parameter names, `exclude` takes away from either.
+    """
+
+    name: Text
+    revision: str | None = None
+    trust_remote_code: bool = False
+    include: tuple[Text, ...] = ()
+    exclude: tuple[Text, ...] = ()
+
+
+class Task(Section):
+    """`glue/<name>` (from the hub, or from `<folder>/<name>/<split>.parquet`), the quickstart's own, or own files.
+
+    `select_share` of `train`, at most `select_rows` rows, is carved out for every choice that the search makes.
+    """
+
+    name: Text | None = None
+    folder: Text | None = None
+    train: Text | None = None
+    report: Text | None = None
+    text: Annotated[tuple[Text, ...], BeforeValidator(listed), Field(max_length=2)] = ()
+    label: Text = "label"
+    kind: Literal["classification", "regression"] = "classification"
+    metrics: tuple[Literal["accuracy", "f1", "matthews", "pearson", "spearman"], ...] = ()
+    max_length: Annotated[int, Field(ge=4)] | None = None
+    select_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    select_rows: Annotated[int, Field(ge=2)] = 2000
+
+    @model_validator(mode="after")
+    def one_source(self) -> Task:
+        files = (self.train, self.report)
+        if self.name is None:
+            if None in files or not self.text:
+                raise ValueError("a task is either a name (glue/mrpc) or has the keys train, report and text")
+        else:
+            if any(files) or self.text or self.metrics:
+                raise ValueError("a task with a name brings its own files, columns and metrics: take those out")
+            known = (*(f"glue/{task}" for task in GLUE), QUICKSTART)
+            if self.name not in known:
+                raise ValueError(f"no task is called {self.name!r}; known are {', '.join(known)}")
+            if self.folder is not None and self.name == QUICKSTART:
+                raise ValueError("the quickstart's task is generated: take out folder")
+        if self.kind == "regression" and set(self.metrics) - {"pearson", "spearman"}:
+            raise ValueError("a regression is measured by pearson and spearman")
+        if self.kind == "classification" and set(self.metrics) & {"pearson", "spearman"}:
+            raise ValueError("a classification is measured by accuracy, f1 and matthews")
+        return self
+
+
+class Levels(Section):
+    """Either the `sparsities` themselves, or a final `sparsity` reached in `steps` along a `schedule`."""
+
+    sparsities: tuple[Share, ...] | None = None
+    sparsity: Share | None = None
+    steps: Count = 4
+    schedule: Literal["cubic", "linear"] = "cubic"
+
+    @model_validator(mode="after")
+    def one_way(self) -> Levels:
+        if (self.sparsities is None) == (self.sparsity is None):
+            raise ValueError("give either sparsities, or sparsity (with steps and schedule)")
+        if self.sparsities is not None:
+            if not self.sparsities:
+                raise ValueError("at least one sparsity is needed")
+            if any(b <= a for a, b in zip(self.sparsities, self.sparsities[1:], strict=False)):
+                raise ValueError(f"sparsities must increase from level to level, not {list(self.sparsities)}")
+        return self
+
+    def densities(self) -> tuple[float, ...]:
+        """Share of every prunable matrix that each level keeps, strictly decreasing."""
+        if self.sparsities is not None:
+            found = self.sparsities
+        else:
+            assert self.sparsity is not None
+            found = SCHEDULES[self.schedule](self.sparsity, self.steps)
+        return tuple(1.0 - sparsity for sparsity in found)
+
+
+class Candidates(Section):
+    """How many random masks a level draws beside the control, and how: exponent a, sampling ratios r in turn."""
+
+    count: Annotated[int, Field(ge=0)] = 8
+    exponent: Annotated[float, Field(gt=0, le=1000)] = 5.0
+    ratios: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (5e-5, 1e-4, 8e-5, 3e-4)
+
+
+class Dense(Section):
+    """Fine-tuning of the dense model (`epochs: 0` when it is already fine-tuned), then dense distillation."""
+
+    epochs: Annotated[float, Field(ge=0)] = 3.0
+    distill_epochs: Annotated[float, Field(ge=0)] = 1.0
+    batch_size: Count = 32
+    learning_rate: Positive = 5e-5
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+
+class Probe(Section):
+    """The early evaluation (EMEP). The score is the mean of the `last` looks, one every `eval_every` steps."""
+
+    epochs: Positive = 1.0
+    batch_size: Count = 64
+    learning_rate: Positive = 2e-4
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
+    eval_every: Count = 50
+    last: Count = 10
+    score: Literal["loss", "metric"] = "loss"
+
+
+class Finetune(Section):
+    """Training of the winner's mask from the parent: constant rate after warm-up, linear decay at the last level."""
+
+    epochs: Positive = 10.0
+    batch_size: Count = 64
+    learning_rate: Positive = 5e-5
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+
+class Imp(Section):
+    """The baseline: iterative magnitude pruning, the same loop with the control alone.
+
+    `epochs` of fine-tuning a level; by default half as many again as `finetune.epochs`, as in the reference.
+    """
+
+    run: bool = True
+    epochs: Positive | None = None
+
+
+class Optimizer(Section):
+    """AdamW's settings, the same in every stage."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Positive = 1.0
+
+
+class Workers(Section):
+    """What one worker holds, how many there are (as many as fit, when not said), and when to give up.
+
+    `gpus` may be a fraction; when not said, one a worker where there are any. `deadline`: seconds for one candidate's
+    probe, a fine-tuning gets as much per epoch; `retries`: how often a job is tried again when its machine failed.
+    """
+
+    count: Count | None = None
+    cpus: Positive = 1.0
+    gpus: Annotated[float, Field(ge=0)] | None = None
+    deadline: Positive = 3600.0
+    retries: Annotated[int, Field(ge=0)] = 3
+
+    @property
+    def threads(self) -> int:
+        """Threads of one worker: its CPUs, rounded down, at least one."""
+        return max(1, int(self.cpus))
+
+
+class Spec(Section):
+    """The whole request. `model` and `task` are all that must be given."""
+
+    model: Annotated[Model, BeforeValidator(named)]
+    task: Annotated[Task, BeforeValidator(named)]
+    levels: Annotated[Levels, BeforeValidator(sparsities)] = Levels(sparsities=(0.54, 0.83, 0.92, 0.9375))
+    candidates: Candidates = Candidates()
+    dense: Dense = Dense()
+    probe: Probe = Probe()
+    finetune: Finetune = Finetune()
+    imp: Imp = Imp()
+    distill: bool = True
+    optimizer: Optimizer = Optimizer()
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    workers: Workers = Workers()
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def quickstart_is_whole(self) -> Spec:
+        if (self.model.name == QUICKSTART) != (self.task.name == QUICKSTART):
+            raise ValueError("the quickstart's model and task go together: set both to 'quickstart', or neither")
+        if self.model.name == QUICKSTART and self.dense.epochs == 0:
+            raise ValueError("the quickstart's model is built untrained: dense.epochs must be more than 0")
+        return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "levels": {"sparsities": [0.54, 0.83, 0.92, 0.9375]},
+        "candidates": {"count": 8, "exponent": 5.0, "ratios": [5e-5, 1e-4, 8e-5, 3e-4]},
+        "probe": {
+            "epochs": 1.0,
+            "batch_size": 64,
+            "learning_rate": 2e-4,
+            "warmup": 0.1,
+            "eval_every": 50,
+            "last": 10,
+            "score": "metric",
+        },
+        "finetune": {"epochs": 10.0, "learning_rate": 5e-5},
+        "imp": {"run": True, "epochs": 15.0},
+        "dense": {"distill_epochs": 1.0},
+        "distill": True,
+        "precision": "fp32",
+    },
+}
+"""Settings by name, under a spec's own. `paper`: the reference's to the letter, the task metric as score included."""
+
+FREE = (("workers", "count"), ("workers", "deadline"), ("workers", "retries"))
+"""Keys that a resumed search may change: they decide how long it takes, never what it finds."""
+
+
+def identity(spec: Spec) -> dict[str, Any]:
+    """The spec as flat `section.key` -> JSON value, without the keys that cannot change the result."""
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, path: tuple[str, ...]) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, (*path, key))
+        elif path not in FREE:
+            flat[".".join(path)] = value
+
+    walk(spec.model_dump(mode="json"), ())
+    return flat
