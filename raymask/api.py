@@ -1,0 +1,73 @@
+"""What does Python code call?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from raymask.config import load_spec, make_spec
+from raymask.core import masks
+from raymask.core.masks import Mask
+from raymask.core.records import Candidate, Noise, Result
+from raymask.core.spec import Spec
+from raymask.report.terminal import Silent
+from raymask.search import search as run_search
+from raymask.train.model import find_prunable
+
+
+def search(
+    spec: Spec | Mapping[str, Any] | str | Path,
+    run: str | Path,
+    *,
+    address: str | None = None,
+    in_process: bool = False,
+) -> Result:
+    """Search as `raymask search` does, without output. `spec` is a Spec, its keys as plain data, or a YAML file.
+
+    `run`: the run directory; the same call continues or returns what is there. `address`: a Ray cluster ("auto",
+    "host", "host:port"), else a private Ray is started, or the one that this process is connected to is used.
+    `in_process`: without Ray. Raises raymask.UserError for whatever the caller can mend.
+    """
+    if isinstance(spec, Mapping):
+        spec = make_spec(spec)
+    elif not isinstance(spec, Spec):
+        spec = load_spec(spec)
+    return run_search(spec, Path(run), Silent(), address=address, in_process=in_process)
+
+
+def draw_mask(
+    module: nn.Module,
+    density: float,
+    *,
+    seed: int | None = None,
+    exponent: float = 5.0,
+    ratio: float = 3e-4,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Mask:
+    """A mask over the module's prunable matrices: bool tensors by parameter name, on the parameters' devices.
+
+    `density` in (0, 1]: share of each matrix that is kept. Without a `seed` it is the magnitude mask; with one a
+    random mask near it, of `exponent` a and sampling `ratio` r (method.md 2). `include` and `exclude` are shell-style
+    patterns on parameter names; by default the linear weights inside the repeated blocks are taken.
+    Raises ValueError when nothing can be pruned, or a weight is not finite.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"density must lie in (0, 1], not {density}")
+    names = find_prunable(module, tuple(include), tuple(exclude))
+    if not names:
+        raise ValueError(
+            "no matrix of the module can be pruned; name some with include, for instance include=['*.weight']"
+        )
+    parameters = dict(module.named_parameters())
+    noise = None if seed is None else Noise(exponent=exponent, ratio=ratio)
+    candidate = Candidate(level=1, index=int(noise is not None), seed=seed or 0, density=density, noise=noise)
+    return masks.draw({name: parameters[name].detach() for name in names}, candidate)
+
+
+def apply_mask(module: nn.Module, mask: Mapping[str, Tensor]) -> None:
+    """Zero the pruned weights in place: call it once before training and after every optimizer step."""
+    masks.apply({name: parameter.data for name, parameter in module.named_parameters()}, mask)

@@ -1,0 +1,21 @@
+"""What leaves a search? A plain Hugging Face checkpoint with exact zeros, packed masks, and a model card."""
+
+from __future__ import annotations
+
+from raymask.core.records import Result
+from raymask.core.tensors import load
+from raymask.report.card import model_card
+from raymask.store import MASK, SEARCH, RunDir, whole_folder, write_tensors
+from raymask.train.model import Source, build, persistent
+
+
+def export(store: RunDir, source: Source, result: Result) -> None:
+    """Write `export/` from the last level; it appears whole or not at all."""
+    last = result.levels[-1].level
+    module = build(source.config)
+    load(store.read_weights(SEARCH, last), persistent(module))
+    with whole_folder(store.export_path) as folder:
+        module.save_pretrained(folder)  # type: ignore[operator]
+        source.tokenizer.save_pretrained(folder)
+        write_tensors(folder / MASK, store.read_tensors(SEARCH, last, MASK))
+        (folder / "README.md").write_text(model_card(result), encoding="utf-8")

@@ -1,0 +1,420 @@
+"""How are the two seams served by Ray?
+
+The driver puts weights into the object store once a level and sends candidates, which are seeds; actors redraw the
+masks and send back scores and digests. One actor per worker slot, kept across levels. The machine's fault is retried
+on a fresh actor; the candidate's own fault is a record and never retried.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+
+from raymask.core.errors import UserError
+from raymask.core.records import (
+    Candidate,
+    Checkpoint,
+    Evaluate,
+    Evaluation,
+    FineTune,
+    Settling,
+    Snapshot,
+    Watch,
+)
+from raymask.core.tensors import Packed
+from raymask.train.worker import MACHINE_FAULTS, Job, Worker
+
+INFRA = (RayActorError, ObjectLostError, OutOfMemoryError, *MACHINE_FAULTS)
+POLL = 0.5  # seconds between looks at progress, deadlines and new nodes
+STARTS = 5  # workers that may fail to start, one after another, before the search gives up
+PORT = 6379
+
+
+class Desk:
+    """What an actor runs: a Worker behind object references, and a second thread that says how far it is."""
+
+    def __init__(self, job: Job, on_gpu: bool) -> None:
+        self.share = 0.0
+        self.worker = Worker(job, "cuda" if on_gpu else "cpu", self.tell)
+
+    def tell(self, share: float) -> None:
+        self.share = share
+
+    def progress(self) -> float:
+        return self.share
+
+    def probe(self, key: str, refs: Mapping[str, Any], candidate: Candidate) -> Evaluation:
+        self.share = 0.0
+        return self.worker.probe(snapshot(key, refs), candidate)
+
+    def settle(self, key: str, refs: Mapping[str, Any], settling: Settling) -> Checkpoint:
+        self.share = 0.0
+        return self.worker.settle(snapshot(key, refs), settling)
+
+
+def snapshot(key: str, refs: Mapping[str, Any]) -> Snapshot:
+    """A snapshot over this node's one shared, read-only copy."""
+    return Snapshot(key, **dict(zip(refs, ray.get(list(refs.values())), strict=True)))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One piece of work: `send` starts it on an actor; it is given up after `deadline` seconds."""
+
+    name: str
+    deadline: float
+    send: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A call that will not be tried again: its deadline passed, or its machines failed too often."""
+
+    why: str
+
+
+class Pool:
+    """Actors on whatever the cluster has, and the loop that keeps them busy."""
+
+    def __init__(self, job: Job, watch: Watch) -> None:
+        self.watch = watch
+        self.workers = job.spec.workers
+        self.need = needs(job)
+        self.idle: list[Any] = []
+        self.starting: dict[Any, Any] = {}
+        self.busy: dict[Any, tuple[int, Any, float]] = {}
+        self.shelf: dict[int, tuple[Packed, Any]] = {}
+        self.grown = 0.0
+        self.broken = 0
+        require_room(self.need)
+        self.job = ray.put(job)
+        self.actor = ray.remote(
+            num_cpus=self.need["CPU"],
+            num_gpus=self.need["GPU"],
+            memory=self.need["memory"],
+            max_restarts=0,
+            concurrency_groups={"aside": 1},
+        )(Desk)
+
+    def close(self) -> None:
+        for actor in [*self.idle, *self.starting.values(), *(actor for _, actor, _ in self.busy.values())]:
+            ray.kill(actor)
+
+    def run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
+        """Every call's result, or a Failed, with the call's index, in the order in which they finish.
+
+        An error that is neither the machine's nor a deadline is raised.
+        """
+        todo, faults = deque(range(len(calls))), Counter[int]()
+        shares: dict[int, float] = {}
+        asked: dict[Any, int] = {}
+        open_calls = len(calls)
+        late: set[int] = set()
+        looked = 0.0
+        while open_calls:
+            self.grow(open_calls)
+            while self.idle and todo:
+                actor, index = self.idle.pop(), todo.popleft()
+                self.busy[calls[index].send(actor)] = (index, actor, time.monotonic())
+                shares[index] = 0.0
+            if time.monotonic() - looked > POLL:
+                looked = time.monotonic()
+                self.watch.running({calls[index].name: share for index, share in sorted(shares.items())})
+                pending = set(asked.values())
+                for index, actor, _ in self.busy.values():
+                    if index not in pending:
+                        asked[actor.progress.options(concurrency_group="aside").remote()] = index
+                late = self.kill_late(calls)
+            ready, _ = ray.wait([*self.busy, *self.starting, *asked], num_returns=1, timeout=POLL)
+            for ref in ready:
+                if ref in asked:
+                    self.hear(ref, asked.pop(ref), shares)
+                elif ref in self.starting:
+                    self.welcome(ref)
+                else:
+                    index, actor, _ = self.busy.pop(ref)
+                    shares.pop(index, None)
+                    outcome = self.collect(ref, actor, calls[index], faults, index, late)
+                    if outcome is None:
+                        todo.appendleft(index)
+                    else:
+                        open_calls -= 1
+                        yield index, outcome
+
+    def grow(self, open_calls: int) -> None:
+        """Start actors for the work that is open where the cluster has room: also on nodes that came late."""
+        if time.monotonic() - self.grown < POLL:
+            return
+        self.grown = time.monotonic()
+        room = slots(self.need)
+        wanted = min(room, open_calls, self.workers.count or room)
+        for _ in range(wanted - len(self.idle) - len(self.starting) - len(self.busy)):
+            actor = self.actor.remote(self.job, self.need["GPU"] > 0)
+            self.starting[actor.__ray_ready__.remote()] = actor
+
+    def welcome(self, ref: Any) -> None:
+        """An actor has started, or failed to: the latter a few times only."""
+        actor = self.starting.pop(ref)
+        try:
+            ray.get(ref)
+        except Exception as error:  # noqa: BLE001 - whatever a start can die of, the count below decides
+            ray.kill(actor)
+            self.broken += 1
+            self.watch.note(f"a worker did not start: {brief(error)}")
+            if self.broken >= STARTS:
+                raise UserError(
+                    f"{STARTS} workers in a row did not start; the last one said: {brief(error)}. Is raymask installed "
+                    "on every node, in the driver's version?"
+                ) from None
+        else:
+            self.broken = 0
+            self.idle.append(actor)
+
+    def hear(self, ref: Any, index: int, shares: dict[int, float]) -> None:
+        """A worker says how far it is; one that has died is found out elsewhere."""
+        try:
+            share = ray.get(ref)
+        except INFRA:
+            return
+        if index in shares:
+            shares[index] = share
+
+    def kill_late(self, calls: Sequence[Call]) -> set[int]:
+        """End what is past its deadline."""
+        late = set()
+        for index, actor, since in self.busy.values():
+            if time.monotonic() - since > calls[index].deadline:
+                late.add(index)
+                ray.kill(actor)
+        return late
+
+    def collect(self, ref: Any, actor: Any, call: Call, faults: Counter[int], index: int, late: set[int]) -> Any | None:
+        """A finished call's result; None when it is to be tried again."""
+        try:
+            result = ray.get(ref)
+        except INFRA as error:
+            ray.kill(actor)
+            if isinstance(error, ObjectLostError):
+                self.shelf.clear()
+            if index in late:
+                return Failed(f"took longer than the deadline of {call.deadline:g} s (workers.deadline)")
+            faults[index] += 1
+            if faults[index] <= self.workers.retries:
+                self.watch.note(f"{call.name}: its worker was lost ({brief(error)}); trying again elsewhere")
+                return None
+            return Failed(f"its workers failed {faults[index]} times; the last one: {brief(error)}")
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
+        self.idle.append(actor)
+        return result
+
+    def put(self, parent: Snapshot) -> dict[str, Any]:
+        """References to a snapshot's tensors; what the object store has already is not put again."""
+        tensors = {"weights": parent.weights, "optimizer": parent.optimizer, "teacher": parent.teacher}
+        refs = {}
+        for name, packed in tensors.items():
+            if packed is not None:
+                if id(packed) not in self.shelf:
+                    self.shelf[id(packed)] = (packed, ray.put(packed))
+                refs[name] = self.shelf[id(packed)][1]
+        return refs
+
+    def keep(self, parents: Sequence[Snapshot]) -> None:
+        """Let go of every tensor but those of `parents`."""
+        wanted = {id(packed) for parent in parents for packed in (parent.weights, parent.optimizer, parent.teacher)}
+        self.shelf = {key: entry for key, entry in self.shelf.items() if key in wanted}
+
+
+@contextmanager
+def workers(job: Job, watch: Watch, address: str | None) -> Iterator[tuple[Evaluate, FineTune]]:
+    """The two seams on Ray: on a cluster when there is an address, else on a private Ray that ends with the block."""
+    with connected(job, address):
+        pool = Pool(job, watch)
+
+        def evaluate(parent: Snapshot, candidates: Sequence[Candidate]) -> Iterator[Evaluation]:
+            pool.keep([parent])
+
+            def call(candidate: Candidate) -> Call:
+                return Call(
+                    candidate.name,
+                    pool.workers.deadline,
+                    lambda actor: actor.probe.remote(parent.key, pool.put(parent), candidate),
+                )
+
+            for index, outcome in pool.run([call(candidate) for candidate in candidates]):
+                failed = isinstance(outcome, Failed)
+                yield Evaluation(candidate=candidates[index], error=outcome.why) if failed else outcome
+
+        def fine_tune(work: Sequence[tuple[Snapshot, Settling]]) -> Iterator[tuple[int, Checkpoint]]:
+            pool.keep([parent for parent, _ in work])
+
+            def call(parent: Snapshot, settling: Settling) -> Call:
+                return Call(
+                    settling.name,
+                    pool.workers.deadline * max(1.0, settling.stage.epochs),
+                    lambda actor: actor.settle.remote(parent.key, pool.put(parent), settling),
+                )
+
+            for index, outcome in pool.run([call(parent, settling) for parent, settling in work]):
+                if isinstance(outcome, Failed):
+                    raise UserError(f"{work[index][1].name}: {outcome.why}. The same command goes on from here")
+                yield index, outcome
+
+        try:
+            yield evaluate, fine_tune
+        finally:
+            pool.close()
+
+
+def needs(job: Job) -> dict[str, float]:
+    """Ray resources of one worker; a GPU each where the cluster has any and the spec does not say."""
+    gpus = job.spec.workers.gpus
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    return {"CPU": job.spec.workers.cpus, "GPU": gpus, "memory": job.memory}
+
+
+def capacity(resources: Mapping[str, float], need: Mapping[str, float]) -> int:
+    """How many workers one node's resources hold."""
+    return min(math.floor(resources.get(name, 0.0) / amount + 1e-9) for name, amount in need.items() if amount)
+
+
+def slots(need: Mapping[str, float]) -> int:
+    """How many workers all nodes together can hold."""
+    return sum(capacity(node, need) for node in alive())
+
+
+def alive() -> list[dict[str, float]]:
+    """Resources of every node that answers."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def offers() -> list[str]:
+    """What each node has, in words."""
+    return [offer(node) for node in alive()]
+
+
+def require_room(need: Mapping[str, float]) -> None:
+    """Raise UserError when no node can hold even one worker."""
+    if not slots(need):
+        raise UserError(
+            f"no node can hold a worker: one asks for {offer(need)} (workers.cpus, workers.gpus, the model's memory), "
+            f"the nodes have {'; '.join(offers()) or 'nothing'}"
+        )
+
+
+def offer(resources: Mapping[str, float]) -> str:
+    """Resources in words."""
+    memory = resources.get("memory", 0.0) / 2**30
+    return f"{resources.get('CPU', 0.0):g} CPUs, {resources.get('GPU', 0.0):g} GPUs, {memory:.1f} GiB"
+
+
+def brief(error: BaseException) -> str:
+    """An error of Ray's without its page of advice."""
+    text = str(getattr(error, "cause", None) or error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+@contextmanager
+def connected(job: Job, address: str | None) -> Iterator[None]:
+    """This process connected to Ray: as it is already, to the cluster at `address`, or to a private one.
+
+    The private one listens on loopback only, has a temporary folder and a token of its own, and its workers are
+    forked from a process that has imported torch and the model's code already.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    if address:
+        with environment(RAY_AUTH_MODE=auth_mode(), RAY_USAGE_STATS_ENABLED="0"):
+            reread_environment()
+            join(address)
+            try:
+                yield
+            finally:
+                ray.shutdown()
+        return
+    folder = tempfile.mkdtemp(prefix="raymask-")
+    private = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": os.urandom(32).hex(),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": str(job.spec.workers.threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+    }
+    model_code = type(job.config).__module__.replace("configuration_", "modeling_")
+    try:
+        with environment(**private):
+            reread_environment()
+            ray.init(
+                "local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=job.store_memory,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+                _system_config={"preload_python_modules": ["transformers", "raymask.train.worker", model_code]},
+            )
+            try:
+                yield
+            finally:
+                ray.shutdown()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def join(address: str) -> None:
+    """Connect to a running cluster. Raises UserError when nothing answers."""
+    where = address if address == "auto" or ":" in address else f"{address}:{PORT}"
+    try:
+        ray.init(where, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--address {address}: no Ray cluster answers there ({brief(error)}). Start one with `ray start --head`, or "
+            "leave out --address for a private one"
+        ) from None
+
+
+def auth_mode() -> str:
+    """How to meet a cluster: as the environment says, else with a token where there is one."""
+    token = "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").exists()
+    return os.environ.get("RAY_AUTH_MODE") or ("token" if token else "disabled")
+
+
+def reread_environment() -> None:
+    """Make Ray see the authentication variables of now: it has read them when it was imported."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Set environment variables for the block, for this process and those that it starts."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

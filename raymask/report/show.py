@@ -1,0 +1,72 @@
+"""How far is a search, or what did it find?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from raymask.core.recipe import propose, resolve
+from raymask.report.terminal import show_result
+from raymask.report.words import evaluated_line, settled_line
+from raymask.store import DENSE, IMP, SEARCH, RunDir
+
+
+def show_run(console: Console, path: Path, as_json: bool) -> None:
+    """Print a run directory's search. Raises UserError when it is none."""
+    store = RunDir(path)
+    if as_json:
+        print(json.dumps(summary(store), indent=1))
+        return
+    result = store.read_result()
+    if result:
+        show_result(console, result)
+        return
+    recipe = resolve(store.read_spec())
+    state = "running" if store.busy() else "stopped; the same command goes on from here"
+    console.print(Text(f"{path}: {state}"))
+    if not store.has_level(DENSE, 0):
+        console.print(Text("the dense model is not done yet"))
+        return
+    console.print(Text(settled_line(DENSE, store.read_level(DENSE, 0))))
+    for level, density in enumerate(recipe.densities, 1):
+        found = store.evaluations(level)
+        if not found and not store.has_level(SEARCH, level):
+            break
+        console.print(Text(f"level {level}/{len(recipe.densities)}, sparsity {1 - density:.2%}"))
+        console.print(Text(f"  {len(found)} of {len(propose(recipe, level))} candidates evaluated"))
+        for evaluation in found:
+            console.print(Text(f"  {evaluated_line(evaluation)}"))
+        for lineage in (SEARCH, IMP):
+            if store.has_level(lineage, level):
+                console.print(Text(f"  {settled_line(lineage, store.read_level(lineage, level))}"))
+
+
+def summary(store: RunDir) -> dict[str, Any]:
+    """The same for other programs: state, the result when there is one, else what is known of each level."""
+    result = store.read_result()
+    if result:
+        return {"state": "finished", "result": result.model_dump(mode="json")}
+    recipe = resolve(store.read_spec())
+    levels = range(1, len(recipe.densities) + 1)
+    records = {
+        name: [
+            store.read_level(lineage, level).model_dump(mode="json")
+            for level in ([0] if lineage == DENSE else levels)
+            if store.has_level(lineage, level)
+        ]
+        for name, lineage in (("dense", DENSE), ("levels", SEARCH), ("imp", IMP))
+    }
+    return {
+        "state": "running" if store.busy() else "stopped",
+        "sparsities": [1 - density for density in recipe.densities],
+        "evaluations": [
+            evaluation.model_dump(mode="json", exclude={"row_losses"})
+            for level in levels
+            for evaluation in store.evaluations(level)
+        ],
+        **records,
+    }

@@ -1,0 +1,59 @@
+"""How are figures put into words, the same everywhere?"""
+
+from __future__ import annotations
+
+from raymask.core.records import Evaluation, Interval, Level, Result
+from raymask.store import IMP
+
+
+def percent(share: float) -> str:
+    return f"{share:.2%}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def interval(found: Interval) -> str:
+    return f"{found.mean:+.4f} (95 % interval {found.low:+.4f} to {found.high:+.4f})"
+
+
+def verdict(result: Result) -> str:
+    """The selected model against the baseline, and whether that is more than noise."""
+    if result.gain is None:
+        return "There was no baseline to compare with (imp.run: false, or no random candidates)."
+    metric = " and ".join(result.metrics) if len(result.metrics) == 1 else "the metrics' mean"
+    noise = "within noise" if result.gain.within_noise else "more than noise"
+    return f"Selected against control on `report`, {metric}: {interval(result.gain)}: {noise}."
+
+
+def evaluated_line(evaluation: Evaluation) -> str:
+    """One early evaluation."""
+    if not evaluation.ok:
+        return f"{evaluation.candidate.name}: failed: {evaluation.error}"
+    last = evaluation.curve[-1]
+    stray = "" if evaluation.candidate.is_control else f", {percent(evaluation.distance or 0.0)} from control"
+    return (
+        f"{evaluation.candidate.name}: score {evaluation.score:.4f} (loss {last.loss:.4f}, metric {last.metric:.4f})"
+        f"{stray}, {duration(evaluation.seconds)}"
+    )
+
+
+def settled_line(lineage: str, level: Level) -> str:
+    """One finished level."""
+    who = (
+        "dense"
+        if level.level == 0
+        else "control (IMP)"
+        if lineage == IMP
+        else f"selected ({level.winner.candidate.name})"
+    )
+    kept = level.finetuned.kept
+    gain = f"; gain over control in early loss {interval(level.gain)}" if level.gain else ""
+    return (
+        f"{who}, sparsity {percent(level.sparsity)}: select loss {kept.loss:.4f}, metric {kept.metric:.4f}, "
+        f"{duration(level.finetuned.seconds)}{gain}"
+    )

@@ -1,0 +1,292 @@
+"""How does a dense model become a sparse one? The method, level by level."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from raymask.core.errors import UserError
+from raymask.core.recipe import (
+    Recipe,
+    control,
+    dense_stage,
+    finetune_stage,
+    propose,
+    resolve,
+    runs_imp,
+    warm_stage,
+)
+from raymask.core.records import (
+    Checkpoint,
+    Evaluate,
+    Evaluation,
+    FineTune,
+    Interval,
+    Level,
+    Result,
+    Row,
+    Settling,
+    Snapshot,
+    Stage,
+    Watch,
+)
+from raymask.core.seeds import derive
+from raymask.core.spec import Spec
+from raymask.core.stats import paired_bootstrap, paired_gain
+from raymask.core.tensors import Packed
+from raymask.export import export
+from raymask.store import DENSE, IMP, SEARCH, RunDir, open_run
+from raymask.train.data import Corpus, load_corpus, tokenize
+from raymask.train.metrics import overall
+from raymask.train.model import Source, class_names, describe, load_weights, read_config
+from raymask.train.worker import Job
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before the first step: what was asked, the model without its weights, and the data."""
+
+    recipe: Recipe
+    source: Source
+    corpus: Corpus
+    job: Job
+
+
+def search(spec: Spec, run: Path, watch: Watch, *, address: str | None = None, in_process: bool = False) -> Result:
+    """Search in a run directory, new or to be continued, and return what was found.
+
+    Raises UserError for whatever the user can mend, before anything is trained where it can be known.
+    """
+    with open_run(run, spec) as store:
+        found = store.read_result()
+        if found:
+            return found
+        plan = prepare(spec)
+        with seams(plan.job, watch, address, in_process) as (evaluate, fine_tune):
+            store.note_start(threads=spec.workers.threads, address=address, in_process=in_process)
+            started = time.time()
+            prune(plan, store, evaluate, fine_tune, watch)
+        return conclude(plan, store, time.time() - started)
+
+
+def prepare(spec: Spec) -> Plan:
+    """Read the data and the model's configuration; the weights are read when they are needed."""
+    config, tokenizer = read_config(spec.model)
+    corpus = load_corpus(spec.task, spec.seed, class_names(config) if spec.dense.epochs == 0 else ())
+    source = describe(spec.model, config, tokenizer, corpus.classes)
+    job = Job(spec, source.config, tokenize(corpus, tokenizer), source.prunable, source.sizes.whole)
+    return Plan(resolve(spec), source, corpus, job)
+
+
+@contextmanager
+def seams(job: Job, watch: Watch, address: str | None, in_process: bool) -> Iterator[tuple[Evaluate, FineTune]]:
+    """Workers in this process, or on Ray. Ray is imported only where it is used."""
+    opened: AbstractContextManager[tuple[Evaluate, FineTune]]
+    if in_process:
+        from raymask import local
+
+        opened = local.workers(job, watch)
+    else:
+        from raymask import remote
+
+        opened = remote.workers(job, watch, address)
+    with opened as found:
+        yield found
+
+
+def prune(plan: Plan, store: RunDir, evaluate: Evaluate, fine_tune: FineTune, watch: Watch) -> None:
+    """The method: a dense model, then level by level draw, evaluate early, select, and fine-tune.
+
+    Parents are read back from the run directory, so that an undisturbed search and a continued one do the same.
+    """
+    recipe = plan.recipe
+    teacher = make_dense(plan, store, fine_tune, watch)
+    lineages = [SEARCH, IMP] if runs_imp(recipe.spec) else [SEARCH]
+    for level in range(1, len(recipe.densities) + 1):
+        work = []
+        for lineage in lineages:
+            if not store.has_level(lineage, level):
+                parent = read_parent(store, lineage, level, teacher)
+                chosen = (
+                    choose(recipe, store, level, parent, evaluate, watch) if lineage == SEARCH else alone(recipe, level)
+                )
+                work.append(Work(lineage, parent, finetune_stage(recipe, level, imp=lineage == IMP), chosen))
+        settle(plan, store, work, fine_tune, watch)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One lineage's fine-tuning at one level: its parent, how to train, and the evaluation that won."""
+
+    lineage: str
+    parent: Snapshot
+    stage: Stage
+    winner: Evaluation
+
+
+def make_dense(plan: Plan, store: RunDir, fine_tune: FineTune, watch: Watch) -> Packed | None:
+    """Fine-tune the dense model, then distil it into the parent of level 1; returns the teacher, if there is one."""
+    spec, unmasked = plan.recipe.spec, alone(plan.recipe, 0)
+    if not store.has_level(DENSE, 0):
+        weights = load_weights(spec.model, plan.source.config, derive(spec.seed, "head"), spec.dense.epochs == 0)
+        settle(plan, store, [Work(DENSE, Snapshot("initial", weights), dense_stage(spec), unmasked)], fine_tune, watch)
+    require_same_data(plan, store)
+    teacher = store.read_weights(DENSE, 0) if spec.distill else None
+    warm = warm_stage(spec)
+    if warm and not store.has_level(SEARCH, 0):
+        parent = Snapshot("dense", store.read_weights(DENSE, 0), None, teacher)
+        settle(plan, store, [Work(SEARCH, parent, warm, unmasked)], fine_tune, watch)
+    return teacher
+
+
+def alone(recipe: Recipe, level: int) -> Evaluation:
+    """The control without a competitor: it needs no score."""
+    return Evaluation(candidate=control(recipe, level))
+
+
+def choose(recipe: Recipe, store: RunDir, level: int, parent: Snapshot, evaluate: Evaluate, watch: Watch) -> Evaluation:
+    """Evaluate the level's candidates that the journal does not know yet, and let the rule pick the winner."""
+    proposed = propose(recipe, level)
+    if len(proposed) == 1:
+        return alone(recipe, level)
+    done = store.evaluations(level)
+    known = {evaluation.candidate for evaluation in done}
+    todo = [candidate for candidate in proposed if candidate not in known]
+    watch.begins(f"{title(recipe, level)}: early evaluation", len(proposed), len(done))
+    for evaluation in evaluate(parent, todo):
+        store.append(evaluation)
+        done.append(evaluation)
+        watch.evaluated(evaluation)
+    return recipe.rule(done)
+
+
+def settle(plan: Plan, store: RunDir, work: list[Work], fine_tune: FineTune, watch: Watch) -> None:
+    """Fine-tune the lineages' masks side by side, each saved with its record as it arrives."""
+    if not work:
+        return
+    watch.begins(f"{title(plan.recipe, work[0].winner.candidate.level)}: fine-tuning", len(work), 0)
+    settlings = [
+        (item.parent, Settling(name(item), item.winner.candidate, item.stage, item.winner.digest)) for item in work
+    ]
+    for index, checkpoint in fine_tune(settlings):
+        item = work[index]
+        level = item.winner.candidate.level
+        pool = store.evaluations(level) if item.lineage == SEARCH and level else []
+        record = describe_level(plan, item, pool, checkpoint)
+        watch.settled(item.lineage, store.write_level(item.lineage, level, checkpoint, record))
+
+
+def describe_level(plan: Plan, item: Work, pool: list[Evaluation], checkpoint: Checkpoint) -> Level:
+    """The record of a level; `report` is measured here, when nothing is left to choose."""
+    data = plan.job.data
+    candidate = item.winner.candidate
+    return Level(
+        level=candidate.level,
+        density=candidate.density,
+        kept=checkpoint.kept,
+        total=checkpoint.total,
+        winner=item.winner,
+        evaluated=len(pool),
+        failed=sum(not evaluation.ok for evaluation in pool),
+        gain=gain_on_select(plan.recipe.spec, item.winner, pool),
+        finetuned=checkpoint.finetuned,
+        report=data.measure_report(checkpoint.logits),
+        digest=checkpoint.digest,
+        data=data.digest(),
+    )
+
+
+def gain_on_select(spec: Spec, winner: Evaluation, pool: list[Evaluation]) -> Interval | None:
+    """The winner's early loss against the control's, row by row; None when there is nothing to compare."""
+    rival = next((evaluation for evaluation in pool if evaluation.candidate.is_control and evaluation.ok), None)
+    if rival is None or winner.candidate.is_control:
+        return None
+    return paired_gain(rival.losses(), winner.losses(), derive(spec.seed, "bootstrap", winner.candidate.level))
+
+
+def read_parent(store: RunDir, lineage: str, level: int, teacher: Packed | None) -> Snapshot:
+    """What a level of a lineage starts from: the level before, which for level 1 is the dense model."""
+    if level == 1:
+        lineage = SEARCH if store.has_level(SEARCH, 0) else DENSE
+    key = f"{lineage or 'search'}-{level - 1}"
+    return Snapshot(key, store.read_weights(lineage, level - 1), store.read_optimizer(lineage, level - 1), teacher)
+
+
+def require_same_data(plan: Plan, store: RunDir) -> None:
+    """Raise UserError when the data changed under a run."""
+    if store.read_level(DENSE, 0).data != plan.job.data.digest():
+        raise UserError(
+            f"{store.path}: was started on other data: files, tokenizer or labels have changed since. "
+            "Put them back, or choose another directory with --run"
+        )
+
+
+def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
+    """Put the models side by side on `report`, export the selected one, and write the result."""
+    recipe, data = plan.recipe, plan.job.data
+    last = len(recipe.densities)
+    levels = tuple(store.read_level(SEARCH, level) for level in range(1, last + 1))
+    imp = tuple(store.read_level(IMP, level) for level in range(1, last + 1)) if runs_imp(recipe.spec) else ()
+    dense = store.read_level(DENSE, 0)
+    gain = None
+    if imp:
+        ours, theirs = store.read_logits(SEARCH, last), store.read_logits(IMP, last)
+
+        def difference(rows: np.ndarray) -> float:
+            return overall(data.measure_report(ours, rows)) - overall(data.measure_report(theirs, rows))
+
+        gain = paired_bootstrap(len(data.report), difference, derive(recipe.spec.seed, "bootstrap"))
+    named = [("dense", dense), *([("control (IMP)", imp[-1])] if imp else []), ("selected", levels[-1])]
+    result = Result(
+        run=str(store.path),
+        model=recipe.spec.model.name,
+        task=recipe.spec.task.name or str(recipe.spec.task.train),
+        metrics=tuple(dense.report),
+        rows=tuple(
+            Row(name=row, report=level.report, sparsity=plan.source.sizes.sparsities(level.total - level.kept))
+            for row, level in named
+        ),
+        gain=gain,
+        levels=levels,
+        imp=imp,
+        seconds=spent(store, last) | {"wall": wall},
+        export=str(store.export_path),
+    )
+    export(store, plan.source, result)
+    store.write_result(result)
+    return result
+
+
+def spent(store: RunDir, last: int) -> dict[str, float]:
+    """Seconds of workers' time by purpose."""
+    lineages = {"dense": (DENSE, 0), "fine-tuning": (SEARCH, last), "baseline (IMP)": (IMP, last)}
+    found = {
+        purpose: sum(
+            store.read_level(lineage, level).finetuned.seconds
+            for level in range(end + 1)
+            if store.has_level(lineage, level) and (lineage, level) != (IMP, 0)
+        )
+        for purpose, (lineage, end) in lineages.items()
+    }
+    probes = (evaluation.seconds for level in range(1, last + 1) for evaluation in store.evaluations(level))
+    return found | {"early evaluation": sum(probes)}
+
+
+def title(recipe: Recipe, level: int) -> str:
+    """A level's name for people."""
+    if level == 0:
+        return "dense model"
+    return f"level {level}/{len(recipe.densities)}, sparsity {1 - recipe.densities[level - 1]:.2%}"
+
+
+def name(work: Work) -> str:
+    """What a fine-tuning is called while it runs."""
+    candidate = work.winner.candidate
+    if candidate.level == 0:
+        return "dense" if work.lineage == DENSE else "dense distillation"
+    return "control (IMP)" if work.lineage == IMP else f"selected ({candidate.name})"

@@ -1,0 +1,353 @@
+"""Which rows does a task train on, choose by and report on?
+
+A task becomes three splits of token ids: `train`, `select` (carved out of train, for every choice that the search
+makes) and `report` (GLUE's validation, or the user's own file, which no choice ever sees).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+from sklearn.model_selection import train_test_split
+
+from raymask.core.errors import UserError
+from raymask.core.seeds import derive
+from raymask.core.spec import QUICKSTART, Task
+from raymask.train import quickstart
+from raymask.train.metrics import measure
+
+HUB = "nyu-mll/glue"
+GLUE_COLUMNS = {
+    "cola": ("sentence",),
+    "sst2": ("sentence",),
+    "mrpc": ("sentence1", "sentence2"),
+    "qqp": ("question1", "question2"),
+    "stsb": ("sentence1", "sentence2"),
+    "mnli": ("premise", "hypothesis"),
+    "qnli": ("question", "sentence"),
+    "rte": ("sentence1", "sentence2"),
+}
+GLUE_CLASSES = {
+    "cola": ("unacceptable", "acceptable"),
+    "sst2": ("negative", "positive"),
+    "mrpc": ("not_equivalent", "equivalent"),
+    "qqp": ("not_duplicate", "duplicate"),
+    "mnli": ("entailment", "neutral", "contradiction"),
+    "qnli": ("entailment", "not_entailment"),
+    "rte": ("entailment", "not_entailment"),
+}
+GLUE_METRICS = {
+    "cola": ("matthews",),
+    "mrpc": ("accuracy", "f1"),
+    "qqp": ("accuracy", "f1"),
+    "stsb": ("pearson", "spearman"),
+}
+SHORT = ("cola", "sst2")  # at most 64 tokens; the others 128
+READERS = {
+    ".csv": pyarrow.csv.read_csv,
+    ".jsonl": pyarrow.json.read_json,
+    ".json": pyarrow.json.read_json,
+    ".parquet": pyarrow.parquet.read_table,
+}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """One split before tokenization: one or two texts a row, labels int64 (class numbers) or float32, (rows,)."""
+
+    columns: tuple[list[str], ...]
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A task's texts. `classes` are names in the order of their numbers, empty for a regression.
+
+    `parts` cuts `report` into named (start, end) ranges: MNLI's matched and mismatched; one range, "", elsewhere.
+    """
+
+    train: Texts
+    select: Texts
+    report: Texts
+    parts: dict[str, tuple[int, int]]
+    classes: tuple[str, ...]
+    metrics: tuple[str, ...]
+    max_length: int
+
+    @property
+    def outputs(self) -> int:
+        return len(self.classes) or 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split as token ids: row i is `ids[offsets[i]:offsets[i + 1]]`, int32; `types`, int8, as long, or None."""
+
+    ids: np.ndarray
+    types: np.ndarray | None
+    offsets: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The three splits as token ids, and what it takes to measure on them."""
+
+    train: Rows
+    select: Rows
+    report: Rows
+    parts: dict[str, tuple[int, int]]
+    metrics: tuple[str, ...]
+    regression: bool
+    padding: int
+
+    def digest(self) -> str:
+        """Changes whenever a token, a label or a split does."""
+        state = blake2b(digest_size=16)
+        for rows in (self.train, self.select, self.report):
+            for array in (rows.ids, rows.offsets, rows.labels):
+                state.update(np.ascontiguousarray(array).data)
+        return state.hexdigest()
+
+    def measure_report(self, logits: np.ndarray, rows: np.ndarray | None = None) -> dict[str, float]:
+        """The task's metrics on `report`, by part; on a resample of row numbers when given."""
+        rows = np.arange(len(self.report)) if rows is None else rows
+        found = {}
+        for part, (start, end) in self.parts.items():
+            inside = rows[(rows >= start) & (rows < end)]
+            for name, value in measure(self.metrics, logits[inside], self.report.labels[inside]).items():
+                found[f"{part} {name}".strip()] = value
+        return found
+
+
+def load_corpus(task: Task, seed: int, order: Sequence[str] = ()) -> Corpus:
+    """Read a task's texts and carve out `select`; `order` are class names as an existing classifier numbers them.
+
+    Raises UserError for files, columns and labels that cannot be used, naming file and row.
+    """
+    train, report, parts, classes, metrics, max_length = read_task(task, seed, order)
+    train, select = carve(train, task, bool(classes), seed)
+    return Corpus(train, select, report, parts, classes, task.metrics or metrics, task.max_length or max_length)
+
+
+def read_task(
+    task: Task, seed: int, order: Sequence[str]
+) -> tuple[Texts, Texts, dict[str, tuple[int, int]], tuple[str, ...], tuple[str, ...], int]:
+    """Texts of train and report, report's parts, classes, and the default metrics and length."""
+    if task.name == QUICKSTART:
+        made = quickstart.sentences(derive(seed, "quickstart"))
+        train, report = (Texts((made[split][0],), np.array(made[split][1], np.int64)) for split in ("train", "report"))
+        return train, report, {"": (0, len(report.labels))}, ("negative", "positive"), ("accuracy",), 64
+    if task.name is not None:
+        return read_glue(task, task.name.removeprefix("glue/"), order)
+    assert task.train is not None
+    assert task.report is not None
+    tables = {path: read_file(Path(path)) for path in (task.train, task.report)}
+    classes: tuple[str, ...] = ()
+    if task.kind == "classification":
+        classes = ordered(find_classes(tables[task.train], task.label, task.train), order)
+    train, report = (
+        make_texts(tables[path], task.text, task.label, classes, path) for path in (task.train, task.report)
+    )
+    metrics = ("accuracy",) if classes else ("pearson", "spearman")
+    return train, report, {"": (0, len(report.labels))}, classes, metrics, 128
+
+
+def read_glue(
+    task: Task, name: str, order: Sequence[str]
+) -> tuple[Texts, Texts, dict[str, tuple[int, int]], tuple[str, ...], tuple[str, ...], int]:
+    """One of the eight, from the hub or from `<folder>/<name>/<split>.parquet`."""
+    parts = ("matched", "mismatched") if name == "mnli" else ("",)
+    splits = ("train", *("validation" + (f"_{part}" if part else "") for part in parts))
+    if task.folder is not None:
+        tables = {split: read_file(Path(task.folder) / name / f"{split}.parquet") for split in splits}
+    else:
+        tables = fetch_glue(name, splits)
+    numbered = GLUE_CLASSES.get(name, ())
+    texts = {
+        split: make_texts(table, GLUE_COLUMNS[name], "label", numbered, f"glue/{name} {split}", numbers=True)
+        for split, table in tables.items()
+    }
+    classes = ordered(numbered, order)
+    if classes != numbered:
+        renumber = np.array([classes.index(label) for label in numbered])
+        texts = {split: Texts(found.columns, renumber[found.labels]) for split, found in texts.items()}
+    reports = [texts[split] for split in splits[1:]]
+    report = Texts(
+        tuple([text for found in reports for text in found.columns[i]] for i in range(len(GLUE_COLUMNS[name]))),
+        np.concatenate([found.labels for found in reports]),
+    )
+    ends = np.cumsum([0, *(len(found.labels) for found in reports)]).tolist()
+    ranges = {part: (ends[i], ends[i + 1]) for i, part in enumerate(parts)}
+    return texts["train"], report, ranges, classes, GLUE_METRICS.get(name, ("accuracy",)), 64 if name in SHORT else 128
+
+
+def fetch_glue(name: str, splits: Sequence[str]) -> dict[str, pa.Table]:
+    """The task's splits from the hub, through `datasets`."""
+    import datasets
+
+    try:
+        found = datasets.load_dataset(HUB, name)
+        return {split: found[split].data.table for split in splits}
+    except Exception as error:  # noqa: BLE001 - hub, network and cache each raise their own kinds
+        raise UserError(
+            f"task.name: glue/{name} cannot be loaded from the hub ({first_line(error)}). Without a network, set "
+            f"task.folder to a folder that holds {name}/<split>.parquet"
+        ) from None
+
+
+def read_file(path: Path) -> pa.Table:
+    """A CSV, JSON lines or Parquet file. Raises UserError when it cannot be read or is empty."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path}: the ending must be one of {', '.join(READERS)}")
+    try:
+        table = reader(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read as {path.suffix[1:]}: {first_line(error)}") from None
+    if table.num_rows == 0:
+        raise UserError(f"{path}: has no rows")
+    return table
+
+
+def column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
+    """One column without nulls. Raises UserError when it is missing or has a null."""
+    if name not in table.column_names:
+        raise UserError(f"{where}: has no column {name!r}; its columns are {', '.join(table.column_names)}")
+    found = table[name]
+    if found.null_count:
+        row = int(pc.index(pc.is_null(found), True).as_py())
+        raise UserError(f"{where}: row {row + 1}: {name} is empty")
+    return found
+
+
+def find_classes(table: pa.Table, label: str, where: str) -> tuple[str, ...]:
+    """The label column's distinct values as names, numbers in numeric order."""
+    found = column(table, label, where)
+    if not (
+        pa.types.is_string(found.type)
+        or pa.types.is_large_string(found.type)
+        or pa.types.is_integer(found.type)
+        or pa.types.is_boolean(found.type)
+    ):
+        raise UserError(
+            f"{where}: {label} holds {found.type}: classes are whole numbers or texts. For numbers to be predicted "
+            "set task.kind: regression"
+        )
+    return tuple(str(value) for value in sorted(found.unique().to_pylist()))
+
+
+def ordered(classes: tuple[str, ...], order: Sequence[str]) -> tuple[str, ...]:
+    """The classes as an existing classifier numbers them, when it knows the same ones."""
+    return tuple(order) if sorted(order) == sorted(classes) else classes
+
+
+def make_texts(
+    table: pa.Table, columns: Sequence[str], label: str, classes: tuple[str, ...], where: str, numbers: bool = False
+) -> Texts:
+    """Texts and labels of one split. Labels are class names, or their `numbers`; without classes, real numbers."""
+    texts = []
+    for name in columns:
+        found = column(table, name, where)
+        if not (pa.types.is_string(found.type) or pa.types.is_large_string(found.type)):
+            raise UserError(f"{where}: {name} holds {found.type}, not text; task.text names the columns to read")
+        texts.append(found.to_pylist())
+    found = column(table, label, where)
+    values = found.to_pylist()
+    if not classes:
+        return Texts(tuple(texts), real_numbers(values, label, where))
+    names = [str(i) for i in range(len(classes))] if numbers else classes
+    known = {name: i for i, name in enumerate(names)}
+    keys = [str(value) for value in values]
+    strange = next((row for row, key in enumerate(keys) if key not in known), None)
+    if strange is not None:
+        raise UserError(
+            f"{where}: row {strange + 1}: {label} is {values[strange]!r}, but the classes are {', '.join(names)}"
+        )
+    return Texts(tuple(texts), np.array([known[key] for key in keys], np.int64))
+
+
+def real_numbers(values: list[Any], label: str, where: str) -> np.ndarray:
+    """Regression targets, float32 (rows,), all finite."""
+    for row, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
+            raise UserError(f"{where}: row {row + 1}: {label} is {value!r}; a regression needs numbers")
+    if len(set(values)) < 2:
+        raise UserError(f"{where}: {label} is {values[0]} in every row: there is nothing to learn")
+    return np.array(values, np.float32)
+
+
+def carve(train: Texts, task: Task, stratified: bool, seed: int) -> tuple[Texts, Texts]:
+    """Split train into what is trained on and `select`, with the classes' shares kept, from the seed."""
+    where = task.train or f"{task.name} train"
+    labels = train.labels
+    size = min(max(round(len(labels) * task.select_share), 2), task.select_rows)
+    if stratified:
+        _, counts = np.unique(labels, return_counts=True)
+        if len(counts) < 2:
+            raise UserError(f"{where}: every row has the same label: there is nothing to learn")
+        if counts.min() < 2:
+            raise UserError(f"{where}: a class has one row only; two are needed, one to train on and one to select by")
+        size = max(size, len(counts))
+    if len(labels) - size < 2:
+        raise UserError(f"{where}: {len(labels)} rows are too few to carve {size} out of them")
+    kept, chosen = train_test_split(
+        np.arange(len(labels)),
+        test_size=size,
+        random_state=derive(seed, "select") % 2**32,
+        stratify=labels if stratified else None,
+    )
+
+    def take(rows: np.ndarray) -> Texts:
+        rows = np.sort(rows)
+        return Texts(tuple([texts[row] for row in rows] for texts in train.columns), labels[rows])
+
+    return take(kept), take(chosen)
+
+
+def tokenize(corpus: Corpus, tokenizer: Any) -> Data:
+    """Token ids of all three splits, cut at the task's length or the tokenizer's, whichever is shorter."""
+    limit = min(corpus.max_length, tokenizer.model_max_length)
+    train, select, report = (to_rows(texts, tokenizer, limit) for texts in (corpus.train, corpus.select, corpus.report))
+    padding = tokenizer.pad_token_id
+    return Data(
+        train, select, report, corpus.parts, corpus.metrics, not corpus.classes, 0 if padding is None else padding
+    )
+
+
+def to_rows(texts: Texts, tokenizer: Any, limit: int) -> Rows:
+    """One split as token ids."""
+    encoded = tokenizer(*texts.columns, truncation=True, max_length=limit, padding=False, return_attention_mask=False)
+    ids = encoded["input_ids"]
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
+    types = encoded.get("token_type_ids")
+    return Rows(
+        np.concatenate(ids).astype(np.int32),
+        None if types is None else np.concatenate(types).astype(np.int8),
+        offsets,
+        texts.labels,
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """An error's text without the paragraphs that some libraries add."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

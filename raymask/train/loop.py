@@ -1,0 +1,215 @@
+"""How is a model trained and measured, with or without a mask, with or without a teacher?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raymask.core.masks import Mask
+from raymask.core.records import Stage
+from raymask.core.seeds import derive
+from raymask.core.spec import Optimizer
+from raymask.train.data import Rows
+
+BUCKET = 50  # batches that are sorted by length together: little padding, still a new mix every epoch
+EVAL_BATCH = 128
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Autocast = Callable[[], AbstractContextManager[object]]
+Batch = dict[str, Tensor]
+
+
+def steps_in(stage: Stage, rows: int) -> int:
+    """Optimizer steps of a stage: its epochs, which may be a fraction, at least one step unless there are none."""
+    return max(1, round(stage.epochs * per_epoch(stage, rows))) if stage.epochs > 0 else 0
+
+
+def per_epoch(stage: Stage, rows: int) -> int:
+    """Batches that cover every row once."""
+    return math.ceil(rows / stage.batch_size)
+
+
+def train(
+    module: nn.Module,
+    rows: Rows,
+    stage: Stage,
+    *,
+    padding: int,
+    seed: int,
+    mask: Mask,
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    autocast: Autocast,
+    teacher: nn.Module | None,
+    regression: bool,
+    looks: Container[int],
+    look: Callable[[int], None],
+    tell: Callable[[float], None],
+) -> None:
+    """Train in place, the mask applied before the first and after every optimizer step.
+
+    `seed` fixes the order of rows and the dropout, so two masks see the same of both. After each step in `looks`
+    `look(step)` is called, in evaluation mode; `tell` gets the share of steps done.
+    """
+    parameters = dict(module.named_parameters())
+    pruned = [parameters[name].data for name in mask]
+    masks = [mask[name].to(weight.dtype) for name, weight in zip(mask, pruned, strict=True)]
+    device = next(module.parameters()).device
+    total = steps_in(stage, len(rows))
+    batches = endless(rows, stage.batch_size, padding, seed)
+    torch.manual_seed(derive(seed, "dropout"))
+    multiply(pruned, masks)
+    module.train()
+    for step in range(1, total + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = stage.learning_rate * pace(stage, step, total)
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+        with autocast():
+            loss = distillation(module, teacher, batch, regression) if teacher else task_loss(module, batch, regression)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        multiply(pruned, masks)
+        if step in looks:
+            module.eval()
+            look(step)
+            module.train()
+        tell(step / total)
+    module.eval()
+
+
+def multiply(weights: list[Tensor], masks: list[Tensor]) -> None:
+    """weights *= masks, in one call."""
+    if weights:
+        torch._foreach_mul_(weights, masks)
+
+
+def pace(stage: Stage, step: int, total: int) -> float:
+    """The share in (0, 1] of the peak learning rate at step 1..total: linear warm-up, then constant or linear decay."""
+    warm = round(stage.warmup * total)
+    if step <= warm:
+        return step / warm
+    return 1.0 if stage.schedule == "constant" else (total - step + 1) / (total - warm)
+
+
+def endless(rows: Rows, size: int, padding: int, seed: int) -> Iterator[Batch]:
+    """Training batches, epoch after epoch, every row once an epoch, rows of like length together."""
+    epoch = 0
+    while True:
+        rng = np.random.default_rng(derive(seed, "order", epoch))
+        for chosen in order(rows.lengths, size, rng):
+            yield collate(rows, chosen, padding)
+        epoch += 1
+
+
+def order(lengths: np.ndarray, size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Shuffle, sort by length within buckets, cut into batches, and shuffle the batches."""
+    shuffled = rng.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(shuffled), size * BUCKET):
+        bucket = shuffled[start : start + size * BUCKET]
+        bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
+        batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def collate(rows: Rows, chosen: np.ndarray, padding: int) -> Batch:
+    """Rows as tensors padded to the longest: input_ids, attention_mask (token_type_ids) int64, and labels."""
+    lengths = rows.lengths[chosen]
+    inside = np.arange(lengths.max()) < lengths[:, None]
+    where = (rows.offsets[chosen][:, None] + np.arange(lengths.max()))[inside]
+
+    def padded(values: np.ndarray, filler: int) -> Tensor:
+        grid = np.full(inside.shape, filler, np.int64)
+        grid[inside] = values[where]
+        return torch.from_numpy(grid)
+
+    batch = {
+        "input_ids": padded(rows.ids, padding),
+        "attention_mask": torch.from_numpy(inside.astype(np.int64)),
+        "labels": torch.from_numpy(rows.labels[chosen]),
+    }
+    if rows.types is not None:
+        batch["token_type_ids"] = padded(rows.types, 0)
+    return batch
+
+
+def row_losses(logits: Tensor, labels: Tensor, regression: bool) -> Tensor:
+    """float32 (rows,): cross-entropy, or squared error of the one output."""
+    if regression:
+        return F.mse_loss(logits[:, 0].float(), labels.float(), reduction="none")
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def task_loss(module: nn.Module, batch: Batch, regression: bool) -> Tensor:
+    """The mean loss against the labels."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    return row_losses(module(**inputs).logits, batch["labels"], regression).mean()
+
+
+def distillation(module: nn.Module, teacher: nn.Module, batch: Batch, regression: bool) -> Tensor:
+    """Sum over layers of MSE of attention probabilities and of hidden states, plus soft cross-entropy at
+    temperature 1 (a regression: MSE to the labels). Means are over real tokens only, so padding changes nothing.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    student_out = module(**inputs, output_attentions=True, output_hidden_states=True)
+    with torch.no_grad():
+        teacher_out = teacher(**inputs, output_attentions=True, output_hidden_states=True)
+    real = batch["attention_mask"].float()
+    tokens, pairs = real.sum(), real.sum(1).square().sum()
+    if regression:
+        loss = row_losses(student_out.logits, batch["labels"], regression).mean()
+    else:
+        soft = teacher_out.logits.float().softmax(-1)
+        loss = -(soft * student_out.logits.float().log_softmax(-1)).sum(-1).mean()
+    for mine, theirs in zip(student_out.hidden_states, teacher_out.hidden_states, strict=True):
+        loss = loss + ((mine.float() - theirs.float()).square().mean(-1) * real).sum() / tokens
+    for mine, theirs in zip(student_out.attentions, teacher_out.attentions, strict=True):
+        error = (mine.float() - theirs.float()).square().sum(-1).mean(1)  # over keys, then heads: (rows, queries)
+        loss = loss + (error * real).sum() / pairs
+    return loss
+
+
+@torch.no_grad()
+def predict(module: nn.Module, rows: Rows, *, padding: int, autocast: Autocast) -> Tensor:
+    """Logits of all rows, float32 (rows, outputs), on the CPU and in the rows' order; the module is in eval mode."""
+    device = next(module.parameters()).device
+    sorted_rows = np.argsort(rows.lengths, kind="stable")
+    found = []
+    for start in range(0, len(rows), EVAL_BATCH):
+        batch = collate(rows, sorted_rows[start : start + EVAL_BATCH], padding)
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items() if name != "labels"}
+        with autocast():
+            found.append(module(**inputs).logits.float())
+    logits = torch.cat(found).cpu()
+    unsorted = torch.empty_like(logits)
+    unsorted[torch.from_numpy(sorted_rows)] = logits
+    return unsorted
+
+
+def make_optimizer(module: nn.Module, settings: Optimizer, state: Mapping[str, Tensor] | None) -> torch.optim.AdamW:
+    """AdamW over all parameters, continuing from `state` as `optimizer_state` gives it."""
+    optimizer = torch.optim.AdamW(module.parameters(), weight_decay=settings.weight_decay, fused=True)
+    if state:
+        for name, parameter in module.named_parameters():
+            mine = {"step": state["step"], **{moment: state[f"{moment}/{name}"] for moment in MOMENTS}}
+            optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in mine.items()}
+    return optimizer
+
+
+def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Flat tensors: `step`, 0-d float32, and `<moment>/<parameter>` shaped as the parameter; empty before a step."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        known = optimizer.state.get(parameter)
+        if known:
+            state["step"] = known["step"]
+            state.update({f"{moment}/{name}": known[moment] for moment in MOMENTS})
+    return state

@@ -1,0 +1,37 @@
+"""How good are these predictions, in the field's own measures?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+from sklearn import metrics as sk
+
+
+def measure(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Each metric of `names` for logits, float (rows, outputs), against labels, (rows,).
+
+    F1 is that of class 1 where there are two classes, else the classes' plain mean. A correlation with constant
+    predictions does not exist and counts as 0.
+    """
+    if set(names) & {"pearson", "spearman"}:
+        guesses = logits[:, 0]
+        found = {}
+        for name in names:
+            correlate = stats.pearsonr if name == "pearson" else stats.spearmanr
+            found[name] = float(correlate(guesses, labels).statistic) if np.ptp(guesses) > 0 else 0.0
+        return found
+    guesses = logits.argmax(axis=1)
+    average = "binary" if logits.shape[1] == 2 else "macro"
+    classification = {
+        "accuracy": lambda: sk.accuracy_score(labels, guesses),
+        "f1": lambda: sk.f1_score(labels, guesses, average=average, zero_division=0),
+        "matthews": lambda: sk.matthews_corrcoef(labels, guesses),
+    }
+    return {name: float(classification[name]()) for name in names}
+
+
+def overall(metrics: dict[str, float]) -> float:
+    """The one number that choices by metric use: the mean of the task's metrics."""
+    return float(np.mean(list(metrics.values())))

@@ -1,0 +1,189 @@
+"""Which model is it, and which of its matrices can be pruned?"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raymask.core.errors import UserError
+from raymask.core.masks import matching
+from raymask.core.spec import QUICKSTART, Model
+from raymask.core.tensors import Packed, pack
+from raymask.train import quickstart
+from raymask.train.data import first_line
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of the prunable matrices, of the blocks they stand in (the encoder), and of the whole model."""
+
+    prunable: int
+    encoder: int
+    whole: int
+
+    def sparsities(self, pruned: int) -> dict[str, float]:
+        """Share of zeros in all three denominators when `pruned` weights are gone."""
+        return {name: pruned / getattr(self, name) for name in ("prunable", "encoder", "whole")}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model without its weights: configuration, tokenizer, the names of its prunable matrices, and its sizes."""
+
+    config: Any
+    tokenizer: Any
+    prunable: tuple[str, ...]
+    sizes: Sizes
+
+
+def read_config(model: Model) -> tuple[Any, Any]:
+    """Configuration and tokenizer, without the weights. Raises UserError when there are none."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    if model.name == QUICKSTART:
+        return quickstart.config(), quickstart.tokenizer()
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        return AutoConfig.from_pretrained(model.name, **options), AutoTokenizer.from_pretrained(model.name, **options)
+    except Exception as error:  # noqa: BLE001 - transformers and the hub each raise their own kinds
+        raise UserError(unloadable(model, error)) from None
+
+
+def class_names(config: Any) -> tuple[str, ...]:
+    """The classes that a checkpoint's own classifier knows, in the order of their numbers."""
+    return tuple(str(name) for _, name in sorted((config.id2label or {}).items()))
+
+
+def describe(model: Model, config: Any, tokenizer: Any, classes: tuple[str, ...]) -> Source:
+    """The classifier that a configuration gives for these classes (none: a regression), built without memory.
+
+    Raises UserError when there is no such classifier, or nothing in it to prune.
+    """
+    config.num_labels = len(classes) or 1
+    config.problem_type = "single_label_classification" if classes else "regression"
+    if classes:
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {name: i for i, name in enumerate(classes)}
+    try:
+        with torch.device("meta"):
+            module = build(config, model.trust_remote_code)
+    except Exception as error:  # noqa: BLE001 - transformers raises its own kinds
+        raise UserError(f"model.name: {model.name} makes no sequence classifier: {first_line(error)}") from None
+    prunable = find_prunable(module, model.include, model.exclude)
+    if not prunable:
+        chosen = ": model.include and model.exclude leave none" if model.include or model.exclude else ""
+        raise UserError(f"model: no matrix of {model.name} can be pruned{chosen}")
+    return Source(config, tokenizer, prunable, count_sizes(module, prunable))
+
+
+def load_weights(model: Model, config: Any, seed: int, fine_tuned: bool) -> Packed:
+    """The checkpoint's weights, float32; a head that it lacks is drawn from the seed.
+
+    `fine_tuned`: the head must be there too. Raises UserError when the weights cannot be used.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = build(config) if model.name == QUICKSTART else load_module(model, config, fine_tuned)
+    return pack(persistent(module))
+
+
+def load_module(model: Model, config: Any, fine_tuned: bool) -> nn.Module:
+    """The checkpoint in float32; only safetensors, never a pickle."""
+    from transformers import AutoModelForSequenceClassification
+
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # a new head is expected
+    try:
+        module, report = AutoModelForSequenceClassification.from_pretrained(
+            model.name,
+            config=config,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except Exception as error:  # noqa: BLE001 - see above
+        raise UserError(unloadable(model, error)) from None
+    missing = set(report["missing_keys"])
+    lost = sorted(missing & block_parameters(module))
+    if lost:
+        raise UserError(
+            f"model.name: {model.name} has no weights for {lost[0]} and {len(lost) - 1} more of the encoder"
+        )
+    if fine_tuned and missing:
+        raise UserError(
+            f"dense.epochs: 0 says that {model.name} is fine-tuned, but it has no weights for {', '.join(sorted(missing))}"
+        )
+    return module  # type: ignore[no-any-return]
+
+
+def unloadable(model: Model, error: BaseException) -> str:
+    """Why a model could not be loaded, in one line, and what to do about it."""
+    if Path(model.name).exists():
+        advice = "the folder needs config.json, model.safetensors and a tokenizer"
+    else:
+        advice = "it is neither a folder here nor reachable on the hub: check the name, or the network"
+    return f"model.name: {model.name} cannot be loaded: {advice} ({first_line(error)})"
+
+
+def build(config: Any, trust_remote_code: bool = False, *, show_attention: bool = False) -> nn.Module:
+    """A model of this configuration with new weights; `show_attention` when attention probabilities will be asked for."""
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_config(  # type: ignore[no-any-return]
+        config,
+        trust_remote_code=trust_remote_code,
+        dtype=torch.float32,
+        attn_implementation="eager" if show_attention else None,
+    )
+
+
+def persistent(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, each once: what a snapshot holds. They alias the live module."""
+    saved = module.state_dict().keys()
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in saved}
+    return {**dict(module.named_parameters()), **buffers}
+
+
+def blocks(module: nn.Module) -> dict[str, nn.ModuleList]:
+    """The outermost lists of blocks of one class that hold linear layers: encoder or decoder layers, by name."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, child in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(child, nn.ModuleList) and not inside and len({type(block) for block in child}) == 1:
+            if any(isinstance(part, nn.Linear) for part in child.modules()):
+                found[name] = child
+    return found
+
+
+def block_parameters(module: nn.Module) -> set[str]:
+    """Names of all parameters inside the blocks."""
+    names = tuple(f"{name}." for name in blocks(module))
+    return {name for name, _ in module.named_parameters() if name.startswith(names)}
+
+
+def find_prunable(module: nn.Module, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Names of the weights to prune, in the module's order: the linear ones inside its blocks.
+
+    `include` and `exclude` are shell-style patterns; `include` chooses among all linear weights instead.
+    """
+    linear = [f"{name}.weight" for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    chosen = matching(linear, include) if include else set(linear) & block_parameters(module)
+    chosen -= matching(linear, exclude)
+    return tuple(name for name in linear if name in chosen)
+
+
+def count_sizes(module: nn.Module, prunable: tuple[str, ...]) -> Sizes:
+    """Parameters in the three denominators; the encoder is never smaller than what is pruned."""
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    inside = block_parameters(module) | set(prunable)
+    return Sizes(
+        prunable=sum(sizes[name] for name in prunable),
+        encoder=sum(sizes[name] for name in inside),
+        whole=sum(sizes.values()),
+    )

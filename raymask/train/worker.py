@@ -1,0 +1,297 @@
+"""What does one worker do, in a Ray actor or in this process?"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raymask.core import masks
+from raymask.core.errors import UserError
+from raymask.core.recipe import probe_stage, resolve
+from raymask.core.records import Candidate, Checkpoint, Evaluation, FineTuned, Point, Settling, Snapshot, Stage
+from raymask.core.samplers import Draw
+from raymask.core.seeds import derive
+from raymask.core.spec import Spec
+from raymask.core.tensors import load, pack
+from raymask.train import loop
+from raymask.train.data import Data
+from raymask.train.metrics import measure, overall
+from raymask.train.model import build, persistent
+
+MACHINE_FAULTS = (MemoryError, torch.OutOfMemoryError)
+"""Errors that say nothing about a candidate: another machine may well do it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker of a search is told once: all but the weights, of which there are `parameters`."""
+
+    spec: Spec
+    config: Any
+    data: Data
+    prunable: tuple[str, ...]
+    parameters: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes that one worker needs, about: weights, gradients, masks, optimizer, the best copy of them, a teacher,
+        and as much again of room for activations, on top of Python and torch."""
+        copies = 1 + 1 + 1 + 2 + 3 + (1 if self.spec.distill else 0)
+        return 2**29 + 2 * copies * 4 * self.parameters
+
+    @property
+    def store_memory(self) -> int:
+        """Bytes of object store, about: what goes out and comes back for both lineages of a level, and the data."""
+        return 2**28 + 4 * 4 * 4 * self.parameters
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all candidates of one level have in common: computed once a worker."""
+
+    key: tuple[str, float]
+    control: masks.Mask
+    prepared: dict[object, Draw]
+
+
+class Worker:
+    """A model of the job's shape that is reset for every piece of work; nothing else carries over.
+
+    `tell` gets the share in [0, 1] of the present work that is done.
+    """
+
+    def __init__(self, job: Job, device: str, tell: Callable[[float], None] = lambda share: None) -> None:
+        self.job = job
+        self.recipe = resolve(job.spec)
+        self.device = torch.device(device)
+        self.tell = tell
+        self.autocast = autocasting(job.spec.precision, self.device)
+        self.module = self.new_module()
+        self.live = persistent(self.module)
+        self.teacher: torch.nn.Module | None = None
+        self.name = describe(self.device, job.spec)
+        self.level: Shared | None = None
+
+    def new_module(self) -> torch.nn.Module:
+        spec = self.job.spec
+        module = build(self.job.config, spec.model.trust_remote_code, show_attention=spec.distill)
+        return module.to(self.device).eval()
+
+    def probe(self, snapshot: Snapshot, candidate: Candidate) -> Evaluation:
+        """Early evaluation of one candidate. Its own failure is returned as a record, the machine's is raised."""
+        started = time.perf_counter()
+        with isolated(self.job.spec, self.device):
+            try:
+                found = self.evaluate(snapshot, candidate)
+            except MACHINE_FAULTS:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever a candidate dies of is on record; the search goes on
+                found = Evaluation(candidate=candidate, error=f"{type(error).__name__}: {error}"[:2000])
+        return found.model_copy(update={"seconds": time.perf_counter() - started, "worker": self.name})
+
+    def evaluate(self, snapshot: Snapshot, candidate: Candidate) -> Evaluation:
+        """Reset, draw, train briefly, and score on `select`."""
+        spec, data = self.job.spec, self.job.data
+        stage = probe_stage(spec)
+        mask = self.reset(snapshot, candidate)
+        assert self.level is not None, "candidates of a search are sparse"
+        stray = masks.distance(mask, self.level.control)
+        total = loop.steps_in(stage, len(data.train))
+        looks = list(range(spec.probe.eval_every, total + 1, spec.probe.eval_every)) or [total]
+        curve: list[Point] = []
+        losses: list[Tensor] = []
+
+        def look(step: int) -> None:
+            point, rows = self.look(step)
+            if not np.isfinite(point.loss):
+                raise FloatingPointError(f"the loss on select is {point.loss} after {step} steps")
+            curve.append(point)
+            losses.append(rows)
+
+        self.train(snapshot, stage, mask, derive(spec.seed, "probe", candidate.level), looks, look)
+        last = curve[-spec.probe.last :]
+        score = float(np.mean([-point.loss if spec.probe.score == "loss" else point.metric for point in last]))
+        return Evaluation(
+            candidate=candidate,
+            score=score,
+            curve=tuple(curve),
+            row_losses=torch.stack(losses[-spec.probe.last :]).mean(0).numpy().tobytes(),
+            distance=stray,
+            digest=masks.digest(masks.pack_bits(mask)),
+        )
+
+    def settle(self, parent: Snapshot, settling: Settling) -> Checkpoint:
+        """Fine-tune one mask from its parent; the look with the best metric on `select` is kept.
+
+        Raises UserError when the mask is not the one that was scored, or when the training diverged.
+        """
+        with isolated(self.job.spec, self.device):
+            return self.fine_tune(parent, settling)
+
+    def fine_tune(self, parent: Snapshot, settling: Settling) -> Checkpoint:
+        started = time.perf_counter()
+        spec, data, stage = self.job.spec, self.job.data, settling.stage
+        mask = self.reset(parent, settling.candidate)
+        bits = masks.pack_bits(mask)
+        digest = masks.digest(bits)
+        if settling.digest is not None and digest != settling.digest:
+            raise UserError(
+                f"{settling.candidate.name} of level {settling.candidate.level} drew mask {digest} here ({self.name}), "
+                f"but mask {settling.digest} was scored: the workers' devices or torch versions differ. Use workers of "
+                "one kind"
+            )
+        total, epoch = loop.steps_in(stage, len(data.train)), loop.per_epoch(stage, len(data.train))
+        looks = sorted({*range(epoch, total + 1, epoch), total})
+        curve: list[Point] = []
+        best: list[Any] = []
+
+        def look(step: int) -> None:
+            point, _ = self.look(step)
+            curve.append(point)
+            rank = (point.metric, -point.loss)
+            if np.isfinite(point.loss) and (not best or rank > best[0]):
+                state = {} if optimizer is None else loop.optimizer_state(self.module, optimizer)
+                best[:] = [rank, len(curve) - 1, pack(self.live), pack(state)]
+
+        optimizer = None
+        if total == 0:
+            look(0)
+        else:
+            optimizer = self.optimizer(parent)
+            seed = derive(spec.seed, "fine-tune", settling.candidate.level)
+            self.train(parent, stage, mask, seed, looks, look, optimizer)
+        if not best:
+            raise UserError(
+                f"level {settling.candidate.level}: fine-tuning diverged, the loss on select is {curve[-1].loss}. "
+                "Lower finetune.learning_rate (dense.learning_rate at level 0) and start in a new run directory"
+            )
+        _, index, weights, state = best
+        load(weights, self.live)
+        return Checkpoint(
+            weights=weights,
+            optimizer=state,
+            mask=bits,
+            digest=digest,
+            kept=masks.kept(mask),
+            total=sum(bits.numel() for bits in mask.values()),
+            finetuned=FineTuned(
+                curve=tuple(curve), best=index, seconds=time.perf_counter() - started, worker=self.name
+            ),
+            logits=loop.predict(self.module, data.report, padding=data.padding, autocast=self.autocast).numpy(),
+        )
+
+    def reset(self, snapshot: Snapshot, candidate: Candidate) -> masks.Mask:
+        """The snapshot's weights in the live model, and the candidate's mask on them; none for a dense one."""
+        load(snapshot.weights, self.live)
+        if candidate.density == 1.0:
+            return {}
+        key = (snapshot.key, candidate.density)
+        if self.level is None or self.level.key != key:
+            control = candidate.model_copy(update={"noise": None})
+            self.level = Shared(key, self.draw(control, {}), {})
+        return self.level.control if candidate.is_control else self.draw(candidate, self.level.prepared)
+
+    def draw(self, candidate: Candidate, prepared: dict[object, Draw]) -> masks.Mask:
+        """The candidate's mask on the live weights."""
+        weights = {name: self.live[name] for name in self.job.prunable}
+        verbs = self.recipe
+        return masks.draw(
+            weights,
+            candidate,
+            scorer=verbs.scorer,
+            sampler=verbs.sampler,
+            pattern=verbs.pattern,
+            prepared=prepared,
+        )
+
+    def optimizer(self, snapshot: Snapshot) -> torch.optim.AdamW:
+        """AdamW as the snapshot left it."""
+        state = snapshot.optimizer.views() if snapshot.optimizer else None
+        return loop.make_optimizer(self.module, self.job.spec.optimizer, state)
+
+    def train(
+        self,
+        snapshot: Snapshot,
+        stage: Stage,
+        mask: masks.Mask,
+        seed: int,
+        looks: list[int],
+        look: Callable[[int], None],
+        optimizer: torch.optim.AdamW | None = None,
+    ) -> None:
+        """One stage from the snapshot, on the live model."""
+        loop.train(
+            self.module,
+            self.job.data.train,
+            stage,
+            padding=self.job.data.padding,
+            seed=seed,
+            mask=mask,
+            optimizer=optimizer or self.optimizer(snapshot),
+            max_grad_norm=self.job.spec.optimizer.max_grad_norm,
+            autocast=self.autocast,
+            teacher=self.taught_by(snapshot) if stage.distill else None,
+            regression=self.job.data.regression,
+            looks=frozenset(looks),
+            look=look,
+            tell=self.tell,
+        )
+
+    def taught_by(self, snapshot: Snapshot) -> torch.nn.Module:
+        """The teacher with the snapshot's teacher weights; they are the same for a whole search."""
+        assert snapshot.teacher is not None
+        if self.teacher is None:
+            self.teacher = self.new_module().requires_grad_(False)
+            load(snapshot.teacher, persistent(self.teacher))
+        return self.teacher
+
+    def look(self, step: int) -> tuple[Point, Tensor]:
+        """Measure on `select`: the point, and the loss of every row, float32 (rows,)."""
+        data = self.job.data
+        logits = loop.predict(self.module, data.select, padding=data.padding, autocast=self.autocast)
+        losses = loop.row_losses(logits, torch.from_numpy(data.select.labels), data.regression)
+        loss = float(losses.double().mean())
+        finite = bool(torch.isfinite(logits).all())
+        metric = overall(measure(data.metrics, logits.numpy(), data.select.labels)) if finite else 0.0
+        return Point(step=step, loss=loss, metric=metric), losses
+
+
+def autocasting(precision: str, device: torch.device) -> loop.Autocast:
+    """bf16 autocast where it is asked for, or, on `auto`, where the device multiplies bf16 natively."""
+    if precision == "auto":
+        precision = "bf16" if native_bf16(device) else "fp32"
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether bf16 is faster than float32 there."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def describe(device: torch.device, spec: Spec) -> str:
+    """Where a result was computed, in words: host, process, device and threads."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{spec.workers.threads} threads"
+    return f"{platform.node()}/{os.getpid()} {device.type} {kind}"
+
+
+@contextmanager
+def isolated(spec: Spec, device: torch.device) -> Iterator[None]:
+    """Run with the spec's threads and without a trace in the caller's random state."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(spec.workers.threads)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        torch.set_num_threads(threads)
