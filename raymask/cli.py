@@ -71,7 +71,7 @@ def search(
 def check(spec: SpecFile = None, overrides: Overrides = None, address: Address = None) -> None:
     """Say what a search would do, without doing it: is all readable, what is pruned, what it costs."""
     asked, _ = read(spec, overrides)
-    from raymask.report.check import show_check
+    from raymask.check import show_check
 
     show_check(make_console(), asked, address)
 

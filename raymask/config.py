@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def parse_spec(text: str, overrides: Sequence[str] = (), *, source: str = "spec"
     """The same from a YAML text."""
     try:
         data = yaml.load(text, UniqueKeys)  # noqa: S506 - a SafeLoader that also refuses a key given twice
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
         raise UserError(f"{source}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{source}: a spec is a mapping of keys to values, at least `model:` and `task:`")
@@ -52,9 +52,8 @@ def make_spec(data: Mapping[str, Any], *, source: str = "spec") -> Spec:
         return Spec.model_validate(data)
     except ValidationError as error:
         mistakes = [describe(mistake) for mistake in error.errors()]
-        raise UserError(
-            f"{source}: " + (mistakes[0] if len(mistakes) == 1 else "\n  - ".join(["", *mistakes]))
-        ) from None
+        listed = f" {mistakes[0]}" if len(mistakes) == 1 else "".join(f"\n  - {mistake}" for mistake in mistakes)
+        raise UserError(f"{source}:{listed}") from None
 
 
 def set_key(data: dict[str, Any], override: str) -> None:
@@ -65,12 +64,14 @@ def set_key(data: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: write it as key=value, for instance --set candidates.count=16")
     try:
         parsed = yaml.load(value, UniqueKeys)  # noqa: S506 - see above
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"--set {override}: the value is not valid YAML") from None
     for depth, key in enumerate(keys[:-1]):
         inner = data.get(key)
         if isinstance(inner, str) and key in ("model", "task") and depth == 0:
             inner = {"name": inner}
+        if not isinstance(inner, (dict, list, type(None))):
+            raise UserError(f"--set {override}: {key} is {inner!r}, which has no keys")
         data[key] = dict(inner) if isinstance(inner, dict) else {}
         data = data[key]
     data[keys[-1]] = parsed
@@ -117,13 +118,20 @@ def keys_beside(path: Sequence[Any]) -> list[str]:
     return [*section.model_fields, *(["preset"] if section is Spec else [])]
 
 
+MERGE = "tag:yaml.org,2002:merge"
+
+
 class UniqueKeys(yaml.SafeLoader):
     """A safe YAML loader that refuses a key given twice, and reads 1e-4 as a number, as YAML 1.2 does."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == MERGE:
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # the loader itself refuses it
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice", key_node.start_mark

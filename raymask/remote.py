@@ -386,8 +386,8 @@ def join(address: str) -> None:
         ray.init(where, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"--address {address}: no Ray cluster answers there ({brief(error)}). Start one with `ray start --head`, or "
-            "leave out --address for a private one"
+            f"--address {address}: no Ray cluster answers there ({brief(error)}). Start one with `ray start --head`, "
+            "or leave out --address for a private one"
         ) from None
 
 
@@ -399,7 +399,7 @@ def auth_mode() -> str:
 
 def reread_environment() -> None:
     """Make Ray see the authentication variables of now: it has read them when it was imported."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

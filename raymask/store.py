@@ -4,7 +4,8 @@
           dense/                      the fine-tuned dense model, laid out like a level
           level-N/evaluations.jsonl   the journal: one line per evaluation, appended as it arrives
                   mask.safetensors model.safetensors optimizer.safetensors report.safetensors
-                  level.json          written last: it exists, so the level is done; level-0 is the distilled dense model
+                  level.json          written last: it exists, so the level is done
+          level-0/                    the dense model after distillation, where there is any
           imp/level-N/                the same for the baseline
           export/ result.json
 

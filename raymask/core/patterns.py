@@ -12,8 +12,8 @@ Pattern = Callable[[Tensor, float], Tensor]
 
 
 def budget(entries: int, density: float) -> int:
-    """How many of `entries` a density keeps: the floor, forgiving float error (0.1 * 30 keeps 3)."""
-    return math.floor(entries * density + 1e-9 * entries)
+    """How many of `entries` a density keeps: the floor, forgiving float error (30 at 1 - 0.9 keeps 3)."""
+    return math.floor(entries * density + 1e-12 * entries)
 
 
 def unstructured(scores: Tensor, density: float) -> Tensor:

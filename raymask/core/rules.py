@@ -1,5 +1,6 @@
 """Who goes on to the next level?"""
 
+import math
 from collections.abc import Callable, Sequence
 
 from raymask.core.errors import UserError
@@ -10,16 +11,16 @@ Rule = Callable[[Sequence[Evaluation]], Evaluation]
 
 
 def best(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The highest score; on a tie the lowest index, so that the order of arrival never matters.
+    """The highest finite score; on a tie the lowest index, so that the order of arrival never matters.
 
     Raises UserError when every candidate failed.
     """
-    alive = [evaluation for evaluation in evaluations if evaluation.ok and evaluation.score is not None]
+    alive = [e for e in evaluations if e.ok and e.score is not None and math.isfinite(e.score)]
     if not alive:
         first = min(evaluations, key=lambda evaluation: evaluation.candidate.index)
         raise UserError(
             f"level {first.candidate.level}: all {len(evaluations)} candidates failed; the first one said: "
-            f"{first.error}. Mend the cause (often a learning rate that is too high) and start in a new run directory"
+            f"{first.error or f'its score is {first.score}'}. Mend the cause (often a learning rate that is too high) and start in a new run directory"
         )
     return max(alive, key=lambda evaluation: (evaluation.score, -evaluation.candidate.index))
 

@@ -17,10 +17,11 @@ QUICKSTART = "quickstart"
 METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
 
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# Strict numbers: YAML tells 1, true and "1" apart, and so do we.
+Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
+Positive = Annotated[float, Field(gt=0, strict=True)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 
 
 class Section(BaseModel):
@@ -72,9 +73,9 @@ class Task(Section):
     label: Text = "label"
     kind: Literal["classification", "regression"] = "classification"
     metrics: tuple[Literal["accuracy", "f1", "matthews", "pearson", "spearman"], ...] = ()
-    max_length: Annotated[int, Field(ge=4)] | None = None
-    select_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
-    select_rows: Annotated[int, Field(ge=2)] = 2000
+    max_length: Annotated[int, Field(ge=4, strict=True)] | None = None
+    select_share: Annotated[float, Field(gt=0, le=0.5, strict=True)] = 0.1
+    select_rows: Annotated[int, Field(ge=2, strict=True)] = 2000
 
     @model_validator(mode="after")
     def one_source(self) -> Task:
@@ -129,19 +130,24 @@ class Levels(Section):
 class Candidates(Section):
     """How many random masks a level draws beside the control, and how: exponent a, sampling ratios r in turn."""
 
-    count: Annotated[int, Field(ge=0)] = 8
-    exponent: Annotated[float, Field(gt=0, le=1000)] = 5.0
-    ratios: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (5e-5, 1e-4, 8e-5, 3e-4)
+    count: Annotated[int, Field(ge=0, strict=True)] = 8
+    exponent: Annotated[float, Field(gt=0, le=1000, strict=True)] = 5.0
+    ratios: Annotated[tuple[Annotated[float, Field(gt=0, le=1, strict=True)], ...], Field(min_length=1)] = (
+        5e-5,
+        1e-4,
+        8e-5,
+        3e-4,
+    )
 
 
 class Dense(Section):
     """Fine-tuning of the dense model (`epochs: 0` when it is already fine-tuned), then dense distillation."""
 
-    epochs: Annotated[float, Field(ge=0)] = 3.0
-    distill_epochs: Annotated[float, Field(ge=0)] = 1.0
+    epochs: Annotated[float, Field(ge=0, strict=True)] = 3.0
+    distill_epochs: Annotated[float, Field(ge=0, strict=True)] = 1.0
     batch_size: Count = 32
     learning_rate: Positive = 5e-5
-    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
+    warmup: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.1
 
 
 class Probe(Section):
@@ -150,7 +156,7 @@ class Probe(Section):
     epochs: Positive = 1.0
     batch_size: Count = 64
     learning_rate: Positive = 2e-4
-    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
+    warmup: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.1
     eval_every: Count = 50
     last: Count = 10
     score: Literal["loss", "metric"] = "loss"
@@ -162,7 +168,7 @@ class Finetune(Section):
     epochs: Positive = 10.0
     batch_size: Count = 64
     learning_rate: Positive = 5e-5
-    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
+    warmup: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.1
 
 
 class Imp(Section):
@@ -178,7 +184,7 @@ class Imp(Section):
 class Optimizer(Section):
     """AdamW's settings, the same in every stage."""
 
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, strict=True)] = 0.0
     max_grad_norm: Positive = 1.0
 
 
@@ -191,9 +197,9 @@ class Workers(Section):
 
     count: Count | None = None
     cpus: Positive = 1.0
-    gpus: Annotated[float, Field(ge=0)] | None = None
+    gpus: Annotated[float, Field(ge=0, strict=True)] | None = None
     deadline: Positive = 3600.0
-    retries: Annotated[int, Field(ge=0)] = 3
+    retries: Annotated[int, Field(ge=0, strict=True)] = 3
 
     @property
     def threads(self) -> int:

@@ -30,6 +30,8 @@ class Packed:
         base = torch.from_numpy(self.buffer)
         return {
             name: base[offset : offset + size].view(getattr(torch, dtype)).view(shape)
+            if size
+            else torch.empty(shape, dtype=getattr(torch, dtype))
             for name, (offset, size, shape, dtype) in self.index.items()
         }
 

@@ -27,8 +27,8 @@ tags: [text-classification, pruned, raymask]
 ---
 # {result.model}, pruned to {percent(last.sparsity)} for {result.task}
 
-A plain checkpoint: `AutoModelForSequenceClassification.from_pretrained(...)` loads it. {last.total - last.kept:,} of the
-{last.total:,} weights in its prunable matrices are exact zeros; `mask.safetensors` has the same as packed bits
+A plain checkpoint: `AutoModelForSequenceClassification.from_pretrained(...)` loads it. {last.total - last.kept:,} of
+the {last.total:,} weights in its prunable matrices are exact zeros; `mask.safetensors` has the same as packed bits
 (`numpy.packbits`, row-major, the shape beside each matrix). Mask digest `{last.digest}`.
 
 ## Figures
@@ -42,9 +42,9 @@ On the task's `report` split, which no choice of the search has seen.
 ## How they were obtained
 
 Randomized mask search (Li et al., Findings of EMNLP 2023, arXiv 2310.13183) with raymask: at every level random masks
-near the magnitude mask, and the magnitude mask itself, are trained for a short while from the same parent, with the same
-order of rows and the same dropout; the best by the `select` split, which is carved out of train, is fine-tuned from
-the parent and becomes the next one. "control (IMP)" is iterative magnitude pruning through the same code.
+near the magnitude mask, and the magnitude mask itself, are trained for a short while from the same parent, with the
+same order of rows and the same dropout; the best by the `select` split, which is carved out of train, is fine-tuned
+from the parent and becomes the next one. "control (IMP)" is iterative magnitude pruning through the same code.
 
 | level | sparsity | candidates | winner | kept entries that the control prunes | loss on select |
 | --- | --- | --- | --- | --- | --- |

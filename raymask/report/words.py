@@ -37,8 +37,8 @@ def evaluated_line(evaluation: Evaluation) -> str:
     last = evaluation.curve[-1]
     stray = "" if evaluation.candidate.is_control else f", {percent(evaluation.distance or 0.0)} from control"
     return (
-        f"{evaluation.candidate.name}: score {evaluation.score:.4f} (loss {last.loss:.4f}, metric {last.metric:.4f})"
-        f"{stray}, {duration(evaluation.seconds)}"
+        f"{evaluation.candidate.name}: score {evaluation.score:.4f}, last loss {last.loss:.4f}, last metric "
+        f"{last.metric:.4f}{stray}, {duration(evaluation.seconds)}"
     )
 
 

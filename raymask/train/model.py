@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,17 +97,17 @@ def load_module(model: Model, config: Any, fine_tuned: bool) -> nn.Module:
     """The checkpoint in float32; only safetensors, never a pickle."""
     from transformers import AutoModelForSequenceClassification
 
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # a new head is expected
     try:
-        module, report = AutoModelForSequenceClassification.from_pretrained(
-            model.name,
-            config=config,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        with quiet():
+            module, report = AutoModelForSequenceClassification.from_pretrained(
+                model.name,
+                config=config,
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
     except Exception as error:  # noqa: BLE001 - see above
         raise UserError(unloadable(model, error)) from None
     missing = set(report["missing_keys"])
@@ -117,9 +118,25 @@ def load_module(model: Model, config: Any, fine_tuned: bool) -> nn.Module:
         )
     if fine_tuned and missing:
         raise UserError(
-            f"dense.epochs: 0 says that {model.name} is fine-tuned, but it has no weights for {', '.join(sorted(missing))}"
+            f"dense.epochs: 0 says that {model.name} is fine-tuned, but it lacks {', '.join(sorted(missing))}"
         )
     return module  # type: ignore[no-any-return]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bars and remarks: that a head is new is expected, what matters is checked."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def unloadable(model: Model, error: BaseException) -> str:
@@ -132,7 +149,7 @@ def unloadable(model: Model, error: BaseException) -> str:
 
 
 def build(config: Any, trust_remote_code: bool = False, *, show_attention: bool = False) -> nn.Module:
-    """A model of this configuration with new weights; `show_attention` when attention probabilities will be asked for."""
+    """A model of this configuration with new weights; `show_attention` lets it return attention probabilities."""
     from transformers import AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification.from_config(  # type: ignore[no-any-return]
@@ -154,10 +171,10 @@ def blocks(module: nn.Module) -> dict[str, nn.ModuleList]:
     """The outermost lists of blocks of one class that hold linear layers: encoder or decoder layers, by name."""
     found: dict[str, nn.ModuleList] = {}
     for name, child in module.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(child, nn.ModuleList) and not inside and len({type(block) for block in child}) == 1:
-            if any(isinstance(part, nn.Linear) for part in child.modules()):
-                found[name] = child
+        outermost = not any(name.startswith(f"{outer}.") for outer in found)
+        repeated = isinstance(child, nn.ModuleList) and len({type(block) for block in child}) == 1
+        if repeated and outermost and any(isinstance(part, nn.Linear) for part in child.modules()):
+            found[name] = child
     return found
 
 

@@ -45,7 +45,7 @@ def show_data(console: Console, plan: Plan) -> None:
     kind = f"{len(corpus.classes)} classes" if corpus.classes else "regression"
     console.print(
         f"task     {kind}, {', '.join(data.metrics)}; rows: {len(data.train):,} train, {len(data.select):,} select, "
-        f"{len(data.report):,} report; {data.train.lengths.mean():.0f} tokens a row, at most {data.train.lengths.max()}",
+        f"{len(data.report):,} report; {data.train.lengths.mean():.0f} tokens a row, up to {data.train.lengths.max()}",
         highlight=False,
     )
 

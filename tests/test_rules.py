@@ -1,0 +1,69 @@
+"""Does the best candidate win, whatever the order of arrival and whatever failed?"""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raymask.core.errors import UserError
+from raymask.core.records import Candidate, Evaluation
+from raymask.core.rules import RULES, best
+
+scores = st.sampled_from([-1.0, -0.5, 0.5]) | st.floats(-9, 9)  # ties are common
+outcomes = st.lists(st.none() | scores, min_size=1, max_size=9).filter(lambda found: set(found) != {None})
+
+
+def evaluated(index, score=None, error=None):
+    candidate = Candidate(level=3, index=index, seed=index, density=0.1)
+    return Evaluation(candidate=candidate, score=score, error=error)
+
+
+def failed_where_none(scores):
+    """One evaluation a score; None stands for a failure."""
+    return [evaluated(i, score, "out of memory" if score is None else None) for i, score in enumerate(scores)]
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@given(scores=outcomes, data=st.data())
+def test_no_rule_heeds_the_order_of_arrival_or_lets_a_failure_win(rule, scores, data):
+    evaluations = failed_where_none(scores)
+    winner = rule(data.draw(st.permutations(evaluations)))
+    assert winner == rule(evaluations)
+    assert winner.ok
+
+
+@given(scores=outcomes, data=st.data())
+def test_the_highest_score_wins_and_on_a_tie_the_lowest_index(scores, data):
+    highest = max(score for score in scores if score is not None)
+    winner = best(data.draw(st.permutations(failed_where_none(scores))))
+    assert winner.candidate.index == scores.index(highest)
+
+
+def test_a_failure_never_wins_even_with_a_score():
+    assert best([evaluated(0, 9.0, "died later"), evaluated(1, -9.0)]).candidate.index == 1
+
+
+def test_an_evaluation_without_a_score_never_wins():
+    assert best([evaluated(0), evaluated(1, -9.0)]).candidate.index == 1
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("indices", [(0, 1), (1, 0)], ids=["first", "last"])
+def test_a_score_that_is_not_finite_never_wins(score, indices):
+    strange, sound = indices
+    evaluations = [evaluated(strange, score), evaluated(sound, -9.0)]
+    assert best(evaluations).candidate.index == sound
+    assert best(evaluations[::-1]).candidate.index == sound
+
+
+def test_when_all_failed_the_message_says_where_how_many_and_why():
+    evaluations = [evaluated(2, error="out of memory"), evaluated(1, error="loss is nan")]
+    with pytest.raises(UserError) as raised:
+        best(evaluations)
+    message = str(raised.value)
+    assert message.startswith("level 3: all 2 candidates failed; the first one said: loss is nan.")
+    assert "start in a new run directory" in message
+
+
+def test_when_no_score_is_finite_there_is_no_winner():
+    with pytest.raises(UserError, match="level 3: all 2 candidates failed"):
+        best([evaluated(0, float("nan")), evaluated(1, float("nan"))])

@@ -1,0 +1,307 @@
+"""Are raymask's fast votes the same distribution as the method's slow ones?"""
+
+from collections import Counter
+from functools import partial
+from itertools import combinations, pairwise, permutations, product
+from math import comb, sqrt
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+from raymask.core.patterns import budget, unstructured
+from raymask.core.records import Noise
+from raymask.core.samplers import EXACT, MARGIN, SAMPLERS, histogram, predict, race, rounds, scatter, tally_open, votes
+
+SIDE = 96
+KEPT = SIDE * SIDE // 16
+EDGES = [0, KEPT // 2, 7 * KEPT // 8, KEPT, 9 * KEPT // 8, 3 * KEPT // 2, 3 * KEPT, SIDE * SIDE]
+"""Ranks by magnitude that bound the buckets, narrow where the outcome is open."""
+
+noises = st.builds(Noise, exponent=st.sampled_from([0.1, 1.0, 5.0, 40.0]), ratio=st.sampled_from([1e-6, 0.01, 1.0]))
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def judge(scores, rng, *, kept, exponent, count):
+    """The method to the letter: V draws without replacement summed, ties in the sum broken at random."""
+    chances = (scores.reshape(-1).double() / scores.max()) ** exponent
+    tally = torch.rand(chances.numel(), generator=rng, dtype=torch.float64)
+    for _ in range(count):
+        tally[torch.multinomial(chances, kept, generator=rng)] += 1
+    keep = torch.zeros(chances.numel(), dtype=torch.bool)
+    keep[tally.topk(kept).indices] = True
+    return keep.view(scores.shape)
+
+
+def masks_of(draw, scores, times, density=1 / 16):
+    """bool (times, entries): masks drawn one after another, each of the exact count."""
+    rng = seeded(11)
+    masks = torch.stack([unstructured(draw(scores, rng), density).reshape(-1) for _ in range(times)])
+    assert set(masks.sum(1).tolist()) == {budget(scores.numel(), density)}
+    return masks
+
+
+def agree(found, expected, scores):
+    """Equal rates of inclusion by magnitude and an equal distance from the control, both within 4.5 sigma."""
+    order = scores.reshape(-1).argsort(descending=True)
+    for start, end in pairwise(EDGES):
+        ours, theirs = (masks[:, order[start:end]].float().mean().item() for masks in (found, expected))
+        rate = (ours + theirs) / 2
+        trials = (end - start) / (1 / len(found) + 1 / len(expected))
+        error = sqrt(rate * (1 - rate) / trials)
+        assert abs(ours - theirs) <= 4.5 * error + 1e-4, f"ranks {start} to {end}: {ours:.4f}, not {theirs:.4f}"
+    ours, theirs = (masks[:, order[KEPT:]].sum(1) / KEPT for masks in (found, expected))
+    error = sqrt(ours.var() / len(ours) + theirs.var() / len(theirs))
+    assert abs(ours.mean() - theirs.mean()) <= 4.5 * error + 1e-4, (
+        f"distance {ours.mean():.4f}, not {theirs.mean():.4f}"
+    )
+
+
+def strays(mask, scores, density):
+    """Share of the kept entries that differ from the magnitude mask."""
+    return int((mask & ~unstructured(scores, density)).sum()) / int(mask.sum())
+
+
+@pytest.fixture(scope="module")
+def square(gaussian):
+    return gaussian(SIDE, SIDE).abs()
+
+
+@pytest.mark.parametrize(("exponent", "count"), [(5.0, 1), (5.0, 8), (5.0, 60), (1.0, 20), (0.05, 20), (30.0, 20)])
+def test_both_paths_agree_with_the_slow_sampler(square, exponent, count):
+    arguments = {"kept": KEPT, "exponent": exponent, "count": count}
+    expected = torch.stack([judge(square, rng, **arguments).reshape(-1) for rng in map(seeded, range(40))])
+    agree(masks_of(partial(race, **arguments), square, 40), expected, square)
+    if count > 1:  # a single vote is always a race
+        agree(masks_of(predict(square, **arguments), square, 80), expected, square)
+
+
+def test_both_paths_agree_with_the_slow_sampler_on_a_parent_that_is_already_sparse(square):
+    scores = square * (square >= square.reshape(-1).topk(3 * KEPT).values[-1])
+    arguments = {"kept": KEPT, "exponent": 5.0, "count": 20}
+    expected = torch.stack([judge(scores, rng, **arguments).reshape(-1) for rng in map(seeded, range(40))])
+    agree(masks_of(partial(race, **arguments), scores, 40), expected, scores)
+    agree(masks_of(predict(scores, **arguments), scores, 80), expected, scores)
+
+
+def voting(chances, kept, count):
+    """The exact probability of every kept set, over all orders, all sequences of votes and all broken ties."""
+    single = Counter()
+    for order in permutations(range(len(chances)), kept):
+        probability, left = 1.0, sum(chances)
+        for entry in order:
+            probability *= chances[entry] / left
+            left -= chances[entry]
+        single[frozenset(order)] += probability
+    outcome = Counter()
+    for ballots in product(single, repeat=count):
+        probability = 1.0
+        tally = Counter()
+        for ballot in ballots:
+            probability *= single[ballot]
+            tally.update(ballot)
+        boundary = sorted((tally[entry] for entry in range(len(chances))), reverse=True)[kept - 1]
+        sure = {entry for entry in tally if tally[entry] > boundary}
+        tied = [entry for entry in range(len(chances)) if tally[entry] == boundary]
+        for chosen in combinations(tied, kept - len(sure)):
+            outcome[frozenset(sure.union(chosen))] += probability / comb(len(tied), kept - len(sure))
+    return outcome
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_masks_of_a_tiny_matrix_follow_the_exact_plackett_luce_probabilities(count):
+    scores = torch.tensor([1.0, 1.3, 0.7, 1.1, 0.9])
+    expected = voting((scores.double() ** 2).tolist(), 2, count)
+    assert sum(expected.values()) == pytest.approx(1.0)
+    rng, found = seeded(count), Counter()
+    for _ in range(4000):
+        keys = race(scores, rng, kept=2, exponent=2.0, count=count)
+        found[frozenset(unstructured(keys, 0.4).nonzero()[:, 0].tolist())] += 1
+    assert set(found) <= set(expected)
+    observed = [found[outcome] for outcome in expected]
+    assert chisquare(observed, [4000 * p for p in expected.values()]).pvalue > 1e-3
+
+
+def test_one_vote_is_a_race_and_many_votes_on_a_large_matrix_are_predicted(gaussian):
+    scores = gaussian(1024, 1024).abs()
+    assert votes(scores, 1 / 16, Noise(exponent=5.0, ratio=1e-7)).func is race
+    assert votes(scores, 1 / 16, Noise(exponent=5.0, ratio=1e-5)).func is tally_open
+    assert votes(scores[:8, :8], 1 / 16, Noise(exponent=5.0, ratio=1.0)).func is race
+    assert scores.numel() == EXACT
+
+
+@pytest.mark.parametrize("kind", ["race", "predicted"])
+@settings(max_examples=20)
+@given(
+    exponent=st.sampled_from([0.05, 1.0, 5.0, 200.0, 1000.0]),
+    count=st.integers(2, 300),
+    share=st.floats(0.02, 0.9),
+    seed=st.integers(0, 99),
+)
+def test_score_zero_is_never_kept_and_the_count_is_exact_whatever_the_noise(kind, exponent, count, share, seed):
+    scores = torch.rand(40, 50, generator=seeded(seed))
+    scores[torch.rand(40, 50, generator=seeded(seed + 100)) < 0.5] = 0
+    live = int(scores.count_nonzero())
+    kept = max(1, int(share * live))
+    arguments = {"kept": kept, "exponent": exponent, "count": count}
+    keys = (
+        race(scores, seeded(seed), **arguments)
+        if kind == "race"
+        else predict(scores, **arguments)(scores, seeded(seed))
+    )
+    mask = unstructured(keys, kept / scores.numel())
+    assert not mask[scores == 0].any()
+    assert int(mask.sum()) == kept
+    assert bool((keys >= 0).all())
+
+
+def test_score_zero_is_never_kept_where_too_few_entries_got_a_vote():
+    scores = torch.rand(20, 20, generator=seeded(0))
+    scores[:, ::2] = 0
+    draw = predict(scores, kept=40, exponent=1000.0, count=2)
+    short = 0
+    for seed in range(100):
+        keys = draw(scores, seeded(seed))
+        short += int((keys > 1).sum()) < 40
+        assert not unstructured(keys, 0.1)[scores == 0].any()
+    assert short > 0
+
+
+@pytest.mark.parametrize("kind", ["race", "predicted"])
+def test_ties_are_broken_at_random_and_not_by_position(kind):
+    equal = torch.ones(SIDE, SIDE)
+    arguments = {"kept": KEPT, "exponent": 5.0, "count": 20}
+    draw = predict(equal, **arguments) if kind == "predicted" else partial(race, **arguments)
+    front = masks_of(draw, equal, 40)[:, : SIDE * SIDE // 2].float().mean().item()
+    assert front == pytest.approx(1 / 16, abs=4.5 * sqrt(15 / 16 / 16 / (40 * SIDE * SIDE / 2)))
+
+
+def test_a_live_entry_has_a_key_above_zero_even_without_a_vote_and_with_the_lowest_tie_break():
+    assert (scatter(torch.ones(3), torch.tensor([1]), torch.zeros(1)) > 0).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
+@given(
+    values=st.lists(st.sampled_from([0.0, 1e-40, 1e-3, 1.0, 1e30]) | st.floats(0, 1, width=32), max_size=40),
+    density=st.floats(0, 1),
+    noise=noises,
+)
+def test_every_sampler_fills_the_budget_with_live_entries_only(sampler, values, density, noise):
+    scores = torch.tensor(values, dtype=torch.float32)
+    before = scores.clone()
+    keys = sampler(scores, density, noise)(scores, seeded(0))
+    mask = unstructured(keys, density)
+    assert keys.shape == scores.shape
+    assert int(mask.sum()) == min(budget(len(values), density), int(scores.count_nonzero()))
+    assert not mask[scores == 0].any()
+    assert torch.equal(scores, before)
+
+
+@pytest.mark.parametrize("ratio", [1e-7, 0.01], ids=["race", "predicted"])
+def test_the_same_generator_gives_the_same_keys_and_another_gives_others(gaussian, ratio):
+    scores = gaussian(256, 256).abs()
+    draw = votes(scores, 1 / 16, Noise(exponent=5.0, ratio=ratio))
+    again = votes(scores, 1 / 16, Noise(exponent=5.0, ratio=ratio))
+    assert torch.equal(draw(scores, seeded(1)), again(scores, seeded(1)))
+    assert not torch.equal(unstructured(draw(scores, seeded(1)), 1 / 16), unstructured(draw(scores, seeded(2)), 1 / 16))
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_a_very_large_exponent_gives_the_control(square, count):
+    arguments = {"kept": KEPT, "exponent": 1000.0, "count": count}
+    assert strays(unstructured(race(square, seeded(0), **arguments), 1 / 16), square, 1 / 16) <= 0.01
+    assert strays(unstructured(predict(square, **arguments)(square, seeded(0)), 1 / 16), square, 1 / 16) <= 0.01
+
+
+def test_more_and_more_votes_converge_to_the_control(square):
+    far = [
+        strays(unstructured(predict(square, KEPT, 5.0, count)(square, seeded(0)), 1 / 16), square, 1 / 16)
+        for count in (10, 1000, 100_000, 10_000_000)
+    ]
+    assert far == sorted(far, reverse=True)
+    assert far[0] > 0.1
+    assert far[-1] == 0.0
+
+
+def test_a_tiny_exponent_forgets_the_magnitudes(square):
+    mask = unstructured(race(square, seeded(0), kept=KEPT, exponent=1e-3, count=1), 1 / 16)
+    assert strays(mask, square, 1 / 16) == pytest.approx(15 / 16, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("density", "ratio", "count", "share"),
+    [
+        (1 / 16, 1e-6, 1, 0.40),
+        (1 / 16, 5e-5, 27, 0.11),
+        (1 / 16, 3e-4, 165, 0.045),
+        (1 / 100, 1e-6, 1, 0.69),
+        (1 / 100, 5e-5, 29, 0.26),
+        (1 / 100, 3e-4, 175, 0.11),
+    ],
+)
+def test_masks_stray_from_the_control_as_far_as_was_measured(gaussian, density, ratio, count, share):
+    scores = gaussian(768, 768).abs()
+    assert rounds(scores.numel(), budget(scores.numel(), density), ratio) == count
+    keys = votes(scores, density, Noise(exponent=5.0, ratio=ratio))(scores, seeded(1))
+    assert strays(unstructured(keys, density), scores, density) == pytest.approx(share, abs=0.015)
+
+
+def outside(arguments, miss):
+    """`arguments` of tally_open whose boundary or span is wrong on purpose."""
+    low, high = arguments["span"]
+    wrong = {
+        "boundary too high": {"boundary": (arguments["count"], arguments["count"])},
+        "boundary too low": {"boundary": (0, 0)},
+        "span too high": {"span": (high * 1.5, float("inf"))},
+        "span too low": {"span": (low / 4, low / 2)},
+    }
+    return {**arguments, **wrong[miss]}
+
+
+@pytest.mark.parametrize("miss", ["boundary too high", "boundary too low", "span too high", "span too low"])
+def test_a_mispredicted_boundary_falls_back_to_drawing_every_live_entry(square, miss):
+    arguments = predict(square, KEPT, 5.0, 100).keywords
+    assert 0 < arguments["span"][0] < arguments["span"][1] < float("inf")
+    expected = masks_of(partial(tally_open, **{**arguments, "span": (0.0, float("inf"))}), square, 60)
+    found = masks_of(partial(tally_open, **outside(arguments, miss)), square, 60)
+    agree(found, expected, square)
+    drawn = tally_open(square, seeded(0), **outside(arguments, miss))
+    assert int(drawn.count_nonzero()) == square.numel()  # nothing was left out as certain
+
+
+def test_a_well_predicted_boundary_draws_only_what_is_open(square):
+    draw = predict(square, KEPT, 5.0, 1000)
+    keys = draw(square, seeded(0))
+    low, high = draw.keywords["span"]
+    assert torch.equal(keys > 0, square >= low)
+    assert torch.equal(keys == 1002, square >= high)
+    assert draw.keywords["boundary"][1] - draw.keywords["boundary"][0] == 2 * MARGIN
+
+
+@given(st.lists(st.floats(0, width=32, allow_infinity=False), min_size=1, max_size=60).filter(any))
+def test_the_histogram_counts_every_live_entry(values):
+    scores = torch.tensor(values, dtype=torch.float32)
+    top, centers, sizes = histogram(scores)
+    assert top == scores.max()
+    assert sizes.sum() == scores.count_nonzero()
+    assert (centers < 0).all()
+    assert len(centers) == len(sizes)
+
+
+@pytest.mark.parametrize(("entries", "kept", "ratio", "count"), [(10, 5, 1.0, 5), (10, 5, 1e-9, 1), (10, 10, 1.0, 1)])
+def test_the_number_of_votes_is_the_method_s(entries, kept, ratio, count):
+    assert rounds(entries, kept, ratio) == count
+
+
+def test_a_matrix_of_more_than_16_million_entries_is_drawn_exactly(gaussian):
+    scores = gaussian(4100, 4100).abs()
+    assert scores.numel() > 2**24  # which torch.multinomial refuses
+    keys = votes(scores, 1 / 16, Noise(exponent=5.0, ratio=5e-5))(scores, seeded(0))
+    mask = unstructured(keys, 1 / 16)
+    assert int(mask.sum()) == budget(scores.numel(), 1 / 16)
+    assert strays(mask, scores, 1 / 16) == pytest.approx(0.022, abs=0.005)  # as sqrt(27 / 788) of 11.5 % at V = 27

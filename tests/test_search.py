@@ -1,0 +1,253 @@
+"""Does the level loop do the method, and never the same work twice, whoever does the work?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from raymask.config import make_spec
+from raymask.core.errors import UserError
+from raymask.core.masks import digest, pack_bits
+from raymask.core.records import Candidate, Checkpoint, Evaluation, FineTuned, Point, Settling, Snapshot
+from raymask.core.tensors import pack
+from raymask.report.terminal import Silent
+from raymask.search import Plan, prepare, prune
+from raymask.store import DENSE, IMP, SEARCH, RunDir, open_run
+
+LEVELS = (0.5, 0.9)
+BASE = {
+    "model": "quickstart",
+    "task": "quickstart",
+    "levels": list(LEVELS),
+    "candidates": {"count": 3},
+    "dense": {"epochs": 1},
+    "distill": False,
+}
+
+
+class Killed(BaseException):
+    """The driver ends here, as by kill -9."""
+
+
+def plan_of(**changes: object) -> Plan:
+    return prepare(make_spec({**BASE, **changes}))
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return plan_of()
+
+
+@dataclass
+class Fakes:
+    """Both seams, in a few lines: scores are given by candidate index, and everything asked for is written down."""
+
+    plan: Plan
+    scores: Sequence[float | None] = (0.1, 0.2, 0.4, 0.3)
+    lives: int = 10**6
+    evaluated: list[tuple[str, Candidate]] = field(default_factory=list)
+    tuned: list[tuple[Snapshot, Settling]] = field(default_factory=list)
+
+    def spend_a_life(self) -> None:
+        self.lives -= 1
+        if self.lives < 0:
+            raise Killed
+
+    def evaluate(self, parent: Snapshot, candidates: Sequence[Candidate]) -> Iterator[Evaluation]:
+        for candidate in reversed(candidates):
+            self.spend_a_life()
+            self.evaluated.append((parent.key, candidate))
+            score = self.scores[candidate.index]
+            if score is None:
+                yield Evaluation(candidate=candidate, error="it broke")
+                continue
+            losses = np.full(len(self.plan.job.data.select), 1 - score, np.float32)
+            yield Evaluation(
+                candidate=candidate,
+                score=score,
+                curve=(Point(step=1, loss=1 - score, metric=score),),
+                row_losses=losses.tobytes(),
+                distance=0.0,
+                digest=f"{candidate.level}-{candidate.index}",
+            )
+
+    def fine_tune(self, work: Sequence[tuple[Snapshot, Settling]]) -> Iterator[tuple[int, Checkpoint]]:
+        for index, (parent, settling) in reversed(list(enumerate(work))):
+            self.spend_a_life()
+            self.tuned.append((parent, settling))
+            bits = pack_bits({"w": torch.arange(8) < 8 * settling.candidate.density})
+            yield (
+                index,
+                Checkpoint(
+                    weights=parent.weights,
+                    optimizer=pack({"step": torch.tensor(float(len(self.tuned)))}),
+                    mask=bits,
+                    digest=digest(bits),
+                    kept=4,
+                    total=8,
+                    finetuned=FineTuned(
+                        curve=(Point(step=1, loss=0.5, metric=0.5),), best=0, seconds=1.0, worker="fake"
+                    ),
+                    logits=np.zeros((len(self.plan.job.data.report), 2), np.float32),
+                ),
+            )
+
+    def run(self, store: RunDir) -> None:
+        prune(self.plan, store, self.evaluate, self.fine_tune, Silent())
+
+
+def names(fakes: Fakes) -> list[str]:
+    return [settling.name for _, settling in fakes.tuned]
+
+
+def test_the_best_candidate_of_every_level_is_fine_tuned_from_its_parent(plan: Plan, tmp_path: Path) -> None:
+    fakes = Fakes(plan)
+    fakes.run(RunDir(tmp_path))
+    assert sorted((key, candidate.level, candidate.index) for key, candidate in fakes.evaluated) == [
+        *(("dense-0", 1, index) for index in range(4)),
+        *(("search-1", 2, index) for index in range(4)),
+    ]
+    selected = [(parent.key, settling) for parent, settling in fakes.tuned if settling.name.startswith("selected")]
+    assert [(key, settling.candidate.index, settling.digest) for key, settling in selected] == [
+        ("dense-0", 2, "1-2"),
+        ("search-1", 2, "2-2"),
+    ]
+
+
+def test_the_baseline_goes_its_own_way_from_the_same_dense_model(plan: Plan, tmp_path: Path) -> None:
+    fakes = Fakes(plan)
+    fakes.run(RunDir(tmp_path))
+    baseline = [(parent.key, settling) for parent, settling in fakes.tuned if "IMP" in settling.name]
+    assert [key for key, _ in baseline] == ["dense-0", "imp-1"]
+    assert all(settling.candidate.is_control for _, settling in baseline)
+    assert [settling.stage.epochs for _, settling in baseline] == [15.0, 15.0]
+
+
+def test_only_the_last_level_decays_its_rate(plan: Plan, tmp_path: Path) -> None:
+    fakes = Fakes(plan)
+    fakes.run(RunDir(tmp_path))
+    schedules = {(settling.candidate.level, settling.stage.schedule) for _, settling in fakes.tuned}
+    assert schedules == {(0, "linear"), (1, "constant"), (2, "linear")}
+
+
+WORK = 1 + 2 * (4 + 2)  # dense; at each level four probes, the selected mask and the baseline
+
+
+@pytest.mark.parametrize("lives", range(WORK))
+def test_a_killed_search_continues_and_finds_the_same_without_repeating_anything(
+    plan: Plan, tmp_path: Path, lives: int
+) -> None:
+    undisturbed = Fakes(plan)
+    undisturbed.run(RunDir(tmp_path / "whole"))
+    assert len(undisturbed.evaluated) + len(undisturbed.tuned) == WORK
+    first, second = Fakes(plan, lives=lives), Fakes(plan)
+    with pytest.raises(Killed):
+        first.run(RunDir(tmp_path / "killed"))
+    second.run(RunDir(tmp_path / "killed"))
+    assert len(first.evaluated) + len(second.evaluated) == len(undisturbed.evaluated)
+    assert sorted(names(first) + names(second)) == sorted(names(undisturbed))
+    whole, killed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
+    for lineage, level in [(DENSE, 0), (SEARCH, 1), (IMP, 1), (SEARCH, 2), (IMP, 2)]:
+        mine, theirs = killed.read_level(lineage, level), whole.read_level(lineage, level)
+        assert (mine.winner, mine.gain, mine.digest) == (theirs.winner, theirs.gain, theirs.digest)
+
+
+def test_a_failed_candidate_never_wins_and_is_counted(plan: Plan, tmp_path: Path) -> None:
+    Fakes(plan, scores=(0.1, 0.2, None, 0.3)).run(RunDir(tmp_path))
+    level = RunDir(tmp_path).read_level(SEARCH, 1)
+    assert (level.winner.candidate.index, level.evaluated, level.failed) == (3, 4, 1)
+
+
+def test_a_failed_candidate_is_not_tried_again(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        Fakes(plan, scores=(0.1, 0.2, None, 0.3), lives=1 + 4).run(RunDir(tmp_path))
+    again = Fakes(plan)
+    again.run(RunDir(tmp_path))
+    assert all(candidate.level == 2 for _, candidate in again.evaluated)
+    assert RunDir(tmp_path).read_level(SEARCH, 1).winner.candidate.index == 3
+
+
+def test_no_survivor_is_an_error_that_says_why(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"level 1: all 4 candidates failed; the first one said: it broke"):
+        Fakes(plan, scores=(None,) * 4).run(RunDir(tmp_path))
+
+
+def test_the_winner_states_its_gain_over_the_control_and_the_control_none(plan: Plan, tmp_path: Path) -> None:
+    Fakes(plan).run(RunDir(tmp_path / "a"))
+    gain = RunDir(tmp_path / "a").read_level(SEARCH, 1).gain
+    assert gain is not None
+    assert gain.mean == pytest.approx(0.3)
+    assert not gain.within_noise
+    Fakes(plan, scores=(0.9, 0.2, 0.4, 0.3)).run(RunDir(tmp_path / "b"))
+    assert RunDir(tmp_path / "b").read_level(SEARCH, 1).gain is None
+
+
+def test_without_random_candidates_the_search_is_the_baseline(tmp_path: Path) -> None:
+    fakes = Fakes(plan_of(candidates={"count": 0}))
+    fakes.run(RunDir(tmp_path))
+    assert fakes.evaluated == []
+    assert names(fakes) == ["dense", "selected (control)", "selected (control)"]
+    assert not RunDir(tmp_path).has_level(IMP, 1)
+
+
+def test_the_baseline_can_be_left_out(tmp_path: Path) -> None:
+    fakes = Fakes(plan_of(imp={"run": False}))
+    fakes.run(RunDir(tmp_path))
+    assert not any("IMP" in name for name in names(fakes))
+
+
+def test_distillation_warms_the_dense_model_up_and_hands_every_stage_the_same_teacher(tmp_path: Path) -> None:
+    fakes = Fakes(plan_of(distill=True))
+    fakes.run(RunDir(tmp_path))
+    assert names(fakes)[:2] == ["dense", "dense distillation"]
+    dense, *others = fakes.tuned
+    assert dense[0].teacher is None
+    assert not dense[1].stage.distill
+    assert len({id(parent.teacher) for parent, _ in others}) == 1
+    assert others[0][0].teacher is not None
+    assert all(settling.stage.distill for _, settling in others)
+    assert {parent.key for parent, settling in others if settling.candidate.level == 1} == {"search-0"}
+
+
+def test_other_data_under_the_same_run_is_refused(plan: Plan, tmp_path: Path) -> None:
+    Fakes(plan).run(RunDir(tmp_path))
+    labels = plan.job.data.train.labels.copy()
+    labels[0] = 1 - labels[0]
+    data = replace(plan.job.data, train=replace(plan.job.data.train, labels=labels))
+    changed = replace(plan, job=replace(plan.job, data=data))
+    with pytest.raises(UserError, match="was started on other data"):
+        Fakes(changed).run(RunDir(tmp_path))
+
+
+def test_proposals_differ_in_seed_and_cycle_through_the_ratios(tmp_path: Path) -> None:
+    fakes = Fakes(plan_of(candidates={"count": 3, "ratios": [0.1, 0.2]}))
+    fakes.run(RunDir(tmp_path))
+    pool = sorted((candidate for _, candidate in fakes.evaluated), key=lambda c: (c.level, c.index))
+    assert len({candidate.seed for candidate in pool}) == len(pool)
+    ratios = [candidate.noise.ratio if candidate.noise else None for candidate in pool]
+    assert ratios == [None, 0.1, 0.2, 0.1] * 2
+
+
+def test_a_run_directory_of_another_spec_is_refused_with_the_keys_that_differ(plan: Plan, tmp_path: Path) -> None:
+    spec = plan.recipe.spec
+    with open_run(tmp_path / "run", spec):
+        pass
+    other = make_spec({**BASE, "seed": 5, "candidates": {"count": 4}})
+    with (
+        pytest.raises(UserError, match=r"(?s)another spec.*candidates.count: 3 there, 4 now.*seed: 0 there, 5 now"),
+        open_run(tmp_path / "run", other),
+    ):
+        pass
+
+
+def test_how_many_workers_there_are_may_change_under_a_run(plan: Plan, tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", plan.recipe.spec):
+        pass
+    more = make_spec({**BASE, "workers": {"count": 7, "deadline": 5, "retries": 0}})
+    with open_run(tmp_path / "run", more) as store:
+        assert store.path == tmp_path / "run"
