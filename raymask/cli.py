@@ -53,8 +53,12 @@ def search(
     from raymask.report.terminal import show_result, watching
     from raymask.search import search as run_search
 
-    with watching(console) as watch:
-        result = run_search(asked, folder, watch, address=address, in_process=in_process)
+    try:
+        with watching(console) as watch:
+            result = run_search(asked, folder, watch, address=address, in_process=in_process)
+    except KeyboardInterrupt:
+        print("raymask: stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
     show_result(console, result)
     console.print(
         f"\nNext: raymask show {folder}"
@@ -103,7 +107,7 @@ def make_console() -> Console:
 
 
 def main() -> None:
-    """Run the command line: 0 when done, 2 for a mistake that the user can mend, 130 after Ctrl-C."""
+    """Run the command line: exit code 0 when done, 2 for a mistake that the user can mend, 130 after Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -112,6 +116,3 @@ def main() -> None:
     except UserError as error:
         print(f"raymask: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("raymask: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)

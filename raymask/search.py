@@ -40,7 +40,7 @@ from raymask.core.spec import Spec
 from raymask.core.stats import paired_bootstrap, paired_gain
 from raymask.core.tensors import Packed
 from raymask.export import export
-from raymask.store import DENSE, IMP, SEARCH, RunDir, open_run
+from raymask.store import DENSE, IMP, SEARCH, RunDir, check_run, open_run
 from raymask.train.data import Corpus, load_corpus, tokenize
 from raymask.train.metrics import overall
 from raymask.train.model import Source, class_names, describe, load_weights, read_config
@@ -62,16 +62,15 @@ def search(spec: Spec, run: Path, watch: Watch, *, address: str | None = None, i
 
     Raises UserError for whatever the user can mend, before anything is trained where it can be known.
     """
-    with open_run(run, spec) as store:
-        found = store.read_result()
-        if found:
-            return found
-        plan = prepare(spec)
-        with seams(plan.job, watch, address, in_process) as (evaluate, fine_tune):
-            store.note_start(threads=spec.workers.threads, address=address, in_process=in_process)
-            started = time.time()
-            prune(plan, store, evaluate, fine_tune, watch)
-        return conclude(plan, store, time.time() - started)
+    found = check_run(run, spec).read_result()
+    if found:
+        return found
+    plan = prepare(spec)
+    with seams(plan.job, watch, address, in_process) as (evaluate, fine_tune), open_run(run, spec) as store:
+        store.note_start(threads=spec.workers.threads, address=address, in_process=in_process)
+        started = time.monotonic()
+        prune(plan, store, evaluate, fine_tune, watch)
+        return conclude(plan, store, time.monotonic() - started)
 
 
 def prepare(spec: Spec) -> Plan:

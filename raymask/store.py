@@ -65,11 +65,13 @@ class RunDir:
 
     def busy(self) -> bool:
         """Whether a driver is working in it now."""
-        try:
-            with (self.path / LOCK).open("a+") as lock:
+        if not (self.path / LOCK).exists():
+            return False
+        with (self.path / LOCK).open() as lock:
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
+            except OSError:
+                return True
         return False
 
     # --- the journal ---------------------------------------------------------------------------------------------
@@ -194,17 +196,32 @@ class RunDir:
             raise UserError(f"{path}: is damaged; it must be the file that raymask wrote") from None
 
 
+def check_run(path: Path, spec: Spec) -> RunDir:
+    """The run directory, new or old, if this spec may use it. Nothing is written.
+
+    Raises UserError when other files, another driver, or finished work of another spec are there.
+    """
+    store = RunDir(path)
+    if path.is_dir() and not (path / SPEC).exists() and any(entry.name != LOCK for entry in path.iterdir()):
+        raise UserError(f"{path}: is not empty and not a run directory: choose another with --run")
+    if store.busy():
+        raise UserError(f"{path}: another raymask is working in it; wait for it, or choose another with --run")
+    if store.has_level(DENSE, 0):
+        before, now = identity(store.read_spec()), identity(spec)
+        differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if differing:
+            lines = "".join(f"\n  - {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing)
+            raise UserError(f"{path}: was started with another spec; choose another with --run, or undo:{lines}")
+    return store
+
+
 @contextmanager
 def open_run(path: Path, spec: Spec) -> Iterator[RunDir]:
-    """A new run directory, or the same one again, held by this process alone until the end.
+    """The run directory, held by this process alone until the end; made when it is not there.
 
-    Raises UserError when another spec, another driver or other files are there, or when it cannot be written.
+    Raises UserError as `check_run` does, and when the place cannot be written.
     """
-    run = RunDir(path)
-    if path.exists() and not (path / SPEC).exists() and any(entry.name != LOCK for entry in path.iterdir()):
-        raise UserError(f"{path}: is not empty and not a run directory: choose another with --run")
-    if (path / SPEC).exists():
-        refuse_other(run, spec)
+    store = check_run(path, spec)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / LOCK).open("a+")
@@ -214,23 +231,10 @@ def open_run(path: Path, spec: Spec) -> Iterator[RunDir]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(
-                f"{path}: another raymask is working in it; wait for it, or choose another with --run"
-            ) from None
-        if not (path / SPEC).exists():
+            raise UserError(f"{path}: another raymask has just started in it; wait for it") from None
+        if not store.has_level(DENSE, 0):
             write_text(path / SPEC, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))
-        yield run
-
-
-def refuse_other(run: RunDir, spec: Spec) -> None:
-    """Raise UserError, with the keys that differ, unless the run was started with a spec of the same meaning."""
-    before, now = identity(run.read_spec()), identity(spec)
-    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if differing:
-        lines = "".join(f"\n  - {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing)
-        raise UserError(
-            f"{run.path}: was started with another spec; choose another directory with --run, or undo:{lines}"
-        )
+        yield store
 
 
 def flat_bits(packed: Packed) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from raymask.core.records import Candidate, Checkpoint, Evaluation, FineTuned, P
 from raymask.core.tensors import pack
 from raymask.report.terminal import Silent
 from raymask.search import Plan, prepare, prune
-from raymask.store import DENSE, IMP, SEARCH, RunDir, open_run
+from raymask.store import DENSE, IMP, SEARCH, RunDir, check_run, open_run
 
 LEVELS = (0.5, 0.9)
 BASE = {
@@ -234,20 +234,23 @@ def test_proposals_differ_in_seed_and_cycle_through_the_ratios(tmp_path: Path) -
 
 
 def test_a_run_directory_of_another_spec_is_refused_with_the_keys_that_differ(plan: Plan, tmp_path: Path) -> None:
-    spec = plan.recipe.spec
-    with open_run(tmp_path / "run", spec):
-        pass
+    with open_run(tmp_path, plan.recipe.spec) as store:
+        Fakes(plan).run(store)
     other = make_spec({**BASE, "seed": 5, "candidates": {"count": 4}})
-    with (
-        pytest.raises(UserError, match=r"(?s)another spec.*candidates.count: 3 there, 4 now.*seed: 0 there, 5 now"),
-        open_run(tmp_path / "run", other),
-    ):
-        pass
+    with pytest.raises(UserError, match=r"(?s)another spec.*candidates.count: 3 there, 4 now.*seed: 0 there, 5 now"):
+        check_run(tmp_path, other)
+
+
+def test_a_run_directory_without_finished_work_takes_another_spec(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(Killed), open_run(tmp_path, plan.recipe.spec) as store:
+        Fakes(plan, lives=0).run(store)
+    other = make_spec({**BASE, "seed": 5})
+    with open_run(tmp_path, other) as store:
+        assert store.read_spec() == other
 
 
 def test_how_many_workers_there_are_may_change_under_a_run(plan: Plan, tmp_path: Path) -> None:
-    with open_run(tmp_path / "run", plan.recipe.spec):
-        pass
+    with open_run(tmp_path, plan.recipe.spec) as store:
+        Fakes(plan).run(store)
     more = make_spec({**BASE, "workers": {"count": 7, "deadline": 5, "retries": 0}})
-    with open_run(tmp_path / "run", more) as store:
-        assert store.path == tmp_path / "run"
+    assert check_run(tmp_path, more).has_level(SEARCH, 2)

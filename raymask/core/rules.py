@@ -18,9 +18,10 @@ def best(evaluations: Sequence[Evaluation]) -> Evaluation:
     alive = [e for e in evaluations if e.ok and e.score is not None and math.isfinite(e.score)]
     if not alive:
         first = min(evaluations, key=lambda evaluation: evaluation.candidate.index)
+        reason = first.error or f"its score is {first.score}"
         raise UserError(
-            f"level {first.candidate.level}: all {len(evaluations)} candidates failed; the first one said: "
-            f"{first.error or f'its score is {first.score}'}. Mend the cause (often a learning rate that is too high) and start in a new run directory"
+            f"level {first.candidate.level}: all {len(evaluations)} candidates failed; the first one said: {reason}. "
+            "Mend the cause (often a learning rate that is too high) and start in a new run directory"
         )
     return max(alive, key=lambda evaluation: (evaluation.score, -evaluation.candidate.index))
 

@@ -1,0 +1,237 @@
+"""Is what the run directory says is done really done, whatever happened to its files?"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from raymask.config import make_spec
+from raymask.core.errors import UserError
+from raymask.core.masks import digest, pack_bits
+from raymask.core.records import Candidate, Checkpoint, Evaluation, FineTuned, Level, Point
+from raymask.core.spec import Spec
+from raymask.core.tensors import pack
+from raymask.store import DENSE, IMP, MASK, MODEL, SEARCH, RunDir, check_run, open_run, whole_folder
+
+
+@pytest.fixture
+def spec() -> Spec:
+    return make_spec({"model": "quickstart", "task": "quickstart"})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path)
+
+
+def evaluation(index: int) -> Evaluation:
+    return Evaluation(candidate=Candidate(level=1, index=index, seed=index, density=0.5), score=index / 3)
+
+
+def checkpoint() -> Checkpoint:
+    bits = pack_bits({"a": torch.tensor([[True, False, True]]), "b": torch.tensor([False])})
+    return Checkpoint(
+        weights=pack({"a": torch.tensor([[1.0, 0.0, 2.0]]), "b": torch.tensor([0.0])}),
+        optimizer=pack({"step": torch.tensor(3.0), "exp_avg/a": torch.zeros(1, 3)}),
+        mask=bits,
+        digest=digest(bits),
+        kept=2,
+        total=4,
+        finetuned=FineTuned(curve=(Point(step=1, loss=0.5, metric=0.9),), best=0, seconds=1.0, worker="w"),
+        logits=np.array([[0.25, -1.0]], np.float32),
+    )
+
+
+def write(store: RunDir, lineage: str = SEARCH, level: int = 1) -> Level:
+    done = checkpoint()
+    record = Level(
+        level=level,
+        density=0.5,
+        kept=done.kept,
+        total=done.total,
+        winner=evaluation(0),
+        evaluated=1,
+        failed=0,
+        gain=None,
+        finetuned=done.finetuned,
+        report={"accuracy": 0.5},
+        digest=done.digest,
+        data="d",
+    )
+    return store.write_level(lineage, level, done, record)
+
+
+# --- the journal -----------------------------------------------------------------------------------------------------
+
+
+def test_the_journal_gives_back_what_was_appended(store: RunDir) -> None:
+    assert store.evaluations(1) == []
+    for index in range(3):
+        store.append(evaluation(index))
+    assert store.evaluations(1) == [evaluation(0), evaluation(1), evaluation(2)]
+    assert store.evaluations(2) == []
+
+
+@pytest.mark.parametrize("cut", [1, 2, 10, 40])
+def test_a_torn_last_line_is_passed_over_and_written_again_cleanly(store: RunDir, cut: int) -> None:
+    store.append(evaluation(0))
+    store.append(evaluation(1))
+    journal = store.level_path(SEARCH, 1) / "evaluations.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    assert store.evaluations(1) == [evaluation(0)]
+    store.append(evaluation(2))
+    assert store.evaluations(1) == [evaluation(0), evaluation(2)]
+
+
+def test_a_damaged_line_that_is_not_the_last_is_an_error(store: RunDir) -> None:
+    store.append(evaluation(0))
+    store.append(evaluation(1))
+    journal = store.level_path(SEARCH, 1) / "evaluations.jsonl"
+    journal.write_bytes(b"x" + journal.read_bytes())
+    with pytest.raises(UserError, match=r"evaluations.jsonl: line 1 is damaged. Delete the file"):
+        store.evaluations(1)
+
+
+# --- levels ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_level_gives_back_what_was_written(store: RunDir) -> None:
+    record = write(store)
+    done = checkpoint()
+    assert store.read_level(SEARCH, 1) == record
+    assert sorted(record.files) == [
+        "mask.safetensors",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "report.safetensors",
+    ]
+    assert store.read_weights(SEARCH, 1).views()["a"].tolist() == [[1.0, 0.0, 2.0]]
+    assert store.read_optimizer(SEARCH, 1).views()["step"].item() == 3.0
+    assert {name: bits.tolist() for name, bits in store.read_mask(SEARCH, 1).items()} == {
+        "a": [[True, False, True]],
+        "b": [False],
+    }
+    assert digest(pack_bits(store.read_mask(SEARCH, 1))) == record.digest
+    assert np.array_equal(store.read_logits(SEARCH, 1), done.logits)
+
+
+def test_the_lineages_do_not_share_files(store: RunDir) -> None:
+    paths = {store.level_path(lineage, level) for lineage, level in [(DENSE, 0), (SEARCH, 0), (SEARCH, 1), (IMP, 1)]}
+    assert len(paths) == 4
+
+
+def test_a_level_without_its_record_is_not_done(store: RunDir) -> None:
+    write(store)
+    (store.level_path(SEARCH, 1) / "level.json").unlink()
+    assert not store.has_level(SEARCH, 1)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-3], lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda _: b""]
+)
+def test_a_damaged_file_is_refused_by_its_hash(store: RunDir, damage: Callable[[bytes], bytes]) -> None:
+    write(store)
+    path = store.level_path(SEARCH, 1) / MODEL
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"model.safetensors: is not what was written there .*Delete .*level.json"):
+        store.read_weights(SEARCH, 1)
+
+
+def test_a_missing_file_is_said(store: RunDir) -> None:
+    write(store)
+    (store.level_path(SEARCH, 1) / MASK).unlink()
+    with pytest.raises(UserError, match=r"mask.safetensors: cannot be read"):
+        store.read_mask(SEARCH, 1)
+
+
+@pytest.mark.parametrize(("name", "read"), [("level-1/level.json", "level"), ("result.json", "result")])
+def test_a_damaged_record_is_an_error_that_says_what_to_do(store: RunDir, name: str, read: str) -> None:
+    write(store)
+    (store.path / name).write_text("{")
+    with pytest.raises(UserError, match=rf"{name}: is damaged. Delete it"):
+        store.read_level(SEARCH, 1) if read == "level" else store.read_result()
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "export"
+    with pytest.raises(RuntimeError), whole_folder(target) as folder:
+        (folder / "half").write_text("")
+        raise RuntimeError
+    assert not target.exists()
+    for text in ("first", "second"):
+        with whole_folder(target) as folder:
+            (folder / "file").write_text(text)
+    assert (target / "file").read_text() == "second"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["export"]
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_spec_is_kept_as_it_was_asked_for(tmp_path: Path, spec: Spec) -> None:
+    with open_run(tmp_path / "run", spec) as store:
+        assert store.read_spec() == spec
+
+
+def test_a_second_driver_is_refused_and_the_lock_of_a_dead_one_is_not(tmp_path: Path, spec: Spec) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from raymask.config import make_spec;"
+        "from raymask.store import open_run\n"
+        "with open_run(Path(sys.argv[1]), make_spec({'model': 'quickstart', 'task': 'quickstart'})):\n"
+        "    print('open', flush=True); time.sleep(600)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "open\n"
+        assert RunDir(tmp_path / "run").busy()
+        with pytest.raises(UserError, match="another raymask is working in it"), open_run(tmp_path / "run", spec):
+            pass
+    finally:
+        first.kill()
+        first.communicate()
+    assert not RunDir(tmp_path / "run").busy()
+    with open_run(tmp_path / "run", spec):
+        pass
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path, spec: Spec) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="is not empty and not a run directory"), open_run(tmp_path, spec):
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_place_that_cannot_be_written_is_said_at_once(tmp_path: Path, spec: Spec) -> None:
+    (tmp_path / "file").write_text("")
+    for place, why in (("file", "File exists"), ("file/run", "Not a directory")):
+        with pytest.raises(UserError, match=f"cannot be written: {why}"), open_run(tmp_path / place, spec):
+            pass
+
+
+@pytest.mark.parametrize("content", ["model: [", "- 1", "model: x\ntask: y\n", "!!python/object/apply:os.getcwd []"])
+def test_a_damaged_spec_is_said(store: RunDir, spec: Spec, content: str) -> None:
+    write(store, DENSE, 0)
+    (store.path / "spec.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"spec.yaml: is damaged"):
+        check_run(store.path, spec)
+
+
+def test_what_is_no_run_directory_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a run directory: it has no spec\.yaml"):
+        RunDir(tmp_path).read_spec()
+
+
+def test_every_start_is_noted_with_its_versions(store: RunDir) -> None:
+    store.note_start(address=None)
+    store.note_start(address="auto")
+    starts = json.loads((store.path / "env.json").read_text())
+    assert [start["address"] for start in starts] == [None, "auto"]
+    assert starts[0]["versions"]["torch"] == torch.__version__
