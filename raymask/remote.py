@@ -242,8 +242,10 @@ class Pool:
 @contextmanager
 def workers(job: Job, watch: Watch, address: str | None) -> Iterator[tuple[Evaluate, FineTune]]:
     """The two seams on Ray: on a cluster when there is an address, else on a private Ray that ends with the block."""
+    watch.note(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
     with connected(job, address):
         pool = Pool(job, watch)
+        watch.note(f"room for {slots(pool.need)} workers; each has {offer(pool.need)}")
 
         def evaluate(parent: Snapshot, candidates: Sequence[Candidate]) -> Iterator[Evaluation]:
             pool.keep([parent])

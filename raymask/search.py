@@ -43,7 +43,7 @@ from raymask.export import export
 from raymask.store import DENSE, IMP, SEARCH, RunDir, check_run, open_run
 from raymask.train.data import Corpus, load_corpus, tokenize
 from raymask.train.metrics import overall
-from raymask.train.model import Source, class_names, describe, load_weights, read_config
+from raymask.train.model import Source, class_names, describe, load_weights, positions, read_config
 from raymask.train.worker import Job
 
 
@@ -78,7 +78,7 @@ def prepare(spec: Spec) -> Plan:
     config, tokenizer = read_config(spec.model)
     corpus = load_corpus(spec.task, spec.seed, class_names(config) if spec.dense.epochs == 0 else ())
     source = describe(spec.model, config, tokenizer, corpus.classes)
-    job = Job(spec, source.config, tokenize(corpus, tokenizer), source.prunable, source.sizes.whole)
+    job = Job(spec, source.config, tokenize(corpus, tokenizer, positions(config)), source.prunable, source.sizes.whole)
     return Plan(resolve(spec), source, corpus, job)
 
 
@@ -243,7 +243,7 @@ def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
     named = [("dense", dense), *([("control (IMP)", imp[-1])] if imp else []), ("selected", levels[-1])]
     result = Result(
         run=str(store.path),
-        model=recipe.spec.model.name,
+        model=Path(recipe.spec.model.name).name if Path(recipe.spec.model.name).is_dir() else recipe.spec.model.name,
         task=recipe.spec.task.name or str(recipe.spec.task.train),
         metrics=tuple(dense.report),
         rows=tuple(

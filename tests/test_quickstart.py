@@ -29,9 +29,7 @@ def test_no_text_occurs_twice(splits: Splits) -> None:
     assert len(set(texts)) == len(texts)
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [("train", quickstart.TRAIN_SIZE), ("report", quickstart.REPORT_SIZE)]
-)
+@pytest.mark.parametrize(("name", "size"), [("train", quickstart.TRAIN_SIZE), ("report", quickstart.REPORT_SIZE)])
 def test_splits_have_their_size_and_balanced_labels(splits: Splits, name: str, size: int) -> None:
     texts, labels = splits[name]
     assert len(texts) == len(labels) == size

@@ -6,8 +6,10 @@ makes) and `report` (GLUE's validation, or the user's own file, which no choice 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -143,7 +145,7 @@ def load_corpus(task: Task, seed: int, order: Sequence[str] = ()) -> Corpus:
     Raises UserError for files, columns and labels that cannot be used, naming file and row.
     """
     train, report, parts, classes, metrics, max_length = read_task(task, seed, order)
-    train, select = carve(train, task, bool(classes), seed)
+    train, select = carve(train, task, classes, seed)
     return Corpus(train, select, report, parts, classes, task.metrics or metrics, task.max_length or max_length)
 
 
@@ -159,7 +161,8 @@ def read_task(
         return read_glue(task, task.name.removeprefix("glue/"), order)
     assert task.train is not None
     assert task.report is not None
-    tables = {path: read_file(Path(path)) for path in (task.train, task.report)}
+    tables = {task.train: read_file(Path(task.train))}
+    tables[task.report] = read_file(Path(task.report), like=tables[task.train])
     classes: tuple[str, ...] = ()
     if task.kind == "classification":
         classes = ordered(find_classes(tables[task.train], task.label, task.train), order)
@@ -213,11 +216,17 @@ def fetch_glue(name: str, splits: Sequence[str]) -> dict[str, pa.Table]:
         ) from None
 
 
-def read_file(path: Path) -> pa.Table:
-    """A CSV, JSON lines or Parquet file. Raises UserError when it cannot be read or is empty."""
+def read_file(path: Path, like: pa.Table | None = None) -> pa.Table:
+    """A CSV, JSON lines or Parquet file; a CSV's columns take the types of `like`'s instead of guessing anew.
+
+    Raises UserError when the file cannot be read or is empty.
+    """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: the ending must be one of {', '.join(READERS)}")
+    if like is not None and reader is pyarrow.csv.read_csv:
+        types = dict(zip(like.column_names, like.schema.types, strict=True))
+        reader = partial(reader, convert_options=pyarrow.csv.ConvertOptions(column_types=types))
     try:
         table = reader(path)
     except FileNotFoundError:
@@ -230,9 +239,11 @@ def read_file(path: Path) -> pa.Table:
 
 
 def column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
-    """One column without nulls. Raises UserError when it is missing or has a null."""
+    """One column without nulls. Raises UserError when it is missing, there twice, or has a null."""
     if name not in table.column_names:
         raise UserError(f"{where}: has no column {name!r}; its columns are {', '.join(table.column_names)}")
+    if table.column_names.count(name) > 1:
+        raise UserError(f"{where}: has more than one column {name!r}")
     found = table[name]
     if found.null_count:
         row = int(pc.index(pc.is_null(found), True).as_py())
@@ -288,23 +299,22 @@ def make_texts(
 
 def real_numbers(values: list[Any], label: str, where: str) -> np.ndarray:
     """Regression targets, float32 (rows,), all finite."""
+    largest = float(np.finfo(np.float32).max)
     for row, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= largest:
             raise UserError(f"{where}: row {row + 1}: {label} is {value!r}; a regression needs numbers")
-    if len(set(values)) < 2:
-        raise UserError(f"{where}: {label} is {values[0]} in every row: there is nothing to learn")
     return np.array(values, np.float32)
 
 
-def carve(train: Texts, task: Task, stratified: bool, seed: int) -> tuple[Texts, Texts]:
-    """Split train into what is trained on and `select`, with the classes' shares kept, from the seed."""
+def carve(train: Texts, task: Task, classes: tuple[str, ...], seed: int) -> tuple[Texts, Texts]:
+    """Split train into what is trained on and `select`, with the classes' shares kept, from the seed alone."""
     where = task.train or f"{task.name} train"
     labels = train.labels
     size = min(max(round(len(labels) * task.select_share), 2), task.select_rows)
-    if stratified:
-        _, counts = np.unique(labels, return_counts=True)
-        if len(counts) < 2:
-            raise UserError(f"{where}: every row has the same label: there is nothing to learn")
+    _, counts = np.unique(labels, return_counts=True)
+    if len(counts) < 2:
+        raise UserError(f"{where}: every row has the same label: there is nothing to learn")
+    if classes:
         if counts.min() < 2:
             raise UserError(f"{where}: a class has one row only; two are needed, one to train on and one to select by")
         size = max(size, len(counts))
@@ -314,7 +324,8 @@ def carve(train: Texts, task: Task, stratified: bool, seed: int) -> tuple[Texts,
         np.arange(len(labels)),
         test_size=size,
         random_state=derive(seed, "select") % 2**32,
-        stratify=labels if stratified else None,
+        # by name, since an existing classifier may number the classes otherwise
+        stratify=np.array(classes)[labels] if classes else None,
     )
 
     def take(rows: np.ndarray) -> Texts:
@@ -324,9 +335,13 @@ def carve(train: Texts, task: Task, stratified: bool, seed: int) -> tuple[Texts,
     return take(kept), take(chosen)
 
 
-def tokenize(corpus: Corpus, tokenizer: Any) -> Data:
-    """Token ids of all three splits, cut at the task's length or the tokenizer's, whichever is shorter."""
-    limit = min(corpus.max_length, tokenizer.model_max_length)
+def tokenize(corpus: Corpus, tokenizer: Any, positions: int = sys.maxsize) -> Data:
+    """Token ids of all three splits, cut at the task's length or at the tokenizer's.
+
+    A tokenizer that knows no limit (transformers then says 1e30) has the model's: its `positions`.
+    """
+    known = tokenizer.model_max_length < sys.maxsize
+    limit = min(corpus.max_length, tokenizer.model_max_length if known else positions)
     train, select, report = (to_rows(texts, tokenizer, limit) for texts in (corpus.train, corpus.select, corpus.report))
     padding = tokenizer.pad_token_id
     return Data(

@@ -199,6 +199,8 @@ def make_optimizer(module: nn.Module, settings: Optimizer, state: Mapping[str, T
     optimizer = torch.optim.AdamW(module.parameters(), weight_decay=settings.weight_decay, fused=True)
     if state:
         for name, parameter in module.named_parameters():
+            if f"{MOMENTS[0]}/{name}" not in state:
+                continue  # it never got a gradient
             mine = {"step": state["step"], **{moment: state[f"{moment}/{name}"] for moment in MOMENTS}}
             optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in mine.items()}
     return optimizer

@@ -12,15 +12,16 @@ from sklearn import metrics as sk
 def measure(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Each metric of `names` for logits, float (rows, outputs), against labels, (rows,).
 
-    F1 is that of class 1 where there are two classes, else the classes' plain mean. A correlation with constant
-    predictions does not exist and counts as 0.
+    F1 is that of class 1 where there are two classes, else the classes' plain mean. A correlation does not
+    exist where predictions or labels are all the same, and counts as 0.
     """
     if set(names) & {"pearson", "spearman"}:
         guesses = logits[:, 0]
         found = {}
         for name in names:
             correlate = stats.pearsonr if name == "pearson" else stats.spearmanr
-            found[name] = float(correlate(guesses, labels).statistic) if np.ptp(guesses) > 0 else 0.0
+            varied = np.ptp(guesses) > 0 and np.ptp(labels) > 0
+            found[name] = float(correlate(guesses, labels).statistic) if varied else 0.0
         return found
     guesses = logits.argmax(axis=1)
     average = "binary" if logits.shape[1] == 2 else "macro"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,12 @@ def read_config(model: Model) -> tuple[Any, Any]:
         return AutoConfig.from_pretrained(model.name, **options), AutoTokenizer.from_pretrained(model.name, **options)
     except Exception as error:  # noqa: BLE001 - transformers and the hub each raise their own kinds
         raise UserError(unloadable(model, error)) from None
+
+
+def positions(config: Any) -> int:
+    """How many tokens a model of this configuration takes at least; some count from after the padding token."""
+    found = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return int(found) - 1 - (getattr(config, "pad_token_id", None) or 0)
 
 
 def class_names(config: Any) -> tuple[str, ...]:
@@ -107,15 +114,20 @@ def load_module(model: Model, config: Any, fine_tuned: bool) -> nn.Module:
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, with their shapes
             )
     except Exception as error:  # noqa: BLE001 - see above
         raise UserError(unloadable(model, error)) from None
-    missing = set(report["missing_keys"])
-    lost = sorted(missing & block_parameters(module))
-    if lost:
+    for key, there, needed in report["mismatched_keys"]:
         raise UserError(
-            f"model.name: {model.name} has no weights for {lost[0]} and {len(lost) - 1} more of the encoder"
+            f"model.name: {model.name} cannot be loaded: its {key} has shape {tuple(there)}, this task needs "
+            f"{tuple(needed)}. Its head was made for other classes: start from the model without it"
         )
+    missing = set(report["missing_keys"])
+    body = f"{module.base_model_prefix}."
+    lost = sorted(key for key in missing if key.startswith(body) and ".pooler." not in key)
+    if lost:
+        raise UserError(f"model.name: {model.name} has no weights for {lost[0]} and {len(lost) - 1} more of its body")
     if fine_tuned and missing:
         raise UserError(
             f"dense.epochs: 0 says that {model.name} is fine-tuned, but it lacks {', '.join(sorted(missing))}"

@@ -1,0 +1,142 @@
+"""What do the tests of the training layer build: tiny models, task files, and a worker's job?"""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+import torch
+
+from raymask.core.errors import UserError
+from raymask.core.records import Snapshot
+from raymask.core.spec import QUICKSTART, Model, Spec
+from raymask.core.tensors import Packed, pack
+from raymask.train import quickstart
+from raymask.train.data import Corpus, Texts, tokenize
+from raymask.train.model import build, describe, persistent
+from raymask.train.worker import Job
+
+SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": SIZE,
+    "roberta": SIZE,
+    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+    "electra": SIZE | {"embedding_size": 8},
+    "albert": SIZE | {"embedding_size": 8},
+    "deberta-v2": SIZE | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 8},
+}
+WITHOUT_TYPES = ("roberta", "distilbert")
+
+
+def tiny_tokenizer(family: str = "bert") -> Any:
+    """The quickstart's words, with token types where the family has them."""
+    tokenizer = quickstart.tokenizer()
+    types = [] if family in WITHOUT_TYPES else ["token_type_ids"]
+    tokenizer.model_input_names = ["input_ids", *types, "attention_mask"]
+    return tokenizer
+
+
+def tiny_config(family: str = "bert", **changes: Any) -> Any:
+    """Two layers, 16 wide; weights drawn wide enough that the outputs differ from row to row."""
+    from transformers import AutoConfig
+
+    shared = {
+        "vocab_size": len(tiny_tokenizer()),
+        "max_position_embeddings": 72,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+    }
+    return AutoConfig.for_model(family, **shared | FAMILIES[family] | changes)
+
+
+def tiny_model(folder: Path, family: str = "bert", *, head: bool = True, seed: int = 0, **changes: Any) -> Path:
+    """Save a random classifier, or its encoder alone, with a tokenizer; returns the folder."""
+    config = tiny_config(family, **changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module: Any = build(config)
+    (module if head else module.base_model).save_pretrained(folder)
+    tiny_tokenizer(family).save_pretrained(folder)
+    return folder
+
+
+def reviews(count: int, seed: int = 0) -> tuple[list[str], list[int]]:
+    """`count` short texts, one label after the other: 1 when their last word is a kind one, 0 when not."""
+    rng = random.Random(seed)
+    labels = [row % 2 for row in range(count)]
+    parts = (quickstart.FILM, quickstart.FILM_VERBS)
+    return [" ".join([*map(rng.choice, parts), rng.choice(quickstart.ADJECTIVES[label])]) for label in labels], labels
+
+
+def tiny_corpus(regression: bool = False, rows: Sequence[int] = (48, 16, 12)) -> Corpus:
+    """Reviews; a regression's targets count the words as well."""
+
+    def split(count: int, seed: int) -> Texts:
+        texts, labels = reviews(count, seed)
+        targets = [label + len(text.split()) / 4 for label, text in zip(labels, texts, strict=True)]
+        return Texts((texts,), np.array(targets, np.float32) if regression else np.array(labels, np.int64))
+
+    train, select, report = (split(count, seed) for seed, count in enumerate(rows))
+    classes, metrics = ((), ("pearson", "spearman")) if regression else (("bad", "good"), ("accuracy",))
+    return Corpus(train, select, report, {"": (0, rows[2])}, classes, metrics, 64)
+
+
+def tiny_job(
+    family: str = "bert", *, regression: bool = False, rows: Sequence[int] = (48, 16, 12), **settings: Any
+) -> Job:
+    """A worker's job of a few steps; `settings` are sections of the spec, merged into its own."""
+    sections: dict[str, Any] = {
+        "model": QUICKSTART,
+        "task": QUICKSTART,
+        "levels": [0.5, 0.75],
+        "candidates": {"count": 3, "ratios": [0.01]},
+        "probe": {"batch_size": 16, "eval_every": 1, "learning_rate": 0.01},
+        "finetune": {"batch_size": 16, "epochs": 2, "learning_rate": 0.01},
+        "distill": False,
+        "precision": "fp32",
+    }
+    for name, section in settings.items():
+        sections[name] = sections.get(name, {}) | section if isinstance(section, dict) else section
+    corpus, tokenizer = tiny_corpus(regression, rows), tiny_tokenizer(family)
+    source = describe(Model(name=family), tiny_config(family), tokenizer, corpus.classes)
+    spec = Spec.model_validate(sections)
+    return Job(spec, source.config, tokenize(corpus, tokenizer), source.prunable, source.sizes.whole)
+
+
+def random_weights(config: Any, seed: int) -> Packed:
+    """Weights of a new model of this configuration."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return pack(persistent(build(config)))
+
+
+def tiny_snapshot(job: Job, seed: int = 0) -> Snapshot:
+    """Random weights to start from, and others to learn from when the job distils."""
+    teacher = random_weights(job.config, 100) if job.spec.distill else None
+    return Snapshot(f"random {seed}", random_weights(job.config, seed), teacher=teacher)
+
+
+def write_table(path: Path, columns: dict[str, Any]) -> Path:
+    """A CSV, JSON lines or Parquet file, by its ending; folders on the way are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table(columns)
+    if path.suffix == ".csv":
+        pyarrow.csv.write_csv(table, path)
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()), encoding="utf-8")
+    return path
+
+
+def refused(call: Callable[..., object], *arguments: Any, **options: Any) -> str:
+    """The message of the UserError that a call ends with."""
+    with pytest.raises(UserError) as raised:
+        call(*arguments, **options)
+    return str(raised.value)

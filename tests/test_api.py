@@ -1,0 +1,84 @@
+"""Do the pieces work alone, in somebody else's training loop?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel
+
+import raymask
+
+
+@pytest.fixture
+def bert() -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64))
+
+
+def test_without_a_seed_it_is_the_magnitude_mask(bert: BertModel) -> None:
+    mask = raymask.draw_mask(bert, 0.25)
+    assert len(mask) == 12
+    for name, kept in mask.items():
+        weight = bert.get_parameter(name).detach().abs()
+        assert int(kept.sum()) == weight.numel() // 4
+        assert weight[kept].min() >= weight[~kept].max()
+
+
+def test_a_seed_gives_a_random_mask_of_the_same_size_and_the_same_seed_the_same(bert: BertModel) -> None:
+    control, first, again, other = (raymask.draw_mask(bert, 0.25, seed=seed) for seed in (None, 7, 7, 8))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], control[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+    assert all(first[name].sum() == control[name].sum() for name in first)
+
+
+def test_what_was_pruned_never_comes_back(bert: BertModel) -> None:
+    first = raymask.draw_mask(bert, 0.5, seed=1)
+    raymask.apply_mask(bert, first)
+    second = raymask.draw_mask(bert, 0.25, seed=2)
+    assert all(bool((first[name] | ~second[name]).all()) for name in first)
+
+
+def test_a_mask_holds_through_a_training_loop(bert: BertModel) -> None:
+    mask = raymask.draw_mask(bert, 1 / 16, seed=3)
+    raymask.apply_mask(bert, mask)
+    optimizer = torch.optim.AdamW(bert.parameters(), lr=1e-2)
+    for _ in range(3):
+        bert(torch.randint(0, 100, (2, 8))).last_hidden_state.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        raymask.apply_mask(bert, mask)
+    for name, kept in mask.items():
+        weight = bert.get_parameter(name)
+        assert torch.equal(weight != 0, kept)
+
+
+def test_any_module_can_be_named_by_pattern() -> None:
+    module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    with pytest.raises(ValueError, match=r"no matrix of the module can be pruned; name some with include"):
+        raymask.draw_mask(module, 0.5)
+    assert set(raymask.draw_mask(module, 0.5, include=["*.weight"])) == {"0.weight", "2.weight"}
+    assert set(raymask.draw_mask(module, 0.5, include=["*.weight"], exclude=["2.*"])) == {"0.weight"}
+
+
+@pytest.mark.parametrize("density", [0.0, -1.0, 1.5, float("nan")])
+def test_an_impossible_density_is_refused(bert: BertModel, density: float) -> None:
+    with pytest.raises(ValueError, match=r"density must lie in \(0, 1\]"):
+        raymask.draw_mask(bert, density)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'prune'"):
+        raymask.prune  # noqa: B018 - the access is the test
+
+
+def test_the_pieces_load_no_ray_and_the_package_alone_loads_no_torch() -> None:
+    code = (
+        "import sys, raymask; assert 'torch' not in sys.modules; from torch import nn;"
+        "raymask.draw_mask(nn.Sequential(nn.Linear(4, 4)), 0.5, include=['*']); assert 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,468 @@
+"""Does training see every row, keep every mask, follow seed and schedule, and learn from the teacher it is given?"""
+
+import copy
+from contextlib import nullcontext
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from builders import tiny_config, tiny_corpus, tiny_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from raymask.core.records import Stage
+from raymask.core.spec import Optimizer
+from raymask.core.tensors import load, pack
+from raymask.train import loop
+from raymask.train.data import Rows, tokenize
+from raymask.train.loop import (
+    collate,
+    distillation,
+    endless,
+    make_optimizer,
+    optimizer_state,
+    pace,
+    per_epoch,
+    predict,
+    row_losses,
+    steps_in,
+    task_loss,
+)
+from raymask.train.model import build, find_prunable, persistent
+
+STAGE = Stage(epochs=1, batch_size=16, learning_rate=0.01, schedule="constant", warmup=0.0, distill=False)
+
+
+def staged(**changes):
+    return STAGE.model_copy(update=changes)
+
+
+def numbered(lengths):
+    """Rows of these lengths that hold their own number plus one in every token, and as their label."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    numbers = np.arange(len(lengths))
+    ids = np.repeat(numbers + 1, lengths).astype(np.int32)
+    return Rows(ids, (ids % 2).astype(np.int8), offsets, numbers)
+
+
+def tiny_module(seed=0, *, dropout=0.1, **changes):
+    """A new tiny classifier that shows its attention, in evaluation mode."""
+    config = tiny_config(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build(config, show_attention=True).eval()
+
+
+def half_masks(module):
+    """Masks that keep the first half of each prunable matrix's rows."""
+    weights = dict(module.named_parameters())
+    masks = {name: torch.zeros_like(weights[name], dtype=torch.bool) for name in find_prunable(module)}
+    for bits in masks.values():
+        bits[: len(bits) // 2] = True
+    return masks
+
+
+def fit(module, rows, stage=STAGE, *, optimizer=None, **changes):
+    """Train with settings that change nothing unless they are given."""
+    settings = {
+        "padding": 0,
+        "seed": 0,
+        "mask": {},
+        "optimizer": optimizer or make_optimizer(module, Optimizer(), None),
+        "max_grad_norm": 1.0,
+        "autocast": nullcontext,
+        "teacher": None,
+        "regression": False,
+        "looks": frozenset(),
+        "look": lambda step: None,
+        "tell": lambda share: None,
+    }
+    loop.train(module, rows, stage, **settings | changes)
+
+
+def weights_of(module):
+    return {name: tensor.detach().clone() for name, tensor in persistent(module).items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return tokenize(tiny_corpus(), tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def uneven(data):
+    """Four rows of 3, 5, 8 and 6 real words' tokens, as one batch's worth of rows."""
+    rng = np.random.default_rng(0)
+    rows = numbered([3, 5, 8, 6])
+    return Rows(rng.integers(5, 50, len(rows.ids)).astype(np.int32), rows.types, rows.offsets, np.array([0, 1, 1, 0]))
+
+
+# Batches.
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=80), st.integers(1, 20), st.integers(0, 99))
+def test_every_epoch_covers_every_row_once(lengths, size, seed):
+    rows, stage = numbered(lengths), staged(batch_size=size)
+    batches = endless(rows, size, 0, seed)
+    for _ in range(3):
+        epoch = [next(batches)["labels"] for _ in range(per_epoch(stage, len(rows)))]
+        assert torch.cat(epoch).sort().values.tolist() == list(range(len(rows)))
+        assert all(len(labels) <= size for labels in epoch)
+
+
+def test_the_order_is_the_seed_s_and_new_every_epoch():
+    rows = numbered([5] * 40)
+
+    def epochs(seed):
+        batches = endless(rows, 8, 0, seed)
+        return [torch.cat([next(batches)["labels"] for _ in range(5)]).tolist() for _ in range(2)]
+
+    assert epochs(1) == epochs(1)
+    assert epochs(1) != epochs(2)
+    first, second = epochs(1)
+    assert first != second
+
+
+def test_rows_of_like_length_share_a_batch():
+    lengths = np.random.default_rng(0).integers(1, 60, 200)
+    batches = endless(numbered(lengths), 10, 0, seed=0)
+    widths = [next(batches)["input_ids"].shape[1] for _ in range(20)]
+    assert sum(widths) * 10 < 1.1 * lengths.sum()
+    assert widths != sorted(widths)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.randoms(use_true_random=False), st.integers(0, 99))
+def test_collate_pads_to_the_longest_and_masks_the_padding(lengths, random, padding):
+    rows = numbered(lengths)
+    chosen = np.array(random.sample(range(len(lengths)), random.randint(1, len(lengths))))
+    batch = collate(rows, chosen, padding)
+    longest = max(lengths[row] for row in chosen)
+    for place, row in enumerate(chosen):
+        real, rest = lengths[row], longest - lengths[row]
+        assert batch["input_ids"][place].tolist() == [row + 1] * real + [padding] * rest
+        assert batch["attention_mask"][place].tolist() == [1] * real + [0] * rest
+        assert batch["token_type_ids"][place].tolist() == [(row + 1) % 2] * real + [0] * rest
+    assert batch["labels"].tolist() == chosen.tolist()
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_a_model_without_token_types_is_given_none():
+    rows = numbered([2, 3])
+    batch = collate(Rows(rows.ids, None, rows.offsets, rows.labels), np.array([0, 1]), 0)
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
+# Steps and rates.
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rows", "size", "steps"),
+    [
+        (1, 64, 16, 4),
+        (1, 65, 16, 5),
+        (3, 65, 16, 15),
+        (0.5, 64, 16, 2),
+        (1.5, 65, 16, 8),
+        (0.01, 64, 16, 1),
+        (0, 64, 16, 0),
+    ],
+)
+def test_steps_follow_from_epochs_which_may_be_a_fraction(epochs, rows, size, steps):
+    assert steps_in(staged(epochs=epochs, batch_size=size), rows) == steps
+
+
+@given(st.floats(0, 1), st.integers(1, 300), st.sampled_from(["linear", "constant"]))
+def test_the_rate_rises_to_its_peak_and_never_leaves_its_bounds(warmup, total, schedule):
+    stage = staged(warmup=warmup, schedule=schedule)
+    paces = [pace(stage, step, total) for step in range(1, total + 1)]
+    assert all(0 < share <= 1 for share in paces)
+    assert max(paces) == 1.0
+    top = paces.index(1.0)
+    assert paces[:top] == sorted(paces[:top])
+    assert paces[top:] == sorted(paces[top:], reverse=True)
+
+
+def test_a_linear_rate_warms_up_and_decays_step_by_step():
+    stage = staged(warmup=0.4, schedule="linear")
+    expected = [1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    assert [pace(stage, step, 10) for step in range(1, 11)] == pytest.approx(expected)
+
+
+def test_a_constant_rate_stays_at_its_peak():
+    stage = staged(warmup=0.2)
+    assert [pace(stage, step, 10) for step in range(1, 11)] == [0.5] + [1.0] * 9
+
+
+def test_every_step_is_taken_at_the_schedule_s_rate(data):
+    module, stage = tiny_module(), staged(epochs=2, schedule="linear", warmup=0.3)
+    optimizer, rates = make_optimizer(module, Optimizer(), None), []
+    look = lambda step: rates.append(optimizer.param_groups[0]["lr"])  # noqa: E731
+    fit(module, data.train, stage, optimizer=optimizer, looks=range(1, 7), look=look)
+    assert rates == pytest.approx([0.01 * pace(stage, step, 6) for step in range(1, 7)])
+
+
+# Training.
+
+
+def test_pruned_entries_are_zero_at_every_step_and_kept_ones_move(data):
+    module = tiny_module()
+    masks, live, start = half_masks(module), persistent(module), weights_of(module)
+    zeros = []
+
+    def check(*_):
+        zeros.append(all(not live[name][~bits].any() for name, bits in masks.items()))
+
+    module.register_forward_pre_hook(check)
+    fit(module, data.train, staged(epochs=2), mask=masks, looks=range(1, 7), look=check)
+    assert zeros == [True] * 12  # before each of six forward passes, the first included, and after each step
+    for name, bits in masks.items():
+        assert (live[name] != start[name])[bits].float().mean() > 0.9
+
+
+def test_a_mask_holds_against_the_momentum_of_the_dense_weights(data):
+    module = tiny_module()
+    optimizer = make_optimizer(module, Optimizer(weight_decay=0.1), None)
+    fit(module, data.train, optimizer=optimizer)
+    masks = half_masks(module)
+    fit(module, data.train, optimizer=optimizer, mask=masks)
+    assert all(not persistent(module)[name][~bits].any() for name, bits in masks.items())
+
+
+def test_training_is_a_function_of_its_seed(data):
+    found = []
+    for seed, ambient in ((1, 10), (1, 11), (2, 10)):
+        module = tiny_module()
+        torch.manual_seed(ambient)
+        fit(module, data.train, seed=seed)
+        found.append(weights_of(module))
+    assert same(found[0], found[1])
+    assert not same(found[0], found[2])
+
+
+def test_dropout_is_on_while_training_and_off_while_looking(data):
+    module, modes = tiny_module(), []
+    module.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    fit(module, data.train, looks={2}, look=lambda step: modes.append(("look", step, module.training)))
+    assert modes == [True, True, ("look", 2, False), True]
+    assert not module.training
+
+
+def test_looking_changes_nothing(data):
+    found = []
+    for looks in ((), (1, 2, 3)):
+        module = tiny_module()
+        look = partial(lambda module, _: predict(module, data.select, padding=0, autocast=nullcontext), module)
+        fit(module, data.train, looks=looks, look=look)
+        found.append(weights_of(module))
+    assert same(*found)
+
+
+def test_the_share_done_is_told_after_every_step(data):
+    shares = []
+    fit(tiny_module(), data.train, tell=shares.append)
+    assert shares == pytest.approx([1 / 3, 2 / 3, 1.0])
+
+
+def test_gradients_are_clipped_to_their_norm(data):
+    moved = []
+    for norm in (1e-9, 1.0):
+        module = tiny_module()
+        start = weights_of(module)
+        optimizer = torch.optim.SGD(module.parameters())
+        fit(module, data.train, staged(epochs=0.1), optimizer=optimizer, max_grad_norm=norm)
+        moved.append(sum(float((tensor - start[name]).square().sum()) for name, tensor in weights_of(module).items()))
+    assert moved[0] <= (1.01 * 0.01 * 1e-9) ** 2 < moved[1] <= (1.01 * 0.01) ** 2
+
+
+def test_training_learns_the_task(data):
+    module = tiny_module(dropout=0.0)
+    before = task_loss(module, collate(data.select, np.arange(16), 0), False).item()
+    fit(module, data.train, staged(epochs=20))
+    assert task_loss(module, collate(data.select, np.arange(16), 0), False).item() < before / 2
+
+
+# The optimizer's state.
+
+
+def test_a_restored_optimizer_continues_bitwise(data):
+    module, stage = tiny_module(), staged(epochs=0.7)
+    optimizer = make_optimizer(module, Optimizer(weight_decay=0.01), None)
+    fit(module, data.train, stage, optimizer=optimizer, seed=1)
+    weights, state = pack(persistent(module)), pack(optimizer_state(module, optimizer))
+    assert float(state.views()["step"]) == 2
+    fit(module, data.train, stage, optimizer=optimizer, seed=2)
+
+    restored = tiny_module(seed=9)
+    load(weights, persistent(restored))
+    again = make_optimizer(restored, Optimizer(weight_decay=0.01), state.views())
+    fit(restored, data.train, stage, optimizer=again, seed=2)
+    assert same(weights_of(restored), weights_of(module))
+    assert same(optimizer_state(restored, again), optimizer_state(module, optimizer))
+
+    load(weights, persistent(restored))
+    fit(restored, data.train, stage, seed=2)
+    assert not same(weights_of(restored), weights_of(module))  # a fresh optimizer would not have done
+
+
+def test_restoring_copies_the_state(data):
+    module = tiny_module()
+    optimizer = make_optimizer(module, Optimizer(), None)
+    fit(module, data.train, optimizer=optimizer)
+    state = {name: tensor.clone() for name, tensor in optimizer_state(module, optimizer).items()}
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    fit(module, data.train, optimizer=make_optimizer(module, Optimizer(), state))
+    assert same(state, before)
+
+
+def test_an_optimizer_that_took_no_step_has_no_state():
+    module = tiny_module()
+    assert optimizer_state(module, make_optimizer(module, Optimizer(), None)) == {}
+    assert optimizer_state(module, make_optimizer(module, Optimizer(), {})) == {}
+
+
+def test_a_parameter_that_gets_no_gradient_does_not_stop_a_restored_optimizer():
+    def two_layers():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"used": nn.Linear(3, 1), "idle": nn.Linear(3, 1)})
+
+    def step(module, optimizer):
+        module["used"](torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    module = two_layers()
+    optimizer = make_optimizer(module, Optimizer(), None)
+    step(module, optimizer)
+    restored = copy.deepcopy(module)
+    again = make_optimizer(restored, Optimizer(), optimizer_state(module, optimizer))
+    step(module, optimizer)
+    step(restored, again)
+    assert same(weights_of(restored), weights_of(module))
+
+
+# Losses.
+
+
+def test_row_losses_are_cross_entropies():
+    logits, labels = torch.tensor([[0.0, 0.0], [1.0, 3.0]]), torch.tensor([0, 1])
+    expected = [np.log(2), np.log(1 + np.exp(-2))]
+    assert row_losses(logits, labels, False).tolist() == pytest.approx(expected)
+
+
+def test_row_losses_of_a_regression_are_squared_errors():
+    logits, labels = torch.tensor([[1.0], [-2.0]], dtype=torch.bfloat16), torch.tensor([1.5, 1.0])
+    found = row_losses(logits, labels, True)
+    assert found.tolist() == [0.25, 9.0]
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_the_task_loss_is_the_mean_over_rows(uneven, regression):
+    module = tiny_module(num_labels=1 if regression else 2)
+    each = [task_loss(module, collate(uneven, np.array([row]), 0), regression).item() for row in range(4)]
+    assert task_loss(module, collate(uneven, np.arange(4), 0), regression).item() == pytest.approx(np.mean(each))
+
+
+def widened(batch, by):
+    """The batch with `by` more columns of padding."""
+    return {
+        name: tensor if name == "labels" else nn.functional.pad(tensor, (0, by), value=0)
+        for name, tensor in batch.items()
+    }
+
+
+@pytest.mark.parametrize("regression", [False, True])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_padding_changes_neither_loss_nor_gradient(uneven, distilled, regression):
+    outputs = 1 if regression else 2
+    module, teacher = tiny_module(0, num_labels=outputs), tiny_module(1, num_labels=outputs)
+    batch = collate(uneven, np.arange(4), 0)
+    found = []
+    for inputs in (batch, widened(batch, 7)):
+        loss = distillation(module, teacher, inputs, regression) if distilled else task_loss(module, inputs, regression)
+        loss.backward()
+        found.append((loss.item(), {name: parameter.grad.clone() for name, parameter in module.named_parameters()}))
+        module.zero_grad()
+    (loss, gradients), (padded_loss, padded_gradients) = found
+    assert padded_loss == pytest.approx(loss, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(padded_gradients[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_distillation_is_the_sum_of_its_terms_over_real_tokens(uneven):
+    module, teacher = tiny_module(0), tiny_module(1)
+    soft, hidden, attention, tokens, pairs = 0.0, 0.0, 0.0, 0, 0
+    for row in range(4):  # one at a time: no padding anywhere
+        inputs = {name: tensor for name, tensor in collate(uneven, np.array([row]), 0).items() if name != "labels"}
+        with torch.no_grad():
+            mine, theirs = (m(**inputs, output_attentions=True, output_hidden_states=True) for m in (module, teacher))
+        soft += float(-(theirs.logits.softmax(-1) * mine.logits.log_softmax(-1)).sum())
+        for ours, taught in zip(mine.hidden_states, theirs.hidden_states, strict=True):
+            hidden += float((ours - taught).square().mean(-1).sum())
+        for ours, taught in zip(mine.attentions, theirs.attentions, strict=True):
+            attention += float((ours - taught).square().mean(1).sum())
+        length = inputs["input_ids"].shape[1]
+        tokens, pairs = tokens + length, pairs + length**2
+    found = distillation(module, teacher, collate(uneven, np.arange(4), 0), False).item()
+    assert found == pytest.approx(soft / 4 + hidden / tokens + attention / pairs, rel=1e-5)
+
+
+def test_a_model_that_is_its_own_teacher_is_left_with_the_teacher_s_entropy(uneven):
+    module = tiny_module()
+    batch = collate(uneven, np.arange(4), 0)
+    logits = predict(module, uneven, padding=0, autocast=nullcontext)
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+    loss = distillation(module, module, batch, False)
+    assert loss.item() == pytest.approx(float(entropy), rel=1e-6)
+    loss.backward()
+    assert max(float(parameter.grad.abs().max()) for parameter in module.parameters()) < 1e-6
+
+
+def test_a_regression_that_is_its_own_teacher_is_left_with_the_labels_error(uneven):
+    module = tiny_module(num_labels=1)
+    batch = collate(uneven, np.arange(4), 0)
+    errors = row_losses(predict(module, uneven, padding=0, autocast=nullcontext), batch["labels"], True)
+    assert distillation(module, module, batch, True).item() == pytest.approx(float(errors.mean()), rel=1e-6)
+
+
+def test_the_teacher_gets_no_gradient(uneven):
+    module, teacher = tiny_module(0), tiny_module(1)
+    distillation(module, teacher, collate(uneven, np.arange(4), 0), False).backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_distilling_draws_a_student_near_its_teacher(data):
+    module, teacher = tiny_module(0, dropout=0.0), tiny_module(1)
+    batch = collate(data.select, np.arange(16), 0)
+    before = distillation(module, teacher, batch, False).item()
+    fit(module, data.train, staged(epochs=8), teacher=teacher)
+    assert distillation(module, teacher, batch, False).item() < before / 2
+
+
+# Predictions.
+
+
+def test_predictions_are_in_the_order_of_the_rows(monkeypatch):
+    monkeypatch.setattr(loop, "EVAL_BATCH", 4)
+    lengths = np.random.default_rng(0).integers(1, 20, 30)
+    rows, module = numbered(lengths), tiny_module()
+    found = predict(module, rows, padding=0, autocast=nullcontext)
+    assert found.shape == (30, 2)
+    assert found.std(0).min() > 0.01
+    for row in range(30):
+        batch = collate(rows, np.array([row]), 0)
+        del batch["labels"]
+        torch.testing.assert_close(found[row], module(**batch).logits[0].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_predictions_are_float32_and_need_no_gradient(uneven):
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    found = predict(tiny_module(), uneven, padding=0, autocast=autocast)
+    assert (found.dtype, found.requires_grad) == (torch.float32, False)

@@ -1,0 +1,349 @@
+"""Are the right matrices pruned in every family, and is every checkpoint that cannot be used refused unread?"""
+
+import json
+import pickle
+
+import pytest
+import torch
+from builders import FAMILIES, SIZE, refused, tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, ViTConfig, WhisperConfig
+
+from raymask.core.spec import QUICKSTART, Model
+from raymask.train.model import (
+    Sizes,
+    block_parameters,
+    build,
+    class_names,
+    count_sizes,
+    describe,
+    find_prunable,
+    load_weights,
+    persistent,
+    read_config,
+)
+
+BERT_LIKE = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+BLOCKS = {
+    "bert": ("bert.encoder.layer.{}", BERT_LIKE),
+    "roberta": ("roberta.encoder.layer.{}", BERT_LIKE),
+    "electra": ("electra.encoder.layer.{}", BERT_LIKE),
+    "distilbert": (
+        "distilbert.transformer.layer.{}",
+        (*(f"attention.{part}_lin" for part in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2"),
+    ),
+    "albert": (
+        "albert.encoder.albert_layer_groups.0.albert_layers.0",
+        (*(f"attention.{part}" for part in ("query", "key", "value", "dense")), "ffn", "ffn_output"),
+    ),
+    "deberta-v2": (
+        "deberta.encoder.layer.{}",
+        (
+            *(f"attention.self.{part}_proj" for part in ("query", "key", "value", "pos_key", "pos_query")),
+            *BERT_LIKE[3:],
+        ),
+    ),
+}
+CLASSES = ("bad", "good")
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return build(tiny_config())
+
+
+def loaded(folder, *, seed=0, fine_tuned=False, classes=CLASSES, **keys):
+    """The weights of a saved model by name, as a search gets them."""
+    model = Model(name=str(folder), **keys)
+    source = describe(model, *read_config(model), classes)
+    return load_weights(model, source.config, seed, fine_tuned).views()
+
+
+def rewrite(folder, change):
+    """Let `change` edit the saved tensors, a dict, in place."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+# Which matrices.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_linear_weights_inside_the_blocks_are_pruned_and_nothing_else(family):
+    prefix, parts = BLOCKS[family]
+    layers = 1 if family == "albert" else 2  # ALBERT shares one block among its layers
+    expected = [f"{prefix.format(layer)}.{part}.weight" for layer in range(layers) for part in parts]
+    assert list(find_prunable(build(tiny_config(family)))) == expected
+
+
+def test_a_family_of_many_blocks_is_found_whatever_it_is_called():
+    blocks = [torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)) for _ in range(3)]
+    module = torch.nn.ModuleDict({"inner": torch.nn.ModuleList(blocks), "head": torch.nn.Linear(4, 2)})
+    assert find_prunable(module) == ("inner.0.0.weight", "inner.1.0.weight", "inner.2.0.weight")
+
+
+def test_a_list_of_different_modules_or_without_linear_layers_is_no_encoder():
+    mixed = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Linear(4, 4))])
+    norms = torch.nn.ModuleList([torch.nn.LayerNorm(4), torch.nn.LayerNorm(4)])
+    assert find_prunable(torch.nn.ModuleDict({"mixed": mixed, "norms": norms})) == ()
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "count"),
+    [
+        ((), ("*.query.weight",), 10),
+        ((), ("*.layer.0.*", "*.layer.1.output.*"), 5),
+        (("*.query.weight",), (), 2),
+        (("*.query.weight",), ("*.1.*",), 1),
+        (("bert.pooler.*", "classifier.*"), (), 2),
+        (("*",), (), 14),
+        (("*embeddings*", "*LayerNorm*", "*bias"), (), 0),
+    ],
+)
+def test_patterns_replace_the_choice_and_take_away_from_it(bert, include, exclude, count):
+    assert len(find_prunable(bert, include, exclude)) == count
+
+
+def test_patterns_keep_the_model_s_order(bert):
+    found = find_prunable(bert, ("*.value.weight", "classifier.weight", "*.key.weight"))
+    layers = [f"bert.encoder.layer.{layer}.attention.self" for layer in (0, 1)]
+    assert found == (*(f"{layer}.{part}.weight" for layer in layers for part in ("key", "value")), "classifier.weight")
+
+
+# Sizes.
+
+
+def test_sizes_are_as_counted_by_hand(bert):
+    matrices = 2 * (4 * 16 * 16 + 2 * 16 * 32)
+    biases_and_norms = 2 * ((4 * 16 + 32 + 16) + 2 * 2 * 16)
+    embeddings = (bert.config.vocab_size + 72 + 2 + 2) * 16  # words, positions, types, norm
+    heads = 16 * 16 + 16 + 2 * 16 + 2
+    expected = Sizes(matrices, matrices + biases_and_norms, matrices + biases_and_norms + embeddings + heads)
+    assert count_sizes(bert, find_prunable(bert)) == expected
+
+
+def test_the_encoder_is_never_smaller_than_what_is_pruned(bert):
+    everything = find_prunable(bert, ("*",))
+    sizes = count_sizes(bert, everything)
+    assert sizes.prunable == 4096 + 16 * 16 + 2 * 16
+    assert sizes.encoder == count_sizes(bert, ()).encoder + 16 * 16 + 2 * 16
+
+
+def test_sparsities_state_all_three_denominators():
+    assert Sizes(100, 150, 400).sparsities(75) == {"prunable": 0.75, "encoder": 0.5, "whole": 0.1875}
+
+
+def test_minilm_has_36_matrices(minilm):
+    model = Model(name=str(minilm))
+    source = describe(model, *read_config(model), CLASSES)
+    assert len(source.prunable) == 36
+    assert source.sizes.prunable == 10_616_832
+    weights = load_weights(model, source.config, 0, False).views()
+    assert sum(weights[name].numel() for name in source.prunable) == 10_616_832
+    assert all(weight.dtype == torch.float32 for weight in weights.values() if weight.is_floating_point())
+
+
+# What a search makes of a model.
+
+
+@pytest.mark.parametrize("classes", [CLASSES, ("a", "b", "c"), ()])
+def test_the_classifier_has_one_output_a_class_or_one_for_a_regression(classes):
+    source = describe(Model(name="tiny"), tiny_config(), None, classes)
+    assert build(source.config).classifier.out_features == (len(classes) or 1)
+    assert source.config.problem_type == ("single_label_classification" if classes else "regression")
+    if classes:
+        assert class_names(source.config) == classes
+        assert source.config.label2id == {name: number for number, name in enumerate(classes)}
+
+
+def test_class_names_are_in_the_order_of_their_numbers(tmp_path):
+    config = tiny_config(id2label={number: f"class {number}" for number in reversed(range(12))})
+    config.save_pretrained(tmp_path)
+    assert class_names(AutoConfig.from_pretrained(tmp_path)) == tuple(f"class {number}" for number in range(12))
+
+
+def test_what_persists_is_the_live_module_itself(bert):
+    live = persistent(bert)
+    assert set(live) == set(bert.state_dict())
+    assert all(live[name].data_ptr() == tensor.data_ptr() for name, tensor in bert.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_shown_when_asked_for(family):
+    module = build(tiny_config(family), show_attention=True).eval()
+    found = module(input_ids=torch.tensor([[2, 7, 9, 3]]), output_attentions=True, output_hidden_states=True)
+    assert [tuple(layer.shape) for layer in found.attentions] == [(1, 2, 4, 4)] * 2
+    assert len(found.hidden_states) == 3
+    assert all(torch.allclose(layer.sum(-1), torch.ones(1, 2, 4)) for layer in found.attentions)
+
+
+# Weights.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_classifier_is_loaded_as_it_is(tmp_path, family):
+    found = loaded(tiny_model(tmp_path, family), fine_tuned=True)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() <= found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_that_is_missing_is_drawn_from_the_seed(tmp_path, family):
+    tiny_model(tmp_path, family, head=False)
+    first, again, other = (loaded(tmp_path, seed=seed) for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    redrawn = {name for name in first if not torch.equal(first[name], other[name])}
+    assert redrawn
+    assert all(name.startswith(("classifier.", "pre_classifier.", "pooler.")) for name in redrawn)
+    assert "classifier.weight" in redrawn or "classifier.out_proj.weight" in redrawn
+
+
+def test_loading_leaves_the_caller_s_random_state_alone(tmp_path):
+    tiny_model(tmp_path, head=False)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    loaded(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_half_precision_is_loaded_as_float32(tmp_path):
+    rewrite(tiny_model(tmp_path), lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items()}))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    found = loaded(tmp_path, fine_tuned=True)
+    assert {weight.dtype for weight in found.values() if weight.is_floating_point()} == {torch.float32}
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in saved.items())
+
+
+def test_the_quickstart_s_model_is_drawn_from_the_seed():
+    model = Model(name=QUICKSTART)
+    config, tokenizer = read_config(model)
+    assert tokenizer("the film")["input_ids"][0] == tokenizer.cls_token_id
+    first, again, other = (load_weights(model, config, seed, False) for seed in (1, 1, 2))
+    assert (first.buffer == again.buffer).all()
+    assert (first.buffer != other.buffer).any()
+
+
+# Models that cannot be used.
+
+
+def test_a_missing_head_is_refused_when_the_model_is_said_to_be_fine_tuned(tmp_path):
+    tiny_model(tmp_path, head=False)
+    expected = f"dense.epochs: 0 says that {tmp_path} is fine-tuned, but it lacks classifier.bias, classifier.weight"
+    assert refused(loaded, tmp_path, fine_tuned=True) == expected
+
+
+def test_a_head_of_other_classes_is_refused_with_that_reason(tmp_path):
+    tiny_model(tmp_path, num_labels=3)
+    message = refused(loaded, tmp_path)
+    assert message.startswith(f"model.name: {tmp_path} cannot be loaded")
+    assert "classifier" in message
+
+
+@pytest.mark.parametrize("change", ["missing", "empty"])
+def test_a_folder_that_is_no_model_is_refused_with_what_it_needs(tmp_path, change):
+    folder = tmp_path / "model"
+    if change == "empty":
+        folder.mkdir()
+        message = refused(read_config, Model(name=str(folder)))
+        assert "the folder needs config.json, model.safetensors and a tokenizer" in message
+    else:
+        message = refused(read_config, Model(name=str(folder)))
+        assert "it is neither a folder here nor reachable on the hub: check the name, or the network" in message
+    assert message.startswith(f"model.name: {folder} cannot be loaded: ")
+    assert len(message.splitlines()) == 1
+
+
+def test_a_hub_id_that_cannot_be_reached_is_refused():
+    message = refused(read_config, Model(name="nobody/nothing-of-this-name"))
+    expected = (
+        "model.name: nobody/nothing-of-this-name cannot be loaded: "
+        "it is neither a folder here nor reachable on the hub: check the name, or the network ("
+    )
+    assert message.startswith(expected)
+    assert len(message.splitlines()) == 1
+
+
+class Trap:
+    """Unpickling one writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_pickle_is_never_read(tmp_path, name):
+    folder, sprung = tiny_model(tmp_path / "model"), tmp_path / "sprung"
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(pickle.dumps({"classifier.weight": Trap(sprung)}))
+    message = refused(loaded, folder)
+    assert "the folder needs config.json, model.safetensors and a tokenizer" in message
+    assert not sprung.exists()
+    pickle.loads((folder / name).read_bytes())["classifier.weight"].close()  # noqa: S301 - the trap would have worked
+    assert sprung.exists()
+
+
+@pytest.mark.parametrize("config", [ViTConfig(), WhisperConfig()], ids=["vision", "speech"])
+def test_a_model_that_classifies_no_sequences_is_refused(config):
+    message = refused(describe, Model(name="some/model"), config, None, CLASSES)
+    assert message.startswith("model.name: some/model makes no sequence classifier: ")
+    assert len(message.splitlines()) == 1
+
+
+def test_a_model_without_linear_layers_is_refused():
+    small = AutoConfig.for_model("gpt2", n_embd=16, n_layer=2, n_head=2, vocab_size=50)  # its layers are Conv1D
+    message = refused(describe, Model(name="gpt2"), small, None, CLASSES)
+    assert message == "model: no matrix of gpt2 can be pruned"
+
+
+@pytest.mark.parametrize("keys", [{"include": ("nothing.*",)}, {"exclude": ("*",)}], ids=["include", "exclude"])
+def test_patterns_that_leave_nothing_to_prune_are_refused(keys):
+    message = refused(describe, Model(name="tiny", **keys), tiny_config(), None, CLASSES)
+    assert message == "model: no matrix of tiny can be pruned: model.include and model.exclude leave none"
+
+
+def test_a_checkpoint_that_lacks_encoder_weights_is_refused(tmp_path):
+    lost = ("bert.encoder.layer.0.attention.self.key.bias", "bert.encoder.layer.1.output.dense.weight")
+    rewrite(tiny_model(tmp_path), lambda tensors: [tensors.pop(name) for name in lost])
+    message = refused(loaded, tmp_path)
+    assert message == f"model.name: {tmp_path} has no weights for {lost[0]} and 1 more of its body"
+
+
+@pytest.mark.parametrize(
+    "lost", ["bert.embeddings.word_embeddings.weight", "bert.embeddings.LayerNorm.bias"], ids=["words", "norm"]
+)
+def test_a_checkpoint_that_lacks_embeddings_is_refused(tmp_path, lost):
+    rewrite(tiny_model(tmp_path), lambda tensors: tensors.pop(lost))
+    assert f"{tmp_path} has no weights for {lost}" in refused(loaded, tmp_path)
+
+
+def test_a_checkpoint_of_another_family_is_refused(tmp_path):
+    tiny_model(tmp_path, "distilbert")
+    tiny_config("bert").save_pretrained(tmp_path)
+    assert "has no weights for bert.embeddings.LayerNorm.bias" in refused(loaded, tmp_path)
+
+
+def test_a_checkpoint_without_a_pooler_is_used(tmp_path):
+    tiny_model(tmp_path, head=False)
+    rewrite(tmp_path, lambda tensors: [tensors.pop(f"pooler.dense.{part}") for part in ("weight", "bias")])
+    found = loaded(tmp_path)
+    assert found["bert.pooler.dense.weight"].std() > 0
+
+
+def test_the_blocks_of_the_smallest_encoder_are_found():
+    module = build(tiny_config(**SIZE | {"num_hidden_layers": 1}))
+    assert len(find_prunable(module)) == 6
+    assert all(name.startswith("bert.encoder.layer.0.") for name in block_parameters(module))

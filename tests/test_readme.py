@@ -1,0 +1,128 @@
+"""Is what README and jobs/ say true?"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from raymask.config import load_spec, parse_spec
+from raymask.core.spec import GLUE, Spec
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def keys(section: type[BaseModel], path: str = "") -> set[str]:
+    """Every dotted key of the spec that is no section itself."""
+    found: set[str] = set()
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found |= keys(kind, f"{path}{name}.")
+        else:
+            found.add(f"{path}{name}")
+    return found
+
+
+def test_ci_runs_the_two_commands_to_the_letter() -> None:
+    gate = (ROOT / ".ci" / "run").read_text()
+    for command in ("pip install -e . && raymask search", "pip install -e '.[test]' && pytest"):
+        assert f"```bash\n{command}\n```" in README
+        assert f"    {command}\n" in gate
+
+
+def test_the_file_tree_is_the_real_one() -> None:
+    tree = README.split("## Where the code is")[1].split("```")[1]
+    named = set(re.findall(r"^(?:  )?([a-z_]+(?:\.py|/))", tree, re.MULTILINE)) - {"raymask/"}
+    top = {f"{name}/" for name in ("jobs", "cluster", "tests")}
+    inside = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in (ROOT / "raymask").iterdir()
+        if path.name not in ("__init__.py", "__pycache__", "quickstart.yaml")
+    }
+    assert named == top | inside
+
+
+def test_the_spec_in_the_readme_is_one() -> None:
+    (text,) = blocks("yaml")
+    assert len(text.splitlines()) == 5
+    spec = parse_spec(text)
+    assert (spec.candidates.count, spec.workers.gpus) == (16, 0.5)
+
+
+def test_every_key_of_a_spec_is_explained() -> None:
+    table = README.split("| key | what it is | default |")[1].split("\n\n")[0]
+    for key in keys(Spec):
+        section, _, name = key.rpartition(".")
+        row = next((line for line in table.splitlines() if f"`{section or name}`" in line or f"`{key}`" in line), "")
+        assert row, key
+        assert not section or f"`{name}`" in row or f"`{key}`" in table, key
+
+
+def test_the_defaults_in_the_readme_are_the_real_ones() -> None:
+    spec = parse_spec("model: m\ntask: glue/mrpc")
+    rows = {
+        line.split("|")[1].strip(): line.split("|")[3].strip() for line in README.splitlines() if line.startswith("| `")
+    }
+
+    def numbers(text: str) -> list[float]:
+        return [float(part) for part in re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", text)]
+
+    dense, probe, finetune = spec.dense, spec.probe, spec.finetune
+    assert numbers(rows["`levels`"]) == list(spec.levels.sparsities or ())
+    assert numbers(rows["`candidates`"]) == [spec.candidates.count, spec.candidates.exponent, *spec.candidates.ratios]
+    assert numbers(rows["`dense`"]) == list(dense.model_dump().values())
+    assert numbers(rows["`probe`"]) == [value for value in probe.model_dump().values() if value != "loss"]
+    assert numbers(rows["`finetune`"]) == list(finetune.model_dump().values())
+    assert numbers(rows["`workers`"]) == [spec.workers.cpus, spec.workers.deadline, spec.workers.retries]
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_the_python_examples_run(tmp_path: Path) -> None:
+    whole, pieces = blocks("python")
+    done = subprocess.run([sys.executable, "-c", whole], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout
+    check = "\nassert all(int((model.get_parameter(n) != 0).sum()) == m.numel() // 16 for n, m in mask.items())"
+    subprocess.run([sys.executable, "-c", pieces + check], cwd=tmp_path, check=True, timeout=280)
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_every_job_is_a_spec_that_says_what_it_is_for(path: Path) -> None:
+    load_spec(path)
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("size", ["16x", "100x"])
+@pytest.mark.parametrize("task", GLUE)
+def test_bert_base_jobs_take_every_glue_task(task: str, size: str) -> None:
+    spec = load_spec(ROOT / "jobs" / f"bert-base-{size}.yaml", [f"task=glue/{task}"])
+    assert 1 - spec.levels.densities()[-1] == pytest.approx({"16x": 15 / 16, "100x": 0.99}[size])
+
+
+def test_the_commands_in_the_readme_and_in_jobs_exist() -> None:
+    text = README + "".join(path.read_text() for path in JOBS) + (ROOT / "cluster" / "README.md").read_text()
+    help_texts: dict[str, str] = {}
+    for command, options in re.findall(r"raymask (search|check|show)\b([^\n`]*)", text):
+        if command not in help_texts:
+            help_texts[command] = run_help(command)
+        for option in re.findall(r" (--[a-z-]+)", options.split("#")[0]):
+            assert option in help_texts[command], (command, option)
+    assert set(help_texts) == {"search", "check", "show"}
+
+
+def run_help(command: str) -> str:
+    words: list[Any] = [Path(sys.executable).with_name("raymask"), command, "--help"]
+    return subprocess.check_output(words, text=True, env={"PATH": "", "COLUMNS": "200", "NO_COLOR": "1"})

@@ -1,0 +1,446 @@
+"""Is a worker's result a function of its work alone, and does every failure end up where it belongs?"""
+
+import os
+import platform
+import random
+
+import numpy as np
+import pytest
+import torch
+from builders import FAMILIES, refused, tiny_job, tiny_snapshot
+
+from raymask.core.masks import kept, unpack_bits
+from raymask.core.recipe import control, dense_stage, finetune_stage, propose, resolve
+from raymask.core.records import Point, Settling, Snapshot
+from raymask.core.tensors import pack
+from raymask.train import loop, worker
+from raymask.train.metrics import measure
+from raymask.train.model import build, persistent
+from raymask.train.worker import Job, Worker, autocasting
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def job():
+    return tiny_job()
+
+
+@pytest.fixture(scope="module")
+def dense(job):
+    return tiny_snapshot(job)
+
+
+def pool(job, level=1):
+    return propose(resolve(job.spec), level)
+
+
+def settling(job, candidate, digest=None):
+    stage = finetune_stage(resolve(job.spec), candidate.level) if candidate.level else dense_stage(job.spec)
+    return Settling(name="search", candidate=candidate, stage=stage, digest=digest)
+
+
+def findings(evaluation):
+    """All of an evaluation but when and where it was made, and whose it is."""
+    return evaluation.model_dump(exclude={"seconds", "worker", "candidate"})
+
+
+def probed(job, snapshot, candidate):
+    """A fresh worker's evaluation, which must have gone well."""
+    found = Worker(job, "cpu").probe(snapshot, candidate)
+    assert found.ok, found.error
+    return found
+
+
+def settled(job, snapshot, candidate):
+    return Worker(job, "cpu").settle(snapshot, settling(job, candidate))
+
+
+def after(snapshot, checkpoint, key="later"):
+    """What the next level starts from."""
+    return Snapshot(key, checkpoint.weights, checkpoint.optimizer, snapshot.teacher)
+
+
+def with_nan(snapshot, name):
+    """The snapshot with one weight of the tensor not a number."""
+    tensors = {name: tensor.clone() for name, tensor in snapshot.weights.views().items()}
+    tensors[name].view(-1)[3] = float("nan")
+    return Snapshot("broken", pack(tensors), teacher=snapshot.teacher)
+
+
+# A probe is a pure function.
+
+
+@pytest.mark.parametrize("distill", [False, True])
+def test_a_probe_is_the_same_on_any_worker_in_any_order_and_after_any_work(distill):
+    job = tiny_job(distill=distill)
+    dense = tiny_snapshot(job)
+    first = {candidate: findings(probed(job, dense, candidate)) for candidate in pool(job)}
+    busy = Worker(job, "cpu")
+    later = after(dense, busy.settle(dense, settling(job, pool(job)[2])))
+    work = [(later, candidate) for candidate in pool(job, 2)] + [(dense, candidate) for candidate in pool(job)]
+    random.Random(0).shuffle(work)
+    work += [(dense, pool(job)[1]), (later, pool(job)[1]), (dense, pool(job)[1])]
+    found = [(snapshot, candidate, findings(busy.probe(snapshot, candidate))) for snapshot, candidate in work]
+    for snapshot, candidate, again in found:
+        expected = first[candidate] if snapshot is dense else findings(probed(job, later, candidate))
+        assert again == expected
+
+
+def test_candidates_differ_in_their_masks(job, dense):
+    found = [probed(job, dense, candidate) for candidate in pool(job)]
+    assert len({evaluation.digest for evaluation in found}) == 4
+    assert found[0].distance == 0.0
+    assert all(0 < evaluation.distance < 1 for evaluation in found[1:])
+    assert len({evaluation.score for evaluation in found}) == 4
+
+
+def test_candidates_of_the_same_mask_get_the_same_score(job, dense):
+    first = pool(job)[0]
+    other = first.model_copy(update={"index": 7, "seed": 99})
+    assert findings(probed(job, dense, other)) == findings(probed(job, dense, first))
+    everything = [candidate.model_copy(update={"density": 1 - 1e-12}) for candidate in pool(job)]
+    found = [findings(probed(job, dense, candidate)) for candidate in everything]
+    assert found[1:] == found[:-1]
+    assert found[0]["digest"] != findings(probed(job, dense, first))["digest"]
+
+
+def test_another_level_or_seed_of_the_search_has_other_random_numbers(job, dense):
+    first = pool(job)[0]
+    moved = probed(job, dense, first.model_copy(update={"level": 2}))
+    reseeded = probed(tiny_job(seed=1), dense, first)
+    digests = {found.digest for found in (moved, reseeded, probed(job, dense, first))}
+    scores = {found.score for found in (moved, reseeded, probed(job, dense, first))}
+    assert (len(digests), len(scores)) == (1, 3)
+
+
+def test_a_probe_leaves_the_snapshot_as_it_was(job):
+    dense = tiny_snapshot(job)
+    before = dense.weights.buffer.copy()
+    probed(job, dense, pool(job)[1])
+    assert np.array_equal(dense.weights.buffer, before)
+
+
+# What an evaluation holds.
+
+
+def test_the_score_is_the_negative_mean_loss_of_the_last_looks(dense):
+    found = probed(tiny_job(probe={"last": 2}), dense, pool(tiny_job())[1])
+    assert [point.step for point in found.curve] == [1, 2, 3]
+    assert found.score == pytest.approx(-np.mean([point.loss for point in found.curve[-2:]]))
+    assert found.score != pytest.approx(-np.mean([point.loss for point in found.curve]))
+
+
+def test_the_score_is_the_mean_metric_where_that_is_asked_for(dense):
+    job = tiny_job(probe={"last": 2, "score": "metric", "epochs": 3})
+    found = probed(job, dense, pool(job)[1])
+    assert found.score == pytest.approx(np.mean([point.metric for point in found.curve[-2:]]))
+    assert 0 < found.score <= 1
+
+
+def test_row_losses_average_to_the_score(dense):
+    job = tiny_job(probe={"last": 2})
+    found = probed(job, dense, pool(job)[1])
+    assert found.losses().shape == (len(job.data.select),)
+    assert found.losses().mean() == pytest.approx(-found.score, rel=1e-5)
+    assert found.losses().std() > 0
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3]), (2, [2]), (3, [3]), (50, [3])])
+def test_looks_are_taken_every_so_many_steps_and_at_least_once(dense, every, steps):
+    job = tiny_job(probe={"eval_every": every})
+    assert [point.step for point in probed(job, dense, pool(job)[0]).curve] == steps
+
+
+def test_an_evaluation_says_where_it_was_made_and_how_long_it_took(job, dense):
+    found = probed(job, dense, pool(job)[0])
+    assert found.worker == f"{platform.node()}/{os.getpid()} cpu 1 threads"
+    assert found.seconds > 0
+    assert found.candidate == pool(job)[0]
+
+
+# What becomes of failures.
+
+
+def test_training_that_diverges_is_a_record_and_no_exception(dense):
+    job = tiny_job(probe={"learning_rate": 1e30})
+    found = Worker(job, "cpu").probe(dense, pool(job)[1])
+    assert not found.ok
+    assert found.error.startswith("FloatingPointError: the loss on select is ")
+    assert found.error.endswith(" steps")
+    assert (found.score, found.curve, found.row_losses) == (None, (), b"")
+    assert (found.candidate, found.worker != "") == (pool(job)[1], True)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("classifier.weight", "FloatingPointError: the loss on select is nan after 1 steps"),
+        ("{matrix}", "ValueError: {matrix} holds values that are not finite: it cannot be pruned"),
+    ],
+)
+def test_a_broken_snapshot_fails_its_candidates_and_nobody_after_them(job, dense, name, error, index):
+    busy, candidate, matrix = Worker(job, "cpu"), pool(job)[index], job.prunable[-1]
+    broken = with_nan(dense, name.format(matrix=matrix))
+    assert busy.probe(broken, candidate).error == error.format(matrix=matrix)
+    assert findings(busy.probe(dense, candidate)) == findings(probed(job, dense, candidate))
+
+
+def test_any_other_error_of_a_candidate_is_recorded_by_kind_and_cut(job, dense, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("x" * 5000)
+
+    monkeypatch.setattr(Worker, "look", fail)
+    found = Worker(job, "cpu").probe(dense, pool(job)[0])
+    assert found.error.startswith("ZeroDivisionError: xxx")
+    assert len(found.error) == 2000
+
+
+@pytest.mark.parametrize("fault", [MemoryError, torch.OutOfMemoryError])
+def test_the_machine_s_own_faults_are_raised(job, dense, monkeypatch, fault):
+    def fail(*_):
+        raise fault("no room")
+
+    monkeypatch.setattr(Worker, "look", fail)
+    with pytest.raises(fault, match="no room"):
+        Worker(job, "cpu").probe(dense, pool(job)[0])
+
+
+# Fine-tuning.
+
+
+def scripted(monkeypatch, points):
+    """Let the looks find (loss, metric) of `points` in turn; returns a list that gets the weights at each look."""
+    seen, script = [], iter(points)
+
+    def look(self, step):
+        seen.append(pack(self.live).buffer)
+        loss, metric = next(script)
+        return Point(step=step, loss=loss, metric=metric), torch.zeros(1)
+
+    monkeypatch.setattr(Worker, "look", look)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("points", "best"),
+    [
+        ([(0.5, 0.6), (0.9, 0.8), (0.1, 0.7)], 1),  # the metric decides,
+        ([(0.5, 0.6), (0.3, 0.6), (0.4, 0.6)], 1),  # then the loss,
+        ([(0.5, 0.6), (0.5, 0.6), (0.5, 0.6)], 0),  # then who came first,
+        ([(0.5, 0.6), (float("nan"), 0.9), (float("inf"), 0.9)], 0),  # and what is not finite never wins.
+        ([(float("nan"), 0.9), (0.5, 0.6), (0.6, 0.6)], 1),
+    ],
+)
+def test_the_best_look_is_kept_with_its_optimizer(dense, monkeypatch, points, best):
+    job = tiny_job(finetune={"epochs": 3})
+    seen = scripted(monkeypatch, points)
+    found = settled(job, dense, pool(job)[1])
+    assert [point.step for point in found.finetuned.curve] == [3, 6, 9]
+    assert found.finetuned.best == best
+    assert found.finetuned.kept.step == 3 * (best + 1)
+    assert np.array_equal(found.weights.buffer, seen[best])
+    assert float(found.optimizer.views()["step"]) == 3 * (best + 1)
+    assert len({buffer.tobytes() for buffer in seen}) == 3
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.5, [2]), (1, [3]), (1.5, [3, 4]), (2, [3, 6])])
+def test_a_look_is_taken_after_every_epoch_and_at_the_end(dense, epochs, steps):
+    job = tiny_job(finetune={"epochs": epochs})
+    assert [point.step for point in settled(job, dense, pool(job)[0]).finetuned.curve] == steps
+
+
+def test_what_is_returned_is_what_was_measured(job, dense):
+    found = settled(job, dense, pool(job)[1])
+    module = build(job.config).eval()
+    module.load_state_dict(found.weights.views(), strict=False)
+    report = loop.predict(module, job.data.report, padding=0, autocast=autocasting("fp32", CPU))
+    assert np.array_equal(found.logits, report.numpy())
+    select = loop.predict(module, job.data.select, padding=0, autocast=autocasting("fp32", CPU))
+    metric = measure(("accuracy",), select.numpy(), job.data.select.labels)["accuracy"]
+    assert found.finetuned.kept.metric == metric
+    assert found.finetuned.worker == f"{platform.node()}/{os.getpid()} cpu 1 threads"
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_mask_that_was_scored_is_drawn_again(job, dense, index):
+    candidate = pool(job)[index]
+    digest = probed(job, dense, candidate).digest
+    found = Worker(job, "cpu").settle(dense, settling(job, candidate, digest))
+    bits, weights = unpack_bits(found.mask), found.weights.views()
+    assert found.digest == digest
+    assert set(bits) == set(job.prunable)
+    assert (found.kept, found.total) == (kept(bits), 4096)
+    assert found.kept == 2048  # half of every matrix
+    for name, mask in bits.items():
+        assert not weights[name][~mask].any()
+        assert weights[name][mask].count_nonzero() == mask.sum()
+
+
+def test_another_mask_than_the_scored_one_is_refused(job, dense):
+    first, second = (probed(job, dense, candidate) for candidate in pool(job)[1:3])
+    message = refused(Worker(job, "cpu").settle, dense, settling(job, first.candidate, second.digest))
+    assert message.startswith(f"candidate 1 of level 1 drew mask {first.digest} here (")
+    assert f"but mask {second.digest} was scored" in message
+    assert message.endswith("Use workers of one kind")
+
+
+def test_levels_nest_and_go_on_with_the_optimizer(job, dense):
+    first = settled(job, dense, pool(job)[1])
+    parent = after(dense, first)
+    second = settled(job, parent, pool(job, 2)[1])
+    outer, inner = unpack_bits(first.mask), unpack_bits(second.mask)
+    assert all(not (inner[name] & ~outer[name]).any() for name in outer)
+    assert second.kept == 1024
+    step = float(first.optimizer.views()["step"])
+    assert float(second.optimizer.views()["step"]) == step + second.finetuned.kept.step
+    fresh = settled(job, Snapshot("fresh", first.weights), pool(job, 2)[1])
+    assert fresh.digest == second.digest
+    assert not np.array_equal(fresh.weights.buffer, second.weights.buffer)
+
+
+def test_settling_is_the_same_on_a_fresh_worker_and_after_other_work(job, dense):
+    busy = Worker(job, "cpu")
+    busy.settle(dense, settling(job, pool(job)[2]))
+    found, again = busy.settle(dense, settling(job, pool(job)[1])), settled(job, dense, pool(job)[1])
+    assert np.array_equal(found.weights.buffer, again.weights.buffer)
+    assert np.array_equal(found.optimizer.buffer, again.optimizer.buffer)
+    assert np.array_equal(found.logits, again.logits)
+
+
+def test_a_dense_fine_tuning_prunes_nothing(job, dense):
+    found = settled(job, dense, control(resolve(job.spec), 0))
+    assert (found.kept, found.total, found.mask.index) == (0, 0, {})
+    weights = found.weights.views()
+    assert all(weights[name].count_nonzero() == weights[name].numel() for name in job.prunable)
+    assert not np.array_equal(found.weights.buffer, dense.weights.buffer)
+
+
+def test_no_epochs_return_the_weights_unchanged():
+    job = tiny_job(dense={"epochs": 1})
+    dense, candidate = tiny_snapshot(job), control(resolve(job.spec), 0)
+    stage = dense_stage(job.spec).model_copy(update={"epochs": 0.0})
+    work = Settling(name="dense", candidate=candidate, stage=stage)
+    found = Worker(job, "cpu").settle(dense, work)
+    assert np.array_equal(found.weights.buffer, dense.weights.buffer)
+    assert found.optimizer.index == {}
+    assert [point.step for point in found.finetuned.curve] == [0]
+    assert found.logits.shape == (len(job.data.report), 2)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_fine_tuning_that_diverges_is_refused_with_advice(level):
+    job = tiny_job(finetune={"learning_rate": 1e30}, dense={"learning_rate": 1e30})
+    candidate = control(resolve(job.spec), level)
+    message = refused(Worker(job, "cpu").settle, tiny_snapshot(job), settling(job, candidate))
+    assert message.startswith(f"level {level}: fine-tuning diverged, the loss on select is ")
+    assert "Lower finetune.learning_rate (dense.learning_rate at level 0)" in message
+
+
+# Distillation, precision, regression, families.
+
+
+@pytest.mark.parametrize("distill", [False, True])
+def test_labels_matter_exactly_when_nothing_is_distilled(distill):
+    job = tiny_job(distill=distill)
+    dense = tiny_snapshot(job)
+    plain = findings(probed(job, dense, pool(job)[1]))
+    job.data.train.labels[:] = 1 - job.data.train.labels
+    assert (findings(probed(job, dense, pool(job)[1])) == plain) is distill
+
+
+def test_the_teacher_is_what_a_student_learns_from():
+    job = tiny_job(distill=True)
+    dense = tiny_snapshot(job)
+    own = Snapshot("own", dense.weights, teacher=dense.weights)
+    assert findings(probed(job, dense, pool(job)[1])) != findings(probed(job, own, pool(job)[1]))
+    assert settled(job, dense, pool(job)[1]).kept == 2048
+
+
+def test_bf16_is_near_float32_and_keeps_float32_weights(job, dense):
+    half = tiny_job(precision="bf16")
+    exact, rough = probed(job, dense, pool(job)[1]), probed(half, dense, pool(half)[1])
+    assert rough.digest == exact.digest
+    assert rough.score != exact.score
+    assert rough.score == pytest.approx(exact.score, abs=0.1)
+    found = settled(half, dense, pool(half)[1])
+    assert {tensor.dtype for tensor in found.weights.views().values() if tensor.is_floating_point()} == {torch.float32}
+    assert found.logits.dtype == np.float32
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_auto_is_bf16_where_the_device_has_it(monkeypatch, native):
+    monkeypatch.setattr(worker, "native_bf16", lambda device: native)
+    with autocasting("auto", CPU)():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if native else torch.float32)
+
+
+@pytest.mark.parametrize("distill", [False, True])
+def test_a_regression_is_probed_and_settled(distill):
+    job = tiny_job(regression=True, distill=distill, finetune={"epochs": 6})
+    dense = tiny_snapshot(job)
+    found = probed(job, dense, pool(job)[1])
+    assert found.losses().mean() == pytest.approx(-found.score, rel=1e-5)
+    checkpoint = settled(job, dense, pool(job)[1])
+    assert checkpoint.logits.shape == (len(job.data.report), 1)
+    curve = checkpoint.finetuned.curve
+    assert curve[-1].loss < curve[0].loss / 2
+    assert len({point.metric for point in curve}) > 1
+    assert checkpoint.finetuned.kept.metric == max(point.metric for point in curve)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_probed_and_settled_with_a_teacher(family):
+    job = tiny_job(family, distill=True, finetune={"epochs": 1})
+    dense = tiny_snapshot(job)
+    evaluation = probed(job, dense, pool(job)[1])
+    found = Worker(job, "cpu").settle(dense, settling(job, pool(job)[1], evaluation.digest))
+    assert found.kept == found.total / 2
+    assert np.isfinite(found.logits).all()
+
+
+# What the caller notices.
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_neither_random_state_nor_threads_of_the_caller_change(job, dense, fails):
+    threads = []
+    busy = Worker(tiny_job(workers={"cpus": 2.5}), "cpu", lambda share: threads.append(torch.get_num_threads()))
+    snapshot = with_nan(dense, "classifier.weight") if fails else dense
+    torch.manual_seed(1)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), torch.get_num_threads()
+    assert busy.probe(snapshot, pool(job)[1]).ok is not fails
+    if fails:
+        refused(busy.settle, snapshot, settling(job, pool(job)[1]))
+    else:
+        busy.settle(snapshot, settling(job, pool(job)[1]))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_num_threads()) == states[1:]
+    assert set(threads) == {2}
+
+
+@pytest.mark.parametrize("work", ["probe", "settle"])
+def test_the_share_that_is_done_rises_to_one(job, dense, work):
+    shares = []
+    busy = Worker(job, "cpu", shares.append)
+    if work == "probe":
+        busy.probe(dense, pool(job)[1])
+    else:
+        busy.settle(dense, settling(job, pool(job)[1]))
+    steps = 3 if work == "probe" else 6
+    assert shares == pytest.approx([(step + 1) / steps for step in range(steps)])
+
+
+def test_memory_counts_the_weights_and_the_teacher(job):
+    other = Job(job.spec, job.config, job.data, job.prunable, job.parameters + 1000)
+    taught = Job(tiny_job(distill=True).spec, job.config, job.data, job.prunable, job.parameters)
+    assert other.memory - job.memory >= 1000 * 4 * 4  # weights, gradients and two moments at the least
+    assert taught.memory - job.memory >= 4 * job.parameters
+    assert other.store_memory > job.store_memory
+
+
+def test_a_worker_s_live_tensors_are_its_module_s(job):
+    fresh = Worker(job, "cpu")
+    assert all(fresh.live[name] is tensor for name, tensor in persistent(fresh.module).items())
