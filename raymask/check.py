@@ -74,10 +74,10 @@ def level_table(plan: Plan, entries: list[int]) -> Table:
 def show_cost(console: Console, plan: Plan) -> None:
     found = epochs(plan.recipe)
     parts = ", ".join(f"{count:g} {purpose}" for purpose, count in found.items() if count)
-    memory = plan.job.memory / GIB
+    worker, shared = plan.job.memory(on_gpu=False) / GIB, plan.job.shared_memory / GIB
     console.print(f"cost     {sum(found.values()):g} epochs of training: {parts}", highlight=False)
     console.print(
-        f"memory   about {memory:.1f} GiB a worker, {plan.job.store_memory / GIB:.1f} GiB shared", highlight=False
+        f"memory   about {worker:.1f} GiB a worker on a CPU, {shared:.1f} GiB shared by all of a node", highlight=False
     )
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
+import socket
 import tempfile
 import time
 from collections import Counter, deque
@@ -20,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray._private.services import get_ray_address_from_environment
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from raymask.core.errors import UserError
 from raymask.core.records import (
@@ -40,6 +43,8 @@ INFRA = (RayActorError, ObjectLostError, OutOfMemoryError, *MACHINE_FAULTS)
 POLL = 0.5  # seconds between looks at progress, deadlines and new nodes
 STARTS = 5  # workers that may fail to start, one after another, before the search gives up
 PORT = 6379
+FOLDER = "raymask-"
+ANSWER = 10.0  # seconds in which a cluster must accept a connection
 
 
 class Desk:
@@ -94,6 +99,7 @@ class Pool:
         self.need = needs(job)
         self.idle: list[Any] = []
         self.starting: dict[Any, Any] = {}
+        self.returning: dict[Any, Any] = {}
         self.busy: dict[Any, tuple[int, Any, float]] = {}
         self.shelf: dict[int, tuple[Packed, Any]] = {}
         self.grown = 0.0
@@ -109,8 +115,13 @@ class Pool:
         )(Desk)
 
     def close(self) -> None:
-        for actor in [*self.idle, *self.starting.values(), *(actor for _, actor, _ in self.busy.values())]:
+        for actor in self.actors():
             ray.kill(actor)
+
+    def actors(self) -> list[Any]:
+        """All of them, whatever they do."""
+        waiting = [*self.idle, *self.starting.values(), *self.returning.values()]
+        return [*waiting, *(actor for _, actor, _ in self.busy.values())]
 
     def run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
         """Every call's result, or a Failed, with the call's index, in the order in which they finish.
@@ -120,38 +131,58 @@ class Pool:
         todo, faults = deque(range(len(calls))), Counter[int]()
         shares: dict[int, float] = {}
         asked: dict[Any, int] = {}
-        open_calls = len(calls)
         late: set[int] = set()
-        looked = 0.0
-        while open_calls:
-            self.grow(open_calls)
-            while self.idle and todo:
-                actor, index = self.idle.pop(), todo.popleft()
-                self.busy[calls[index].send(actor)] = (index, actor, time.monotonic())
-                shares[index] = 0.0
-            if time.monotonic() - looked > POLL:
-                looked = time.monotonic()
-                self.watch.running({calls[index].name: share for index, share in sorted(shares.items())})
-                pending = set(asked.values())
-                for index, actor, _ in self.busy.values():
-                    if index not in pending:
-                        asked[actor.progress.options(concurrency_group="aside").remote()] = index
-                late = self.kill_late(calls)
-            ready, _ = ray.wait([*self.busy, *self.starting, *asked], num_returns=1, timeout=POLL)
-            for ref in ready:
-                if ref in asked:
-                    self.hear(ref, asked.pop(ref), shares)
-                elif ref in self.starting:
-                    self.welcome(ref)
-                else:
-                    index, actor, _ = self.busy.pop(ref)
-                    shares.pop(index, None)
-                    outcome = self.collect(ref, actor, calls[index], faults, index, late)
-                    if outcome is None:
-                        todo.appendleft(index)
+        open_calls, looked = len(calls), 0.0
+        self.returning = {actor.__ray_ready__.remote(): actor for actor in self.idle}  # some may have died since
+        self.idle = []
+        try:
+            while open_calls:
+                self.grow(open_calls)
+                while self.idle and todo:
+                    actor, index = self.idle.pop(), todo.popleft()
+                    self.busy[calls[index].send(actor)] = (index, actor, time.monotonic())
+                    shares[index] = 0.0
+                if time.monotonic() - looked > POLL:
+                    looked = time.monotonic()
+                    self.watch.running({calls[index].name: share for index, share in sorted(shares.items())})
+                    self.ask(asked)
+                    late = self.kill_late(calls)
+                for ref in self.finished(asked):
+                    if ref in asked:
+                        self.hear(ref, asked.pop(ref), shares)
+                    elif ref in self.returning:
+                        self.welcome_back(ref)
+                    elif ref in self.starting:
+                        self.welcome(ref)
                     else:
-                        open_calls -= 1
-                        yield index, outcome
+                        index, actor, _ = self.busy.pop(ref)
+                        shares.pop(index, None)
+                        outcome = self.collect(ref, actor, calls[index], faults, index, late)
+                        if outcome is None:
+                            todo.appendleft(index)
+                        else:
+                            open_calls -= 1
+                            yield index, outcome
+        finally:  # whoever stops listening, or an error, leaves work behind that nobody waits for
+            for _, actor, _ in self.busy.values():
+                ray.kill(actor)
+            self.busy.clear()
+
+    def finished(self, asked: Mapping[Any, int]) -> list[Any]:
+        """References that have become ready, waited for no longer than POLL seconds."""
+        refs = [*self.busy, *self.returning, *self.starting, *asked]
+        if not refs:
+            time.sleep(POLL)
+            return []
+        ready, _ = ray.wait(refs, num_returns=1, timeout=POLL)
+        return list(ready)
+
+    def ask(self, asked: dict[Any, int]) -> None:
+        """Ask every busy worker how far it is, unless it still owes an answer."""
+        owing = set(asked.values())
+        for index, actor, _ in self.busy.values():
+            if index not in owing:
+                asked[actor.progress.options(concurrency_group="aside").remote()] = index
 
     def grow(self, open_calls: int) -> None:
         """Start actors for the work that is open where the cluster has room: also on nodes that came late."""
@@ -160,9 +191,19 @@ class Pool:
         self.grown = time.monotonic()
         room = slots(self.need)
         wanted = min(room, open_calls, self.workers.count or room)
-        for _ in range(wanted - len(self.idle) - len(self.starting) - len(self.busy)):
+        for _ in range(wanted - len(self.actors())):
             actor = self.actor.remote(self.job, self.need["GPU"] > 0)
             self.starting[actor.__ray_ready__.remote()] = actor
+
+    def welcome_back(self, ref: Any) -> None:
+        """An actor of an earlier round has answered, or died in between, which is nobody's fault."""
+        actor = self.returning.pop(ref)
+        try:
+            ray.get(ref)
+        except RayError:
+            ray.kill(actor)
+        else:
+            self.idle.append(actor)
 
     def welcome(self, ref: Any) -> None:
         """An actor has started, or failed to: the latter a few times only."""
@@ -186,7 +227,7 @@ class Pool:
         """A worker says how far it is; one that has died is found out elsewhere."""
         try:
             share = ray.get(ref)
-        except INFRA:
+        except RayError:
             return
         if index in shares:
             shares[index] = share
@@ -219,7 +260,8 @@ class Pool:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
             raise
-        self.idle.append(actor)
+        if index not in late:  # it finished while it was being ended
+            self.idle.append(actor)
         return result
 
     def put(self, parent: Snapshot) -> dict[str, Any]:
@@ -287,7 +329,7 @@ def needs(job: Job) -> dict[str, float]:
     gpus = job.spec.workers.gpus
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    return {"CPU": job.spec.workers.cpus, "GPU": gpus, "memory": job.memory}
+    return {"CPU": job.spec.workers.cpus, "GPU": gpus, "memory": job.memory(on_gpu=gpus > 0)}
 
 
 def capacity(resources: Mapping[str, float], need: Mapping[str, float]) -> int:
@@ -328,15 +370,19 @@ def offer(resources: Mapping[str, float]) -> str:
 def brief(error: BaseException) -> str:
     """An error of Ray's without its page of advice."""
     text = str(getattr(error, "cause", None) or error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
+    lines = text.splitlines()
+    # A worker's own error stands below the traceback, unindented, as `ValueError: ...`.
+    raised = [line for line in lines if re.match(r"[A-Za-z_][\w.]*: ", line)]
+    found = raised[-1] if raised and getattr(error, "actor_init_failed", False) else lines[0]
+    return found[:200]
 
 
 @contextmanager
 def connected(job: Job, address: str | None) -> Iterator[None]:
     """This process connected to Ray: as it is already, to the cluster at `address`, or to a private one.
 
-    The private one listens on loopback only, has a temporary folder and a token of its own, and its workers are
-    forked from a process that has imported torch and the model's code already.
+    The private one listens on loopback only, has a temporary folder and a token of its own, and its first workers
+    have imported torch and the model's code before they are asked for.
     """
     if ray.is_initialized():
         yield
@@ -350,8 +396,10 @@ def connected(job: Job, address: str | None) -> Iterator[None]:
             finally:
                 ray.shutdown()
         return
-    folder = tempfile.mkdtemp(prefix="raymask-")
+    sweep_up()
+    folder = tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-")
     private = {
+        "RAY_ADDRESS": "",  # it would win over "local"
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": os.urandom(32).hex(),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -361,14 +409,13 @@ def connected(job: Job, address: str | None) -> Iterator[None]:
     }
     model_code = type(job.config).__module__.replace("configuration_", "modeling_")
     try:
-        with environment(**private):
+        with environment(**private), loopback():
             reread_environment()
             ray.init(
                 "local",
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
-                object_store_memory=job.store_memory,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=folder,
                 _system_config={"preload_python_modules": ["transformers", "raymask.train.worker", model_code]},
@@ -382,11 +429,14 @@ def connected(job: Job, address: str | None) -> Iterator[None]:
 
 
 def join(address: str) -> None:
-    """Connect to a running cluster. Raises UserError when nothing answers."""
-    where = address if address == "auto" or ":" in address else f"{address}:{PORT}"
+    """Connect to a running cluster; `auto` is $RAY_ADDRESS or this machine's. Raises UserError when none answers."""
     try:
+        found = get_ray_address_from_environment(address, None)
+        where = found if ":" in found else f"{found}:{PORT}"
+        host, port = where.rsplit(":", 1)
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()  # Ray itself asks for 14 minutes
         ray.init(where, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"--address {address}: no Ray cluster answers there ({brief(error)}). Start one with `ray start --head`, "
             "or leave out --address for a private one"
@@ -407,10 +457,33 @@ def reread_environment() -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
+def sweep_up() -> None:
+    """Remove the temporary folders of drivers that were killed before they could."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}[0-9]*-*"):
+        try:
+            os.kill(int(folder.name.split("-")[1]), 0)  # asks only whether it lives
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:
+            pass  # it does, and is another user's
+
+
+@contextmanager
+def loopback() -> Iterator[None]:
+    """Let Ray keep 127.0.0.1 as this node's address, as on macOS; else it puts a reachable one in its place."""
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
 @contextmanager
 def environment(**values: str) -> Iterator[None]:
     """Set environment variables for the block, for this process and those that it starts."""
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ.get(name) for name in (*values, "PYTHONBREAKPOINT")}  # which ray.init sets
     os.environ.update(values)
     try:
         yield

@@ -41,17 +41,19 @@ class Job:
     prunable: tuple[str, ...]
     parameters: int
 
-    @property
-    def memory(self) -> int:
-        """Bytes that one worker needs, about: weights, gradients, masks, optimizer, the best copy of them, a teacher,
-        and as much again of room for activations, on top of Python and torch."""
-        copies = 1 + 1 + 1 + 2 + 3 + (1 if self.spec.distill else 0)
-        return 2**29 + 2 * copies * 4 * self.parameters
+    def memory(self, *, on_gpu: bool) -> int:
+        """Bytes of the machine's memory that one worker needs, about.
+
+        Everywhere Python, torch, and what comes and goes: the best weights and moments, packed. On a CPU also weights,
+        gradients, masks, moments and a teacher, and as much again as all of these for activations.
+        """
+        passing, living = 3 * 4 * self.parameters, (5 + self.spec.distill) * 4 * self.parameters
+        return 2**30 * 3 + passing if on_gpu else 2**29 + 2 * (passing + living)
 
     @property
-    def store_memory(self) -> int:
-        """Bytes of object store, about: what goes out and comes back for both lineages of a level, and the data."""
-        return 2**28 + 4 * 4 * 4 * self.parameters
+    def shared_memory(self) -> int:
+        """Bytes of the object store, about: both lineages' weights and moments, out and back, and a teacher."""
+        return (2 * 2 * 3 + 1) * 4 * self.parameters
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,12 @@ class Worker:
         self.job = job
         self.recipe = resolve(job.spec)
         self.device = torch.device(device)
-        if self.device.type == "cuda":  # the same result twice is worth more than the last few per cent of speed
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
+        if self.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
         self.tell = tell
         self.autocast = autocasting(job.spec.precision, self.device)
-        self.module = self.new_module()
+        with isolated(job.spec, self.device):
+            self.module = self.new_module()
         self.live = persistent(self.module)
         self.teacher: torch.nn.Module | None = None
         self.name = describe(self.device, job.spec)
@@ -292,11 +294,14 @@ def describe(device: torch.device, spec: Spec) -> str:
 
 @contextmanager
 def isolated(spec: Spec, device: torch.device) -> Iterator[None]:
-    """Run with the spec's threads and without a trace in the caller's random state."""
-    threads = torch.get_num_threads()
+    """Run with the spec's threads, on a GPU with deterministic kernels, and without a trace in the caller's torch."""
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    on_gpu = device.type == "cuda"
     torch.set_num_threads(spec.workers.threads)
+    torch.use_deterministic_algorithms(strict or on_gpu, warn_only=True)
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[device] if on_gpu else []):
             yield
     finally:
         torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(strict)

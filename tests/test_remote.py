@@ -1,0 +1,595 @@
+"""Do the two seams on Ray do what one process does, and what happens when workers, nodes and candidates fail?"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from raymask import local, remote
+from raymask.config import make_spec
+from raymask.core.errors import UserError
+from raymask.core.recipe import finetune_stage, propose, resolve
+from raymask.core.records import Candidate, Checkpoint, Evaluate, Evaluation, FineTune, Settling, Snapshot
+from raymask.core.tensors import pack
+from raymask.report.terminal import Silent
+from raymask.search import Plan, prepare
+from raymask.train.model import load_weights
+from raymask.train.worker import Job
+
+import psutil  # isort: skip - Ray brings it along, so it is found once Ray is imported
+
+pytestmark = [pytest.mark.ray, pytest.mark.long]
+
+SHORT = {"epochs": 0.1, "batch_size": 32, "eval_every": 5, "last": 2}
+LONG = SHORT | {"epochs": 1.0, "eval_every": 50}
+BASE = {
+    "model": "quickstart",
+    "task": "quickstart",
+    "levels": [0.5, 0.9],
+    "candidates": {"count": 3, "ratios": [0.02]},
+    "probe": SHORT,
+    "finetune": {"epochs": 0.1, "batch_size": 32},
+    "distill": False,
+    "precision": "fp32",
+    "workers": {"count": 2},
+}
+PATIENCE = 60.0  # seconds after which something that must happen counts as never happening
+
+
+@dataclass
+class Ear(Silent):
+    """A Watch that writes down what it is told."""
+
+    notes: list[str] = field(default_factory=list)
+    shares: list[dict[str, float]] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    @property
+    def troubles(self) -> list[str]:
+        """The notes on workers that were lost or did not start."""
+        return [text for text in self.notes if "worker was lost" in text or "did not start" in text]
+
+    def running(self, shares: Mapping[str, float]) -> None:
+        self.shares.append(dict(shares))
+
+
+@dataclass
+class Killer(Ear):
+    """Signals the one worker there is while it is in the middle of `name`, a number of `times`, each a new process."""
+
+    name: str = "candidate 1"
+    times: int = 1
+    signal: int = signal.SIGKILL
+    hit: list[int] = field(default_factory=list)
+
+    def running(self, shares: Mapping[str, float]) -> None:
+        super().running(shares)
+        if shares.get(self.name, 0.0) > 0.0 and len(self.hit) < self.times:
+            for pid in desks():
+                if pid not in self.hit:
+                    os.kill(pid, self.signal)
+                    self.hit.append(pid)
+
+
+def family() -> list[psutil.Process]:
+    """The processes that this one has started, and theirs."""
+    return psutil.Process().children(recursive=True)
+
+
+def desks() -> list[int]:
+    """Process ids of the actors of Ray that this process has started."""
+    found = []
+    for process in family():
+        with suppress(psutil.NoSuchProcess, IndexError):
+            if process.status() != psutil.STATUS_ZOMBIE and process.cmdline()[0].startswith("ray::Desk"):
+                found.append(process.pid)
+    return found
+
+
+def wait_until(happened: Callable[[], object]) -> None:
+    start = time.monotonic()
+    while not happened():
+        assert time.monotonic() - start < PATIENCE, "waited too long"
+        time.sleep(0.05)
+
+
+def job_of(plan: Plan, **changes: object) -> Job:
+    return replace(plan.job, spec=make_spec({**BASE, **changes}))
+
+
+@contextmanager
+def hired(job: Job, watch: Ear | None = None) -> Iterator[tuple[Evaluate, FineTune]]:
+    """The seams on the Ray that runs already, when the workers of the test before are gone."""
+    wait_until(lambda: not desks())
+    with remote.workers(job, watch or Ear(), None) as seams:
+        yield seams
+
+
+def result(evaluation: Evaluation) -> Evaluation:
+    """What must not depend on where and how fast it was computed."""
+    return evaluation.model_copy(update={"seconds": 0.0, "worker": ""})
+
+
+def by_index(evaluations: Iterator[Evaluation]) -> dict[int, Evaluation]:
+    found = {}
+    for evaluation in evaluations:
+        assert evaluation.candidate.index not in found
+        found[evaluation.candidate.index] = result(evaluation)
+    return found
+
+
+def pid_of(evaluation: Evaluation) -> int:
+    return int(evaluation.worker.split()[0].split("/")[1])
+
+
+def assert_same(one: Checkpoint, other: Checkpoint) -> None:
+    for mine, theirs in [
+        (one.weights, other.weights),
+        (one.optimizer, other.optimizer),
+        (one.mask, other.mask),
+    ]:
+        assert mine.index == theirs.index
+        assert np.array_equal(mine.buffer, theirs.buffer)
+    assert (one.digest, one.kept, one.total) == (other.digest, other.kept, other.total)
+    assert (one.finetuned.curve, one.finetuned.best) == (other.finetuned.curve, other.finetuned.best)
+    assert np.array_equal(one.logits, other.logits)
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return prepare(make_spec(BASE))
+
+
+@pytest.fixture(scope="module")
+def parent(plan: Plan) -> Snapshot:
+    return Snapshot("initial", load_weights(plan.job.spec.model, plan.source.config, 0, False))
+
+
+@pytest.fixture(scope="module")
+def pool(plan: Plan) -> tuple[Candidate, ...]:
+    return propose(resolve(plan.job.spec), 1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]) -> dict[int, Evaluation]:
+    """What one process finds, alone."""
+    with local.workers(plan.job, Silent()) as (evaluate, _):
+        return by_index(evaluate(parent, pool))
+
+
+@pytest.fixture(scope="module")
+def work(plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]) -> list[tuple[Snapshot, Settling]]:
+    """Two masks to fine-tune: a random one and the control."""
+    stage = finetune_stage(resolve(plan.job.spec), 1)
+    return [
+        (parent, Settling("selected (candidate 1)", pool[1], stage, None)),
+        (parent, Settling("control (IMP)", pool[0], stage, None)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def ours(plan: Plan) -> Iterator[None]:
+    """The private Ray of a search, for the tests that need no other; those that do come before its first use."""
+    with remote.connected(plan.job, None):
+        yield
+
+
+@pytest.fixture
+def attentive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that looks more often, so that a short probe has a middle."""
+    monkeypatch.setattr(remote, "POLL", 0.05)
+
+
+# ---------------------------------------------------------------- several nodes: before the private Ray of the others
+
+
+def test_a_late_node_gets_work_and_its_loss_is_survived(
+    plan: Plan, parent: Snapshot, monkeypatch: pytest.MonkeyPatch, short_folder: Path
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    assert not ray.is_initialized(), "this test comes before those that share a private Ray"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_TMPDIR", str(short_folder))
+    (short_folder / "ray").mkdir()
+    remote.reread_environment()
+    node = {"include_dashboard": False, "object_store_memory": 2**27}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "num_cpus": 1, "temp_dir": str(short_folder / "0")})
+    job = job_of(plan, candidates={"count": 40, "ratios": [0.02]}, workers={"retries": 5}, probe=LONG)
+    pool, ear, found = propose(resolve(job.spec), 1), Ear(), {}
+    head = elsewhere = late = killed = None
+    try:
+        with remote.connected(job, cluster.address), remote.workers(job, ear, cluster.address) as (evaluate, _):
+            for evaluation in evaluate(parent, pool):
+                found[evaluation.candidate.index] = evaluation
+                pid = pid_of(evaluation)
+                if late is None:
+                    head = pid
+                    late = cluster.add_node(**node, num_cpus=1, temp_dir=str(short_folder / "1"))
+                elif pid != head:
+                    elsewhere = elsewhere or pid
+                elif elsewhere and not killed:  # it is in the middle of its next candidate
+                    [raylet] = [info.process.pid for info in late.all_processes["raylet"]]
+                    assert elsewhere in {child.pid for child in psutil.Process(raylet).children(recursive=True)}
+                    os.kill(raylet, signal.SIGKILL)
+                    killed = raylet
+    finally:
+        cluster.shutdown()
+    assert killed is not None, "the late node got no work"
+    assert sorted(found) == [candidate.index for candidate in pool]
+    assert all(evaluation.ok for evaluation in found.values())
+    assert any("its worker was lost" in note for note in ear.troubles)
+
+
+def test_an_address_where_nothing_answers_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    code = """
+import sys
+from raymask import remote
+from raymask.core.errors import UserError
+try:
+    with remote.connected(None, sys.argv[1]):
+        print("connected")
+except UserError as error:
+    print("UserError", error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, address],
+        env=clean_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,  # Ray alone asks 20 times, for 14 minutes
+        check=True,
+    )
+    assert done.stdout.startswith(f"UserError --address {address}: no Ray cluster answers there")
+
+
+def test_a_private_ray_leaves_nothing_behind(short_folder: Path) -> None:
+    code = """
+import json, os, tempfile
+from pathlib import Path
+import ray, psutil
+from raymask import remote
+from raymask.config import make_spec
+from raymask.search import prepare
+job = prepare(make_spec({"model": "quickstart", "task": "quickstart"})).job
+folders = lambda: sorted(str(path) for path in Path(tempfile.gettempdir()).glob("raymask-*"))
+before = dict(os.environ)
+with remote.connected(job, None):
+    during = folders()
+    processes = psutil.Process().children(recursive=True)
+after = dict(os.environ)
+gone, alive = psutil.wait_procs(processes, timeout=30)
+print(json.dumps({
+    "during": during,
+    "processes": len(processes),
+    "folders": folders(),
+    "alive": [process.name() for process in alive],
+    "environment": sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)),
+    "home": sorted(os.listdir(Path.home())),
+}))
+"""
+    (short_folder / "home").mkdir()
+    environment = clean_environment(short_folder / "home") | {"TMPDIR": str(short_folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=2 * PATIENCE, check=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["during"]) == 1
+    assert found["processes"] > 3
+    assert found["folders"] == []
+    assert found["alive"] == []
+    assert ".ray" not in found["home"]
+    assert found["environment"] == []
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """This process's environment with another home, and without Ray's variables."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return kept | {"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose name is short enough for the sockets that Ray puts into it."""
+    with tempfile.TemporaryDirectory(prefix="rm-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+# ------------------------------------------------------------------------------------------ one private Ray for all
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_workers_on_ray_find_bitwise_what_one_process_finds(
+    ours: None,
+    plan: Plan,
+    parent: Snapshot,
+    pool: tuple[Candidate, ...],
+    undisturbed: dict[int, Evaluation],
+    work: list[tuple[Snapshot, Settling]],
+    count: int,
+) -> None:
+    with local.workers(plan.job, Silent()) as (_, fine_tune):
+        alone = dict(fine_tune(work))
+    with hired(job_of(plan, workers={"count": count})) as (evaluate, fine_tune):
+        assert by_index(evaluate(parent, pool)) == undisturbed
+        assert by_index(evaluate(parent, pool[::-1])) == undisturbed
+        tuned = dict(fine_tune(work))
+        backwards = dict(fine_tune(work[::-1]))
+    assert all(evaluation.ok for evaluation in undisturbed.values())
+    for index in range(2):
+        assert_same(tuned[index], alone[index])
+        assert_same(backwards[1 - index], alone[index])
+
+
+def test_a_worker_killed_in_the_middle_of_a_probe_is_replaced_and_the_probe_repeated(
+    ours: None, attentive: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]
+) -> None:
+    job, killer = job_of(plan, workers={"count": 1}, probe=LONG), Killer()
+    with local.workers(job, Silent()) as (evaluate, _):
+        expected = by_index(evaluate(parent, pool[:3]))
+    with hired(job, killer) as (evaluate, _):
+        assert by_index(evaluate(parent, pool[:3])) == expected
+    assert len(killer.hit) == 1
+    [note] = killer.troubles
+    assert note.startswith("candidate 1: its worker was lost")
+    assert note.endswith("trying again elsewhere")
+
+
+def test_a_candidate_whose_workers_die_again_and_again_is_recorded_and_the_others_go_on(
+    ours: None,
+    attentive: None,
+    plan: Plan,
+    parent: Snapshot,
+    pool: tuple[Candidate, ...],
+) -> None:
+    killer = Killer(times=2)
+    with hired(job_of(plan, workers={"count": 1, "retries": 1}, probe=LONG), killer) as (evaluate, _):
+        found = by_index(evaluate(parent, pool[:3]))
+    assert len(killer.hit) == 2
+    assert sorted(found) == [0, 1, 2]
+    assert (found[0].ok, found[1].ok, found[2].ok) == (True, False, True)
+    assert "its workers failed 2 times; the last one: " in str(found[1].error)
+    assert found[1].score is None
+
+
+def test_a_worker_killed_in_the_middle_of_a_fine_tuning_is_replaced(
+    ours: None, attentive: None, plan: Plan, work: list[tuple[Snapshot, Settling]]
+) -> None:
+    longer = [(start, replace_stage(settling, epochs=1.0)) for start, settling in work]
+    with local.workers(plan.job, Silent()) as (_, fine_tune):
+        expected = dict(fine_tune(longer))
+    killer = Killer(name="control (IMP)")
+    with hired(job_of(plan, workers={"count": 1}), killer) as (_, fine_tune):
+        found = dict(fine_tune(longer))
+    assert len(killer.hit) == 1
+    assert any(note.startswith("control (IMP): its worker was lost") for note in killer.notes)
+    for index in range(2):
+        assert_same(found[index], expected[index])
+
+
+def test_a_fine_tuning_that_may_not_be_repeated_ends_the_search_and_says_which(
+    ours: None, attentive: None, plan: Plan, work: list[tuple[Snapshot, Settling]]
+) -> None:
+    longer = [(start, replace_stage(settling, epochs=1.0)) for start, settling in work]
+    killer = Killer(name="control (IMP)")
+    with (
+        hired(job_of(plan, workers={"count": 1, "retries": 0}), killer) as (_, fine_tune),
+        pytest.raises(UserError, match=r"control \(IMP\): its workers failed 1 times.*same command goes on from here"),
+    ):
+        list(fine_tune(longer))
+    assert len(killer.hit) == 1
+
+
+def replace_stage(settling: Settling, **changes: object) -> Settling:
+    return replace(settling, stage=settling.stage.model_copy(update=changes))
+
+
+def test_workers_that_died_while_idle_are_nobodys_fault(
+    ours: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...], undisturbed: dict[int, Evaluation]
+) -> None:
+    with hired(job_of(plan, workers={"count": 2, "retries": 1})) as (evaluate, _):
+        pids = {pid_of(evaluation) for evaluation in evaluate(parent, pool)}
+        wait_until(lambda: len(desks()) == 2)
+        idle = desks()
+        assert pids <= set(idle)
+        for pid in idle:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not set(idle) & set(desks()))
+        assert by_index(evaluate(parent, pool[:1])) == {0: undisturbed[0]}
+
+
+def test_a_candidate_past_its_deadline_is_recorded_and_the_others_get_a_fresh_worker(
+    ours: None,
+    attentive: None,
+    plan: Plan,
+    parent: Snapshot,
+    pool: tuple[Candidate, ...],
+) -> None:
+    killer = Killer(signal=signal.SIGSTOP)  # from here on the candidate makes no step any more
+    job = job_of(plan, workers={"count": 1, "deadline": 10}, probe=LONG)
+    try:
+        with hired(job, killer) as (evaluate, _):
+            evaluations = list(evaluate(parent, pool[:3]))
+    finally:
+        for pid in killer.hit:
+            if psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGCONT)
+    [stopped] = killer.hit
+    found = {evaluation.candidate.index: evaluation for evaluation in evaluations}
+    assert sorted(found) == [0, 1, 2]
+    assert found[1].error == "took longer than the deadline of 10 s (workers.deadline)"
+    assert found[0].ok
+    assert found[2].ok
+    assert pid_of(found[0]) == stopped != pid_of(found[2])
+    assert killer.troubles == []
+
+
+def test_every_candidate_has_its_own_deadline(
+    ours: None, attentive: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]
+) -> None:
+    endless = job_of(plan, workers={"count": 2, "deadline": 0.5}, probe=SHORT | {"epochs": 1000.0})
+    with hired(endless) as (evaluate, _):
+        found = by_index(evaluate(parent, pool[:3]))
+    assert {evaluation.error for evaluation in found.values()} == {
+        "took longer than the deadline of 0.5 s (workers.deadline)"
+    }
+    assert sorted(found) == [0, 1, 2]
+
+
+def test_a_candidates_own_failure_is_recorded_and_not_repeated(
+    ours: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...], undisturbed: dict[int, Evaluation]
+) -> None:
+    tensors = {name: view.clone() for name, view in parent.weights.views().items()}
+    tensors["classifier.bias"][0] = float("nan")
+    ear = Ear()
+    with hired(job_of(plan, workers={"count": 1}), ear) as (evaluate, _):
+        broken = list(evaluate(Snapshot("poisoned", pack(tensors)), pool[:2]))
+        assert all("the loss on select is nan" in str(evaluation.error) for evaluation in broken)
+        assert len({pid_of(evaluation) for evaluation in broken}) == 1
+        good = list(evaluate(parent, pool[:1]))
+    assert result(good[0]) == undisturbed[0]
+    assert pid_of(good[0]) == pid_of(broken[0])
+    assert ear.troubles == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"), [({"gpus": 1}, "one asks for 1 CPUs, 1 GPUs"), ({"cpus": 1000}, "one asks for 1000 CPUs")]
+)
+def test_more_than_any_node_has_is_refused_at_once(ours: None, plan: Plan, asked: dict[str, Any], said: str) -> None:
+    if ray.cluster_resources().get("GPU", 0) and "gpus" in asked:
+        pytest.skip("there is a GPU here")
+    cpus = ray.cluster_resources()["CPU"]
+    with (
+        pytest.raises(UserError, match=rf"no node can hold a worker: {said}.*the nodes have {cpus:g} CPUs, "),
+        remote.workers(job_of(plan, workers=asked), Ear(), None),
+    ):
+        pass
+
+
+def test_workers_that_cannot_start_end_the_search_with_the_last_reason(
+    ours: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "STARTS", 2)
+    nothing_known = replace(job_of(plan, workers={"count": 1}), config=dict)
+    ear = Ear()
+    with (
+        hired(nothing_known, ear) as (evaluate, _),
+        pytest.raises(UserError, match=r"2 workers in a row did not start; the last one said: .*"),
+    ):
+        list(evaluate(parent, pool))
+    assert len(ear.troubles) == 2
+    assert all("nrecognized configuration class" in note for note in ear.troubles), ear.troubles
+
+
+def test_weights_are_put_once_a_snapshot_and_workers_are_kept(
+    ours: None,
+    plan: Plan,
+    parent: Snapshot,
+    pool: tuple[Candidate, ...],
+    work: list[tuple[Snapshot, Settling]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    puts: list[object] = []
+    put = ray.put
+
+    def counting(value: object, *args: Any, **kwargs: Any) -> Any:
+        puts.append(value)
+        return put(value, *args, **kwargs)
+
+    with hired(plan.job) as (evaluate, fine_tune):
+        monkeypatch.setattr(ray, "put", counting)
+        first = list(evaluate(parent, pool))
+        assert sum(value is parent.weights for value in puts) == len(puts) == 1
+        wait_until(lambda: len(desks()) == 2)
+        workers = desks()
+        checkpoints = dict(fine_tune(work))
+        list(evaluate(parent, pool))
+        assert len(puts) == 1
+        child = Snapshot("search-1", checkpoints[0].weights, checkpoints[0].optimizer)
+        second = list(evaluate(child, propose(resolve(plan.job.spec), 2)))
+        assert len(puts) == 3
+        list(evaluate(child, pool[:1]))
+        assert len(puts) == 3
+        assert sorted(desks()) == sorted(workers)
+    assert {pid_of(evaluation) for evaluation in [*first, *second]} <= set(workers)
+
+
+def test_what_travels_for_a_candidate_is_small(pool: tuple[Candidate, ...], undisturbed: dict[int, Evaluation]) -> None:
+    assert all(len(ray.cloudpickle.dumps(candidate)) <= 2 * 2**10 for candidate in pool)
+    assert all(len(ray.cloudpickle.dumps(evaluation)) <= 20 * 2**10 for evaluation in undisturbed.values())
+
+
+def test_half_a_cpu_makes_twice_as_many_workers_of_one_thread(
+    ours: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...], undisturbed: dict[int, Evaluation]
+) -> None:
+    expected = min(len(pool), int(2 * ray.cluster_resources()["CPU"]))
+    most, evaluations = 0, []
+    with hired(job_of(plan, workers={"cpus": 0.5})) as (evaluate, _):
+        for evaluation in evaluate(parent, pool):
+            evaluations.append(evaluation)
+            most = max(most, len(desks()))
+        wait_until(lambda: len(desks()) == expected)
+    assert most <= expected
+    assert all(evaluation.worker.endswith("cpu 1 threads") for evaluation in evaluations)
+    assert by_index(iter(evaluations)) == undisturbed
+
+
+def test_the_watch_sees_every_probe_rise(
+    ours: None, attentive: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]
+) -> None:
+    ear = Ear()
+    with hired(job_of(plan, workers={"count": 1}, probe=LONG), ear) as (evaluate, _):
+        list(evaluate(parent, pool[:2]))
+    for name in ("control", "candidate 1"):
+        told = [shares[name] for shares in ear.shares if name in shares]
+        assert told == sorted(told)
+        assert len(set(told)) > 2
+        assert 0.0 <= told[0] < told[-1] <= 1.0
+
+
+def test_the_private_ray_listens_on_loopback_only(ours: None) -> None:
+    heard = set()
+    for process in [psutil.Process(), *family()]:
+        with suppress(psutil.NoSuchProcess):
+            ends = process.net_connections(kind="tcp")
+            heard |= {f"{process.name()} {end.laddr.ip}" for end in ends if end.status == psutil.CONN_LISTEN}
+    assert len(heard) > 2
+    open_to_others = {ear for ear in heard if ear.split()[-1].removeprefix("::ffff:") not in ("127.0.0.1", "::1")}
+    assert open_to_others == set()
+
+
+def test_the_private_ray_turns_away_whoever_lacks_its_token(ours: None, tmp_path: Path) -> None:
+    [server] = [process for process in psutil.Process().children() if process.name() == "gcs_server"]
+    assert server.environ()["RAY_AUTH_MODE"] == "token"
+    code = "import sys; from ray._raylet import GcsClient; GcsClient(sys.argv[1]).internal_kv_keys(b'', None)"
+    address = ray.get_runtime_context().gcs_address
+    for theirs in [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}]:
+        done = subprocess.run(
+            [sys.executable, "-c", code, address],
+            env=clean_environment(tmp_path) | theirs,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode != 0
+        assert "AuthenticationError" in done.stderr
