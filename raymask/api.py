@@ -20,22 +20,24 @@ from raymask.train.model import find_prunable
 
 def search(
     spec: Spec | Mapping[str, Any] | str | Path,
-    run: str | Path,
+    run: str | Path | None = None,
     *,
     address: str | None = None,
     in_process: bool = False,
 ) -> Result:
     """Search as `raymask search` does, without output. `spec` is a Spec, its keys as plain data, or a YAML file.
 
-    `run`: the run directory; the same call continues or returns what is there. `address`: a Ray cluster ("auto",
+    `run`: the run directory, `runs/<spec file's name>` or `runs/<model>-<task>` when not given; the same call continues
+    or returns what is there. `address`: a Ray cluster ("auto",
     "host", "host:port"), else a private Ray is started, or the one that this process is connected to is used.
     `in_process`: without Ray. Raises raymask.UserError for whatever the caller can mend.
     """
-    if isinstance(spec, Mapping):
-        spec = make_spec(spec)
-    elif not isinstance(spec, Spec):
-        spec = load_spec(spec)
-    return run_search(spec, Path(run), Silent(), address=address, in_process=in_process)
+    if isinstance(spec, (str, Path)):
+        name, spec = Path(spec).stem, load_spec(spec)
+    else:
+        spec = spec if isinstance(spec, Spec) else make_spec(spec)
+        name = f"{Path(spec.model.name).name}-{Path(spec.task.name or spec.task.train or '').stem}"
+    return run_search(spec, Path(run or f"runs/{name}"), Silent(), address=address, in_process=in_process)
 
 
 def draw_mask(

@@ -49,7 +49,7 @@ def search(
     asked, name = read(spec, overrides)
     folder = run or Path("runs") / name
     console = make_console()
-    console.print(f"Run directory: {folder}", highlight=False)
+    console.print(f"Run directory: {folder}", highlight=False, markup=False)
     from raymask.report.terminal import show_result, watching
     from raymask.search import search as run_search
 
@@ -60,15 +60,9 @@ def search(
         print("raymask: stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
     show_result(console, result)
-    console.print(
-        f"\nNext: raymask show {folder}"
-        + (
-            ""
-            if spec
-            else "\n      raymask search jobs/minilm-mrpc.yaml   your own model and task: jobs/ has specs to start from"
-        ),
-        highlight=False,
-    )
+    console.print(f"\nNext: raymask show {folder}", highlight=False, markup=False)
+    if spec is None:
+        console.print("      raymask search SPEC   for your own model and task; the repository's jobs/ has specs")
 
 
 @app.command()
@@ -115,4 +109,7 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"raymask: {error}", file=sys.stderr)
+        sys.exit(2)
+    except PermissionError as error:
+        print(f"raymask: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)

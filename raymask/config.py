@@ -21,7 +21,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file. `jobs/` has specs to start from") from None
+        raise UserError(f"{path}: there is no such file; the repository's jobs/ has specs to start from") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     return parse_spec(text, overrides, source=str(path))
@@ -42,18 +42,20 @@ def parse_spec(text: str, overrides: Sequence[str] = (), *, source: str = "spec"
 
 def make_spec(data: Mapping[str, Any], *, source: str = "spec") -> Spec:
     """A Spec from plain data, its `preset` underneath. Raises UserError that lists every mistake at once."""
-    data = dict(data)
+    data, mistakes = dict(data), []
     preset = data.pop("preset", None)
-    if preset is not None:
-        if not isinstance(preset, str) or preset not in PRESETS:
-            raise UserError(f"{source}: preset: there is no preset {preset!r}; known are {', '.join(PRESETS)}")
+    if isinstance(preset, str) and preset in PRESETS:
         data = merge(PRESETS[preset], data)
+    elif preset is not None:
+        mistakes.append(f"preset: there is no preset {preset!r}; known are {', '.join(PRESETS)}")
     try:
-        return Spec.model_validate(data)
+        spec = Spec.model_validate(data)
     except ValidationError as error:
-        mistakes = [describe(mistake) for mistake in error.errors()]
+        mistakes += [describe(mistake) for mistake in error.errors()]
+    if mistakes:
         listed = f" {mistakes[0]}" if len(mistakes) == 1 else "".join(f"\n  - {mistake}" for mistake in mistakes)
-        raise UserError(f"{source}:{listed}") from None
+        raise UserError(f"{source}:{listed}")
+    return spec
 
 
 def set_key(data: dict[str, Any], override: str) -> None:

@@ -8,13 +8,17 @@ from functools import partial
 
 import torch
 
+from raymask.core.errors import UserError
 from raymask.core.records import Candidate, Checkpoint, Evaluate, Evaluation, FineTune, Settling, Snapshot, Watch
-from raymask.train.worker import MACHINE_FAULTS, Job, Worker
+from raymask.train.worker import Job, MachineFault, Worker
 
 
 @contextmanager
 def workers(job: Job, watch: Watch) -> Iterator[tuple[Evaluate, FineTune]]:
-    """One worker here: on the GPU when there is one and the spec does not say `gpus: 0`, else on the CPU."""
+    """One worker here: on the GPU when there is one and the spec does not say `gpus: 0`, else on the CPU.
+
+    There are no deadlines: a process cannot end itself and go on.
+    """
     device = "cuda" if torch.cuda.is_available() and job.spec.workers.gpus != 0 else "cpu"
     worker = Worker(job, device)
 
@@ -26,12 +30,15 @@ def workers(job: Job, watch: Watch) -> Iterator[tuple[Evaluate, FineTune]]:
             worker.tell = partial(show, candidate.name)
             try:
                 yield worker.probe(snapshot, candidate)
-            except MACHINE_FAULTS as error:  # there is no other machine to try
-                yield Evaluation(candidate=candidate, error=f"out of memory: {error}", worker=worker.name)
+            except MachineFault as error:  # there is no other machine to try
+                yield Evaluation(candidate=candidate, error=str(error), machine=True, worker=worker.name)
 
     def fine_tune(work: Sequence[tuple[Snapshot, Settling]]) -> Iterator[tuple[int, Checkpoint]]:
         for index, (parent, settling) in enumerate(work):
             worker.tell = partial(show, settling.name)
-            yield index, worker.settle(parent, settling)
+            try:
+                yield index, worker.settle(parent, settling)
+            except MachineFault as error:
+                raise UserError(f"{settling.name}: {error}. The same command goes on from here") from None
 
     yield evaluate, fine_tune

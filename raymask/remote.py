@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections import Counter, deque
@@ -37,13 +38,15 @@ from raymask.core.records import (
     Watch,
 )
 from raymask.core.tensors import Packed
-from raymask.train.worker import MACHINE_FAULTS, Job, Worker
+from raymask.train.worker import Job, MachineFault, Worker
 
-INFRA = (RayActorError, ObjectLostError, OutOfMemoryError, *MACHINE_FAULTS)
+INFRA = (RayActorError, ObjectLostError, OutOfMemoryError, MachineFault)
 POLL = 0.5  # seconds between looks at progress, deadlines and new nodes
 STARTS = 5  # workers that may fail to start, one after another, before the search gives up
 PORT = 6379
-FOLDER = "raymask-"
+PATIENCE = 30.0  # seconds without any worker after which the wait is worth a line
+REMOTE_CODE = "transformers_modules."
+ROOT, FOLDER = "/tmp", "raymask-"  # noqa: S108 - sockets live in it, whose paths must be short; mkdtemp makes it ours
 ANSWER = 10.0  # seconds in which a cluster must accept a connection
 
 
@@ -96,7 +99,7 @@ class Pool:
     def __init__(self, job: Job, watch: Watch) -> None:
         self.watch = watch
         self.workers = job.spec.workers
-        self.need = needs(job)
+        self.need = needs(job, alive())
         self.idle: list[Any] = []
         self.starting: dict[Any, Any] = {}
         self.returning: dict[Any, Any] = {}
@@ -104,7 +107,9 @@ class Pool:
         self.shelf: dict[int, tuple[Packed, Any]] = {}
         self.grown = 0.0
         self.broken = 0
-        require_room(self.need)
+        require_room(self.need, alive())
+        if type(job.config).__module__.startswith(REMOTE_CODE):  # the node that unpickles it may not have the module
+            ray.cloudpickle.register_pickle_by_value(sys.modules[type(job.config).__module__])
         self.job = ray.put(job)
         self.actor = ray.remote(
             num_cpus=self.need["CPU"],
@@ -132,7 +137,7 @@ class Pool:
         shares: dict[int, float] = {}
         asked: dict[Any, int] = {}
         late: set[int] = set()
-        open_calls, looked = len(calls), 0.0
+        open_calls, looked, served = len(calls), 0.0, time.monotonic()
         self.returning = {actor.__ray_ready__.remote(): actor for actor in self.idle}  # some may have died since
         self.idle = []
         try:
@@ -146,6 +151,13 @@ class Pool:
                     looked = time.monotonic()
                     self.watch.running({calls[index].name: share for index, share in sorted(shares.items())})
                     self.ask(asked)
+                    if self.busy:
+                        served = looked
+                    elif looked - served > PATIENCE:
+                        self.watch.note(
+                            "waiting for the cluster: no worker has started yet, others may hold its resources"
+                        )
+                        served = looked
                     late = self.kill_late(calls)
                 for ref in self.finished(asked):
                     if ref in asked:
@@ -189,7 +201,7 @@ class Pool:
         if time.monotonic() - self.grown < POLL:
             return
         self.grown = time.monotonic()
-        room = slots(self.need)
+        room = slots(self.need, alive())
         wanted = min(room, open_calls, self.workers.count or room)
         for _ in range(wanted - len(self.actors())):
             actor = self.actor.remote(self.job, self.need["GPU"] > 0)
@@ -212,7 +224,7 @@ class Pool:
             ray.get(ref)
         except Exception as error:  # noqa: BLE001 - whatever a start can die of, the count below decides
             ray.kill(actor)
-            self.broken += 1
+            self.broken += getattr(error, "actor_init_failed", True)  # else its node went away
             self.watch.note(f"a worker did not start: {brief(error)}")
             if self.broken >= STARTS:
                 raise UserError(
@@ -253,13 +265,14 @@ class Pool:
                 return Failed(f"took longer than the deadline of {call.deadline:g} s (workers.deadline)")
             faults[index] += 1
             if faults[index] <= self.workers.retries:
-                self.watch.note(f"{call.name}: its worker was lost ({brief(error)}); trying again elsewhere")
+                self.watch.note(f"{call.name}: its worker was lost: {brief(error)}; trying again elsewhere")
                 return None
             return Failed(f"its workers failed {faults[index]} times; the last one: {brief(error)}")
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
             raise
+        self.broken = 0
         if index not in late:  # it finished while it was being ended
             self.idle.append(actor)
         return result
@@ -287,7 +300,7 @@ def workers(job: Job, watch: Watch, address: str | None) -> Iterator[tuple[Evalu
     watch.note(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
     with connected(job, address):
         pool = Pool(job, watch)
-        watch.note(f"room for {slots(pool.need)} workers; each has {offer(pool.need)}")
+        watch.note(f"room for {slots(pool.need, alive())} workers; each has {offer(pool.need)}")
 
         def evaluate(parent: Snapshot, candidates: Sequence[Candidate]) -> Iterator[Evaluation]:
             pool.keep([parent])
@@ -301,7 +314,7 @@ def workers(job: Job, watch: Watch, address: str | None) -> Iterator[tuple[Evalu
 
             for index, outcome in pool.run([call(candidate) for candidate in candidates]):
                 failed = isinstance(outcome, Failed)
-                yield Evaluation(candidate=candidates[index], error=outcome.why) if failed else outcome
+                yield Evaluation(candidate=candidates[index], error=outcome.why, machine=True) if failed else outcome
 
         def fine_tune(work: Sequence[tuple[Snapshot, Settling]]) -> Iterator[tuple[int, Checkpoint]]:
             pool.keep([parent for parent, _ in work])
@@ -324,44 +337,41 @@ def workers(job: Job, watch: Watch, address: str | None) -> Iterator[tuple[Evalu
             pool.close()
 
 
-def needs(job: Job) -> dict[str, float]:
-    """Ray resources of one worker; a GPU each where the cluster has any and the spec does not say."""
+Resources = Mapping[str, float]
+"""Amounts by Ray's names: CPU, GPU, memory in bytes."""
+
+
+def needs(job: Job, nodes: Sequence[Resources]) -> Resources:
+    """What one worker takes; a GPU each where the nodes have any and the spec does not say."""
     gpus = job.spec.workers.gpus
     if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+        gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
     return {"CPU": job.spec.workers.cpus, "GPU": gpus, "memory": job.memory(on_gpu=gpus > 0)}
 
 
-def capacity(resources: Mapping[str, float], need: Mapping[str, float]) -> int:
-    """How many workers one node's resources hold."""
-    return min(math.floor(resources.get(name, 0.0) / amount + 1e-9) for name, amount in need.items() if amount)
-
-
-def slots(need: Mapping[str, float]) -> int:
+def slots(need: Resources, nodes: Sequence[Resources]) -> int:
     """How many workers all nodes together can hold."""
-    return sum(capacity(node, need) for node in alive())
+    return sum(
+        min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in need.items() if amount)
+        for node in nodes
+    )
 
 
-def alive() -> list[dict[str, float]]:
-    """Resources of every node that answers."""
+def alive() -> list[Resources]:
+    """Resources of every node of the cluster that answers."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def offers() -> list[str]:
-    """What each node has, in words."""
-    return [offer(node) for node in alive()]
-
-
-def require_room(need: Mapping[str, float]) -> None:
+def require_room(need: Resources, nodes: Sequence[Resources]) -> None:
     """Raise UserError when no node can hold even one worker."""
-    if not slots(need):
+    if not slots(need, nodes):
         raise UserError(
             f"no node can hold a worker: one asks for {offer(need)} (workers.cpus, workers.gpus, the model's memory), "
-            f"the nodes have {'; '.join(offers()) or 'nothing'}"
+            f"the nodes have {'; '.join(map(offer, nodes)) or 'nothing'}"
         )
 
 
-def offer(resources: Mapping[str, float]) -> str:
+def offer(resources: Resources) -> str:
     """Resources in words."""
     memory = resources.get("memory", 0.0) / 2**30
     return f"{resources.get('CPU', 0.0):g} CPUs, {resources.get('GPU', 0.0):g} GPUs, {memory:.1f} GiB"
@@ -371,6 +381,8 @@ def brief(error: BaseException) -> str:
     """An error of Ray's without its page of advice."""
     text = str(getattr(error, "cause", None) or error).strip() or type(error).__name__
     lines = text.splitlines()
+    if isinstance(error, RayActorError) and not getattr(error, "actor_init_failed", False):
+        return "its process or node died"
     # A worker's own error stands below the traceback, unindented, as `ValueError: ...`.
     raised = [line for line in lines if re.match(r"[A-Za-z_][\w.]*: ", line)]
     found = raised[-1] if raised and getattr(error, "actor_init_failed", False) else lines[0]
@@ -397,7 +409,7 @@ def connected(job: Job, address: str | None) -> Iterator[None]:
                 ray.shutdown()
         return
     sweep_up()
-    folder = tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-")
+    folder = tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=ROOT)
     private = {
         "RAY_ADDRESS": "",  # it would win over "local"
         "RAY_AUTH_MODE": "token",
@@ -436,7 +448,7 @@ def join(address: str) -> None:
         host, port = where.rsplit(":", 1)
         socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()  # Ray itself asks for 14 minutes
         ray.init(where, log_to_driver=False, logging_level="ERROR")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, RayError) as error:
         raise UserError(
             f"--address {address}: no Ray cluster answers there ({brief(error)}). Start one with `ray start --head`, "
             "or leave out --address for a private one"
@@ -459,7 +471,7 @@ def reread_environment() -> None:
 
 def sweep_up() -> None:
     """Remove the temporary folders of drivers that were killed before they could."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}[0-9]*-*"):
+    for folder in Path(ROOT).glob(f"{FOLDER}[0-9]*-*"):
         try:
             os.kill(int(folder.name.split("-")[1]), 0)  # asks only whether it lives
         except ProcessLookupError:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from raymask.core.errors import UserError
+from raymask.core.patterns import budget
 from raymask.core.recipe import (
     Recipe,
     control,
@@ -40,10 +41,10 @@ from raymask.core.spec import Spec
 from raymask.core.stats import paired_bootstrap, paired_gain
 from raymask.core.tensors import Packed
 from raymask.export import export
-from raymask.store import DENSE, IMP, SEARCH, RunDir, check_run, open_run
+from raymask.store import DENSE, IMP, MODEL, SEARCH, RunDir, check_run, open_run
 from raymask.train.data import Corpus, load_corpus, tokenize
 from raymask.train.metrics import overall
-from raymask.train.model import Source, class_names, describe, load_weights, positions, read_config
+from raymask.train.model import Source, class_names, describe, load_weights, positions, read_config, vocabulary
 from raymask.train.worker import Job
 
 
@@ -62,8 +63,9 @@ def search(spec: Spec, run: Path, watch: Watch, *, address: str | None = None, i
 
     Raises UserError for whatever the user can mend, before anything is trained where it can be known.
     """
-    found = check_run(run, spec).read_result()
-    if found:
+    store = check_run(run, spec)
+    found = store.read_result()
+    if found and store.export_path.exists():
         return found
     plan = prepare(spec)
     with seams(plan.job, watch, address, in_process) as (evaluate, fine_tune), open_run(run, spec) as store:
@@ -78,8 +80,20 @@ def prepare(spec: Spec) -> Plan:
     config, tokenizer = read_config(spec.model)
     corpus = load_corpus(spec.task, spec.seed, class_names(config) if spec.dense.epochs == 0 else ())
     source = describe(spec.model, config, tokenizer, corpus.classes)
-    job = Job(spec, source.config, tokenize(corpus, tokenizer, positions(config)), source.prunable, source.sizes.whole)
-    return Plan(resolve(spec), source, corpus, job)
+    recipe = resolve(spec)
+    require_something_kept(source, recipe.densities[-1])
+    data = tokenize(corpus, tokenizer, positions(config), vocabulary(config))
+    return Plan(recipe, source, corpus, Job(spec, source.config, data, source.prunable, source.sizes.whole))
+
+
+def require_something_kept(source: Source, density: float) -> None:
+    """Raise UserError when the last level would keep nothing of some matrix."""
+    name = min(source.prunable, key=source.entries.__getitem__)
+    if budget(source.entries[name], density) == 0:
+        raise UserError(
+            f"levels: a sparsity of {1 - density:g} keeps none of the {source.entries[name]:,} weights of {name}: "
+            "lower it, or leave small matrices out with model.exclude"
+        )
 
 
 @contextmanager
@@ -109,7 +123,9 @@ def prune(plan: Plan, store: RunDir, evaluate: Evaluate, fine_tune: FineTune, wa
     for level in range(1, len(recipe.densities) + 1):
         work = []
         for lineage in lineages:
-            if not store.has_level(lineage, level):
+            if store.has_level(lineage, level):
+                require_parent(store, lineage, level)
+            else:
                 parent = read_parent(store, lineage, level, teacher)
                 chosen = (
                     choose(recipe, store, level, parent, evaluate, watch) if lineage == SEARCH else alone(recipe, level)
@@ -138,7 +154,7 @@ def make_dense(plan: Plan, store: RunDir, fine_tune: FineTune, watch: Watch) -> 
     teacher = store.read_weights(DENSE, 0) if spec.distill else None
     warm = warm_stage(spec)
     if warm and not store.has_level(SEARCH, 0):
-        parent = Snapshot("dense", store.read_weights(DENSE, 0), None, teacher)
+        parent = Snapshot("teacher", store.read_weights(DENSE, 0), None, teacher)
         settle(plan, store, [Work(SEARCH, parent, warm, unmasked)], fine_tune, watch)
     return teacher
 
@@ -154,7 +170,8 @@ def choose(recipe: Recipe, store: RunDir, level: int, parent: Snapshot, evaluate
     if len(proposed) == 1:
         return alone(recipe, level)
     done = store.evaluations(level)
-    known = {evaluation.candidate for evaluation in done}
+    known = {evaluation.candidate for evaluation in done if not evaluation.machine}
+    done = [evaluation for evaluation in done if evaluation.candidate in known]
     todo = [candidate for candidate in proposed if candidate not in known]
     watch.begins(f"{title(recipe, level)}: early evaluation", len(proposed), len(done))
     for evaluation in evaluate(parent, todo):
@@ -196,6 +213,7 @@ def describe_level(plan: Plan, item: Work, pool: list[Evaluation], checkpoint: C
         finetuned=checkpoint.finetuned,
         report=data.measure_report(checkpoint.logits),
         digest=checkpoint.digest,
+        parent=item.parent.key,
         data=data.digest(),
     )
 
@@ -210,10 +228,22 @@ def gain_on_select(spec: Spec, winner: Evaluation, pool: list[Evaluation]) -> In
 
 def read_parent(store: RunDir, lineage: str, level: int, teacher: Packed | None) -> Snapshot:
     """What a level of a lineage starts from: the level before, which for level 1 is the dense model."""
-    if level == 1:
-        lineage = SEARCH if store.has_level(SEARCH, 0) else DENSE
-    key = f"{lineage or 'search'}-{level - 1}"
-    return Snapshot(key, store.read_weights(lineage, level - 1), store.read_optimizer(lineage, level - 1), teacher)
+    origin, key = origin_of(store, lineage, level)
+    return Snapshot(key, store.read_weights(origin, level - 1), store.read_optimizer(origin, level - 1), teacher)
+
+
+def origin_of(store: RunDir, lineage: str, level: int) -> tuple[str, str]:
+    """The lineage that a level's parent is in, and the parent's key: its lineage, level and contents."""
+    origin = lineage if level > 1 else SEARCH if store.has_level(SEARCH, 0) else DENSE
+    contents = store.read_level(origin, level - 1).files[MODEL]
+    return origin, f"{origin or 'search'}-{level - 1}-{contents[:16]}"
+
+
+def require_parent(store: RunDir, lineage: str, level: int) -> None:
+    """Raise UserError when a finished level was made from another parent than the one that is there."""
+    if store.read_level(lineage, level).parent != origin_of(store, lineage, level)[1]:
+        path = store.level_path(lineage, level)
+        raise UserError(f"{path}: was made from another parent than the level before it. Delete it to do it again")
 
 
 def require_same_data(plan: Plan, store: RunDir) -> None:

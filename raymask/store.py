@@ -34,7 +34,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, from_numpy
 
 from raymask.core.errors import UserError
-from raymask.core.masks import Mask, unpack_bits
 from raymask.core.records import Checkpoint, Evaluation, Level, Result
 from raymask.core.spec import Spec, identity
 from raymask.core.tensors import Packed, pack
@@ -62,6 +61,10 @@ class RunDir:
     @property
     def export_path(self) -> Path:
         return self.path / EXPORT
+
+    def has_work(self) -> bool:
+        """Whether anything finished is there: a level's record, or a journal."""
+        return any(next(self.path.rglob(name), None) for name in (LEVEL, JOURNAL))
 
     def busy(self) -> bool:
         """Whether a driver is working in it now."""
@@ -153,9 +156,6 @@ class RunDir:
     def read_optimizer(self, lineage: str, level: int) -> Packed:
         return pack(self.read_tensors(lineage, level, OPTIMIZER))
 
-    def read_mask(self, lineage: str, level: int) -> Mask:
-        return unpack_bits(packed_bits(self.read_tensors(lineage, level, MASK)))
-
     def read_logits(self, lineage: str, level: int) -> np.ndarray:
         """Logits of `report`, float32 (rows, outputs)."""
         return self.read_tensors(lineage, level, REPORT)["logits"].numpy()
@@ -206,7 +206,7 @@ def check_run(path: Path, spec: Spec) -> RunDir:
         raise UserError(f"{path}: is not empty and not a run directory: choose another with --run")
     if store.busy():
         raise UserError(f"{path}: another raymask is working in it; wait for it, or choose another with --run")
-    if store.has_level(DENSE, 0):
+    if store.has_work():
         before, now = identity(store.read_spec()), identity(spec)
         differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if differing:
@@ -232,7 +232,7 @@ def open_run(path: Path, spec: Spec) -> Iterator[RunDir]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{path}: another raymask has just started in it; wait for it") from None
-        if not store.has_level(DENSE, 0):
+        if not store.has_work():
             write_text(path / SPEC, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))
         yield store
 
@@ -244,17 +244,6 @@ def flat_bits(packed: Packed) -> dict[str, Tensor]:
         found[name] = from_numpy(packed.buffer[offset : offset + size])
         found[f"{name}:shape"] = from_numpy(np.array(shape, np.int64))
     return found
-
-
-def packed_bits(tensors: Mapping[str, Tensor]) -> Packed:
-    """The inverse of `flat_bits`."""
-    index, parts, end = {}, [np.zeros(0, np.uint8)], 0
-    for name in (name for name in tensors if not name.endswith(":shape")):
-        bits = tensors[name].numpy()
-        index[name] = (end, len(bits), tuple(tensors[f"{name}:shape"].tolist()), "bool")
-        parts.append(bits)
-        end += len(bits)
-    return Packed(np.concatenate(parts), index)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -278,6 +267,9 @@ def rename(beside: Path, path: Path) -> None:
     with beside.open("rb") as file:
         os.fsync(file.fileno())
     beside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the name itself
+    os.close(folder)
 
 
 @contextmanager

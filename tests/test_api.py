@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import raymask
 
@@ -63,6 +63,13 @@ def test_any_module_can_be_named_by_pattern() -> None:
         raymask.draw_mask(module, 0.5)
     assert set(raymask.draw_mask(module, 0.5, include=["*.weight"])) == {"0.weight", "2.weight"}
     assert set(raymask.draw_mask(module, 0.5, include=["*.weight"], exclude=["2.*"])) == {"0.weight"}
+
+
+def test_a_tied_weight_goes_by_one_name() -> None:
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50)
+    mask = raymask.draw_mask(BertForMaskedLM(config), 0.5, include=["*.weight"])
+    assert "cls.predictions.decoder.weight" not in mask
+    assert "cls.predictions.transform.dense.weight" in mask
 
 
 @pytest.mark.parametrize("density", [0.0, -1.0, 1.5, float("nan")])

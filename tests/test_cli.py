@@ -96,6 +96,16 @@ def test_a_gpu_that_is_not_there_is_said_at_once_and_nothing_is_trained(tmp_path
 # --- check and show --------------------------------------------------------------------------------------------------
 
 
+def test_check_says_when_no_worker_fits(tmp_path: Path) -> None:
+    said = refused("check", "--set", "workers.cpus=1000", cwd=tmp_path)
+    assert "no node can hold a worker: one asks for 1000 CPUs" in said
+
+
+def test_a_path_may_look_like_markup(tmp_path: Path) -> None:
+    (tmp_path / "a[").mkdir()
+    assert "a[/x]: is not a run directory" in refused("show", "a[/x]", cwd=tmp_path)
+
+
 def test_check_says_what_will_be_pruned_and_what_it_costs(tmp_path: Path) -> None:
     done = raymask("check", *SHORT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -105,6 +115,7 @@ def test_check_says_what_will_be_pruned_and_what_it_costs(tmp_path: Path) -> Non
         "control + 3",
         "epochs of training",
         "GiB a worker",
+        "room for",
     ):
         assert part in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -324,7 +324,7 @@ def test_an_unknown_task_is_answered_with_the_known_ones():
 @pytest.mark.parametrize("extra", ["train: t.csv", "report: r.csv", "text: s", "metrics: [f1]"])
 def test_a_task_with_a_name_brings_no_files_columns_or_metrics(extra):
     assert refusal(f"model: m\ntask: {{name: glue/mrpc, {extra}}}") == (
-        "job.yaml: task: a task with a name brings its own files, columns and metrics: take those out"
+        "job.yaml: task: a task with a name brings its own files and columns: take out train, report, text and metrics"
     )
 
 
@@ -440,7 +440,10 @@ def test_python_tags_are_refused_and_never_run(tmp_path, value):
 def test_a_missing_file_is_named_with_a_place_to_start_from(tmp_path):
     with pytest.raises(UserError) as raised:
         load_spec(tmp_path / "nope.yaml")
-    assert str(raised.value) == f"{tmp_path / 'nope.yaml'}: there is no such file. `jobs/` has specs to start from"
+    assert (
+        str(raised.value)
+        == f"{tmp_path / 'nope.yaml'}: there is no such file; the repository's jobs/ has specs to start from"
+    )
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path):

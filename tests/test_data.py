@@ -125,6 +125,17 @@ def test_labels_of_a_csv_file_mean_the_same_in_both_files(tmp_path, words):
     assert [corpus.classes[number] for number in corpus.report.labels] == report["label"]
 
 
+def test_a_column_that_nobody_asked_for_may_hold_anything(tmp_path):
+    train, report = TRAIN | {"note": [""] * 20}, REPORT | {"note": ["late", "", "1"]}
+    assert len(load_corpus(own_task(tmp_path, train, report, ".csv"), seed=0).report.labels) == 3
+
+
+def test_a_regression_is_selected_from_all_over_its_range():
+    labels = np.linspace(0, 1, 100, dtype=np.float32)
+    _, select = carve(Texts(([""] * 100,), labels), task_of(kind="regression"), (), 0)
+    assert sorted(select.labels * 5 // 1) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
 def test_an_ending_may_be_in_capitals(tmp_path):
     task = own_task(tmp_path)
     loud = (tmp_path / "train.parquet").rename(tmp_path / "TRAIN.PARQUET")
@@ -200,7 +211,21 @@ def test_glue_classes_are_numbered_as_an_existing_classifier_numbers_them(tmp_pa
     assert all(label == (int(premise.split()[1]) + 1) % 3 for premise, _, label in all_rows(corpus))
 
 
-def test_a_classifier_of_other_classes_does_not_number_them(tmp_path):
+def test_case_does_not_matter_to_the_order_of_classes(tmp_path):
+    train = TRAIN | {"label": ["good" if row else "bad" for row in TRAIN["label"]]}
+    task = own_task(tmp_path, train, REPORT | {"label": ["good", "bad", "good"]})
+    assert load_corpus(task, seed=0, order=("GOOD", "Bad")).classes == ("good", "bad")
+
+
+def test_a_classifier_with_other_names_is_refused_rather_than_guessed(tmp_path):
+    message = refused(load_corpus, own_task(tmp_path), 0, ("ham", "spam"))
+    assert message.startswith(
+        "dense.epochs: 0 says that the model is fine-tuned, but its classes are ham, spam and the"
+    )
+    assert "rename one of them, or fine-tune it here" in message
+
+
+def test_a_classifier_without_names_does_not_number_the_classes(tmp_path):
     corpus = load_corpus(own_task(tmp_path), seed=0, order=("LABEL_0", "LABEL_1"))
     assert corpus.classes == ("0", "1")
 
@@ -301,6 +326,13 @@ def test_rows_are_cut_at_the_task_s_length_or_the_tokenizer_s(asked, known, foun
     rows = tokenize(corpus_of(([short, long],), asked), tokenizer).train
     assert rows.lengths.tolist() == [4, found]
     assert rows.ids[-1] == tokenizer.sep_token_id
+    assert tokenize(corpus_of(([short, long],), asked), tokenizer, positions=9).train.lengths.max() == min(found, 9)
+
+
+def test_ids_that_the_model_does_not_know_are_refused():
+    message = refused(tokenize, tiny_corpus(), tiny_tokenizer(), vocabulary=10)
+    assert message.startswith("model.name: the tokenizer gives token id ")
+    assert message.endswith("the model knows ids below 10: they do not belong together")
 
 
 def test_the_longer_of_two_texts_is_cut_first():

@@ -18,7 +18,7 @@ from raymask.core.records import Candidate, Evaluation, Settling, Snapshot
 from raymask.report.terminal import Silent
 from raymask.search import Plan, prepare
 from raymask.train.model import load_weights
-from raymask.train.worker import Worker
+from raymask.train.worker import MachineFault, Worker
 
 SPEC = {
     "model": "quickstart",
@@ -113,13 +113,14 @@ def test_memory_that_runs_out_is_a_failed_record_and_the_others_go_on(
 
     def hungry(self: Worker, snapshot: Snapshot, candidate: Candidate) -> Evaluation:
         if candidate.index == 1:
-            raise MemoryError("no room for 3 tensors")
+            raise MachineFault("out of memory: no room for 3 tensors")
         return probe(self, snapshot, candidate)
 
     monkeypatch.setattr(Worker, "probe", hungry)
     found = evaluate_all(plan, parent, pool)
     assert found[1].error == "out of memory: no room for 3 tensors"
     assert found[1].score is None
+    assert found[1].machine
     assert (found[0], found[2]) == (expected[0], expected[2])
 
 

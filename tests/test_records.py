@@ -64,6 +64,7 @@ levels = st.builds(
     finetuned=finetunings,
     report=st.dictionaries(words, numbers, max_size=3),
     digest=words,
+    parent=words,
     data=words,
     files=st.dictionaries(words, words, max_size=3),
 )

@@ -550,7 +550,7 @@ def test_half_a_cpu_makes_twice_as_many_workers_of_one_thread(
             most = max(most, len(desks()))
         wait_until(lambda: len(desks()) == expected)
     assert most <= expected
-    assert all(evaluation.worker.endswith("cpu 1 threads") for evaluation in evaluations)
+    assert all(evaluation.worker.endswith("cpu 1 threads fp32") for evaluation in evaluations)
     assert by_index(iter(evaluations)) == undisturbed
 
 

@@ -49,6 +49,7 @@ class Fakes:
 
     plan: Plan
     scores: Sequence[float | None] = (0.1, 0.2, 0.4, 0.3)
+    machine: bool = False
     lives: int = 10**6
     evaluated: list[tuple[str, Candidate]] = field(default_factory=list)
     tuned: list[tuple[Snapshot, Settling]] = field(default_factory=list)
@@ -64,7 +65,7 @@ class Fakes:
             self.evaluated.append((parent.key, candidate))
             score = self.scores[candidate.index]
             if score is None:
-                yield Evaluation(candidate=candidate, error="it broke")
+                yield Evaluation(candidate=candidate, error="it broke", machine=self.machine)
                 continue
             losses = np.full(len(self.plan.job.data.select), 1 - score, np.float32)
             yield Evaluation(
@@ -101,6 +102,11 @@ class Fakes:
         prune(self.plan, store, self.evaluate, self.fine_tune, Silent())
 
 
+def origin(key: str) -> str:
+    """A snapshot's key without the hash of its contents."""
+    return key.rpartition("-")[0]
+
+
 def names(fakes: Fakes) -> list[str]:
     return [settling.name for _, settling in fakes.tuned]
 
@@ -108,11 +114,13 @@ def names(fakes: Fakes) -> list[str]:
 def test_the_best_candidate_of_every_level_is_fine_tuned_from_its_parent(plan: Plan, tmp_path: Path) -> None:
     fakes = Fakes(plan)
     fakes.run(RunDir(tmp_path))
-    assert sorted((key, candidate.level, candidate.index) for key, candidate in fakes.evaluated) == [
+    assert sorted((origin(key), candidate.level, candidate.index) for key, candidate in fakes.evaluated) == [
         *(("dense-0", 1, index) for index in range(4)),
         *(("search-1", 2, index) for index in range(4)),
     ]
-    selected = [(parent.key, settling) for parent, settling in fakes.tuned if settling.name.startswith("selected")]
+    selected = [
+        (origin(parent.key), settling) for parent, settling in fakes.tuned if settling.name.startswith("selected")
+    ]
     assert [(key, settling.candidate.index, settling.digest) for key, settling in selected] == [
         ("dense-0", 2, "1-2"),
         ("search-1", 2, "2-2"),
@@ -122,7 +130,7 @@ def test_the_best_candidate_of_every_level_is_fine_tuned_from_its_parent(plan: P
 def test_the_baseline_goes_its_own_way_from_the_same_dense_model(plan: Plan, tmp_path: Path) -> None:
     fakes = Fakes(plan)
     fakes.run(RunDir(tmp_path))
-    baseline = [(parent.key, settling) for parent, settling in fakes.tuned if "IMP" in settling.name]
+    baseline = [(origin(parent.key), settling) for parent, settling in fakes.tuned if "IMP" in settling.name]
     assert [key for key, _ in baseline] == ["dense-0", "imp-1"]
     assert all(settling.candidate.is_control for _, settling in baseline)
     assert [settling.stage.epochs for _, settling in baseline] == [15.0, 15.0]
@@ -172,6 +180,31 @@ def test_a_failed_candidate_is_not_tried_again(plan: Plan, tmp_path: Path) -> No
     assert RunDir(tmp_path).read_level(SEARCH, 1).winner.candidate.index == 3
 
 
+def test_a_candidate_whose_machine_failed_is_tried_again_by_a_continued_search(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        Fakes(plan, scores=(0.1, 0.2, None, 0.3), machine=True, lives=1 + 4).run(RunDir(tmp_path))
+    again = Fakes(plan)
+    again.run(RunDir(tmp_path))
+    assert [candidate.index for _, candidate in again.evaluated if candidate.level == 1] == [2]
+    level = RunDir(tmp_path).read_level(SEARCH, 1)
+    assert (level.winner.candidate.index, level.failed) == (2, 0)
+
+
+def test_a_level_that_was_made_from_another_parent_is_refused(plan: Plan, tmp_path: Path) -> None:
+    store = RunDir(tmp_path)
+    Fakes(plan).run(store)
+    record = store.read_level(SEARCH, 1)
+    path = store.level_path(SEARCH, 1) / "level.json"
+    path.write_text(record.model_copy(update={"parent": "dense-0-another"}).model_dump_json())
+    with pytest.raises(UserError, match=r"level-1: was made from another parent than the level before it\. Delete it"):
+        Fakes(plan).run(store)
+
+
+def test_a_level_that_would_keep_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match=r"levels: a sparsity of 0\.9999 keeps none of the 1,024 weights of bert\."):
+        plan_of(levels=[0.5, 0.9999])
+
+
 def test_no_survivor_is_an_error_that_says_why(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"level 1: all 4 candidates failed; the first one said: it broke"):
         Fakes(plan, scores=(None,) * 4).run(RunDir(tmp_path))
@@ -211,7 +244,7 @@ def test_distillation_warms_the_dense_model_up_and_hands_every_stage_the_same_te
     assert len({id(parent.teacher) for parent, _ in others}) == 1
     assert others[0][0].teacher is not None
     assert all(settling.stage.distill for _, settling in others)
-    assert {parent.key for parent, settling in others if settling.candidate.level == 1} == {"search-0"}
+    assert {origin(parent.key) for parent, settling in others if settling.candidate.level == 1} == {"search-0"}
 
 
 def test_other_data_under_the_same_run_is_refused(plan: Plan, tmp_path: Path) -> None:
@@ -247,6 +280,14 @@ def test_a_run_directory_without_finished_work_takes_another_spec(plan: Plan, tm
     other = make_spec({**BASE, "seed": 5})
     with open_run(tmp_path, other) as store:
         assert store.read_spec() == other
+
+
+def test_deleting_the_dense_record_does_not_let_another_spec_in(plan: Plan, tmp_path: Path) -> None:
+    with open_run(tmp_path, plan.recipe.spec) as store:
+        Fakes(plan).run(store)
+    (store.level_path(DENSE, 0) / "level.json").unlink()
+    with pytest.raises(UserError, match="another spec"):
+        check_run(tmp_path, make_spec({**BASE, "seed": 5}))
 
 
 def test_how_many_workers_there_are_may_change_under_a_run(plan: Plan, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def write(store: RunDir, lineage: str = SEARCH, level: int = 1) -> Level:
         finetuned=done.finetuned,
         report={"accuracy": 0.5},
         digest=done.digest,
+        parent="p",
         data="d",
     )
     return store.write_level(lineage, level, done, record)
@@ -114,11 +115,12 @@ def test_a_level_gives_back_what_was_written(store: RunDir) -> None:
     ]
     assert store.read_weights(SEARCH, 1).views()["a"].tolist() == [[1.0, 0.0, 2.0]]
     assert store.read_optimizer(SEARCH, 1).views()["step"].item() == 3.0
-    assert {name: bits.tolist() for name, bits in store.read_mask(SEARCH, 1).items()} == {
-        "a": [[True, False, True]],
-        "b": [False],
+    bits = store.read_tensors(SEARCH, 1, MASK)
+    assert np.unpackbits(bits["a"].numpy(), count=3).tolist() == [1, 0, 1]
+    assert {name: tensor.tolist() for name, tensor in bits.items() if "shape" in name} == {
+        "a:shape": [1, 3],
+        "b:shape": [1],
     }
-    assert digest(pack_bits(store.read_mask(SEARCH, 1))) == record.digest
     assert np.array_equal(store.read_logits(SEARCH, 1), done.logits)
 
 
@@ -148,7 +150,7 @@ def test_a_missing_file_is_said(store: RunDir) -> None:
     write(store)
     (store.level_path(SEARCH, 1) / MASK).unlink()
     with pytest.raises(UserError, match=r"mask.safetensors: cannot be read"):
-        store.read_mask(SEARCH, 1)
+        store.read_tensors(SEARCH, 1, MASK)
 
 
 @pytest.mark.parametrize(("name", "read"), [("level-1/level.json", "level"), ("result.json", "result")])

@@ -16,7 +16,7 @@ from raymask.core.tensors import pack
 from raymask.train import loop, worker
 from raymask.train.metrics import measure
 from raymask.train.model import build, persistent
-from raymask.train.worker import Job, Worker, autocasting
+from raymask.train.worker import Job, MachineFault, Worker, autocasting
 
 CPU = torch.device("cpu")
 
@@ -154,7 +154,7 @@ def test_looks_are_taken_every_so_many_steps_and_at_least_once(dense, every, ste
 
 def test_an_evaluation_says_where_it_was_made_and_how_long_it_took(job, dense):
     found = probed(job, dense, pool(job)[0])
-    assert found.worker == f"{platform.node()}/{os.getpid()} cpu 1 threads"
+    assert found.worker == f"{platform.node()}/{os.getpid()} cpu 1 threads fp32"
     assert found.seconds > 0
     assert found.candidate == pool(job)[0]
 
@@ -197,13 +197,31 @@ def test_any_other_error_of_a_candidate_is_recorded_by_kind_and_cut(job, dense, 
     assert len(found.error) == 2000
 
 
-@pytest.mark.parametrize("fault", [MemoryError, torch.OutOfMemoryError])
-def test_the_machine_s_own_faults_are_raised(job, dense, monkeypatch, fault):
+@pytest.mark.parametrize(
+    "fault",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("no room"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: no room"),
+        RuntimeError("CUDA error: an illegal memory access was encountered, no room"),
+    ],
+    ids=["python", "cuda", "cpu", "sticky"],
+)
+@pytest.mark.parametrize("work", ["probe", "settle"])
+def test_the_machine_s_own_faults_are_raised(job, dense, monkeypatch, fault, work):
     def fail(*_):
-        raise fault("no room")
+        raise fault
 
     monkeypatch.setattr(Worker, "look", fail)
-    with pytest.raises(fault, match="no room"):
+    candidate = pool(job)[0]
+    busy = Worker(job, "cpu")
+    with pytest.raises(MachineFault, match="no room"):
+        busy.probe(dense, candidate) if work == "probe" else busy.settle(dense, settling(job, candidate))
+
+
+def test_memory_that_really_runs_out_is_the_machine_s_fault(job, dense, monkeypatch):
+    monkeypatch.setattr(Worker, "look", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(MachineFault, match="allocate"):
         Worker(job, "cpu").probe(dense, pool(job)[0])
 
 
@@ -260,7 +278,7 @@ def test_what_is_returned_is_what_was_measured(job, dense):
     select = loop.predict(module, job.data.select, padding=0, autocast=autocasting("fp32", CPU))
     metric = measure(("accuracy",), select.numpy(), job.data.select.labels)["accuracy"]
     assert found.finetuned.kept.metric == metric
-    assert found.finetuned.worker == f"{platform.node()}/{os.getpid()} cpu 1 threads"
+    assert found.finetuned.worker == f"{platform.node()}/{os.getpid()} cpu 1 threads fp32"
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -436,9 +454,11 @@ def test_the_share_that_is_done_rises_to_one(job, dense, work):
 def test_memory_counts_the_weights_and_the_teacher(job):
     other = Job(job.spec, job.config, job.data, job.prunable, job.parameters + 1000)
     taught = Job(tiny_job(distill=True).spec, job.config, job.data, job.prunable, job.parameters)
-    assert other.memory - job.memory >= 1000 * 4 * 4  # weights, gradients and two moments at the least
-    assert taught.memory - job.memory >= 4 * job.parameters
-    assert other.store_memory > job.store_memory
+    grown = other.memory(on_gpu=False) - job.memory(on_gpu=False)
+    assert grown >= 1000 * 4 * 4  # weights, gradients and two moments at the least
+    assert taught.memory(on_gpu=False) - job.memory(on_gpu=False) >= 4 * job.parameters
+    assert 0 < other.memory(on_gpu=True) - job.memory(on_gpu=True) < grown
+    assert other.shared_memory > job.shared_memory
 
 
 def test_a_worker_s_live_tensors_are_its_module_s(job):

@@ -62,7 +62,8 @@ class Evaluation(Record):
 
     `score`: larger is better (the negative loss, or the metric). `curve`: every look at `select`.
     `row_losses`: float32 bytes, one loss a row of `select`, averaged over the same looks as the score.
-    `distance`: share in [0, 1] of kept entries that the control prunes. `digest`: the mask's.
+    `distance`: share in [0, 1] of kept entries that the control prunes. `digest`: the mask's. `machine`: the error
+    was the machine's, not the candidate's, so a continued search tries again.
     """
 
     candidate: Candidate
@@ -74,6 +75,7 @@ class Evaluation(Record):
     seconds: float = 0.0
     worker: str = ""
     error: str | None = None
+    machine: bool = False
 
     @property
     def ok(self) -> bool:
@@ -125,7 +127,8 @@ class Level(Record):
 
     `winner` has no score when it was the only candidate. `gain`: by how much the winner's loss on `select`
     undercuts the control's, positive is better. `report`: the task's metrics on the split that no choice
-    ever sees. `files`: SHA-256 by file name.
+    ever sees. `parent`: key of the snapshot that it was made from. `data`: digest of the rows that it all rests on.
+    `files`: SHA-256 by file name.
     """
 
     level: int
@@ -139,6 +142,7 @@ class Level(Record):
     finetuned: FineTuned
     report: dict[str, float]
     digest: str
+    parent: str
     data: str
     files: dict[str, str] = {}
 

@@ -21,7 +21,7 @@ def best(evaluations: Sequence[Evaluation]) -> Evaluation:
         reason = first.error or f"its score is {first.score}"
         raise UserError(
             f"level {first.candidate.level}: all {len(evaluations)} candidates failed; the first one said: {reason}. "
-            "Mend the cause (often a learning rate that is too high) and start in a new run directory"
+            "Mend the cause, such as too high a learning rate or too little memory, and start in a new run directory"
         )
     return max(alive, key=lambda evaluation: (evaluation.score, -evaluation.candidate.index))
 

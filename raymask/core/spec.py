@@ -1,6 +1,7 @@
 """What did the user ask for?
 
-A spec is pure data; every default is the reference's (method.md), except the probe's score, which is the loss.
+A spec is pure data; every default is the reference's, except that the probe's score is the loss, and that bf16
+is used where it is fast.
 Mistakes inside it are pydantic's to find; `config` turns them into one message.
 """
 
@@ -79,22 +80,27 @@ class Task(Section):
 
     @model_validator(mode="after")
     def one_source(self) -> Task:
+        mistakes = []
         files = (self.train, self.report)
         if self.name is None:
             if None in files or not self.text:
-                raise ValueError("a task is either a name (glue/mrpc) or has the keys train, report and text")
+                mistakes.append("a task is either a name (glue/mrpc) or has the keys train, report and text")
         else:
             if any(files) or self.text or self.metrics:
-                raise ValueError("a task with a name brings its own files, columns and metrics: take those out")
+                mistakes.append(
+                    "a task with a name brings its own files and columns: take out train, report, text and metrics"
+                )
             known = (*(f"glue/{task}" for task in GLUE), QUICKSTART)
             if self.name not in known:
-                raise ValueError(f"no task is called {self.name!r}; known are {', '.join(known)}")
+                mistakes.append(f"no task is called {self.name!r}; known are {', '.join(known)}")
             if self.folder is not None and self.name == QUICKSTART:
-                raise ValueError("the quickstart's task is generated: take out folder")
+                mistakes.append("the quickstart's task is generated: take out folder")
         if self.kind == "regression" and set(self.metrics) - {"pearson", "spearman"}:
-            raise ValueError("a regression is measured by pearson and spearman")
+            mistakes.append("a regression is measured by pearson and spearman")
         if self.kind == "classification" and set(self.metrics) & {"pearson", "spearman"}:
-            raise ValueError("a classification is measured by accuracy, f1 and matthews")
+            mistakes.append("a classification is measured by accuracy, f1 and matthews")
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
         return self
 
 
@@ -192,7 +198,8 @@ class Workers(Section):
     """What one worker holds, how many there are (as many as fit, when not said), and when to give up.
 
     `gpus` may be a fraction; when not said, one a worker where there are any. `deadline`: seconds for one candidate's
-    probe, a fine-tuning gets as much per epoch; `retries`: how often a job is tried again when its machine failed.
+    probe, and for each epoch of a fine-tuning (on Ray); `retries`: how often a job is tried again when its machine
+    failed.
     """
 
     count: Count | None = None
@@ -246,14 +253,15 @@ PRESETS: dict[str, dict[str, Any]] = {
             "last": 10,
             "score": "metric",
         },
-        "finetune": {"epochs": 10.0, "learning_rate": 5e-5},
+        "finetune": {"epochs": 10.0, "batch_size": 64, "learning_rate": 5e-5, "warmup": 0.1},
         "imp": {"run": True, "epochs": 15.0},
         "dense": {"distill_epochs": 1.0},
         "distill": True,
         "precision": "fp32",
     },
 }
-"""Settings by name, under a spec's own. `paper`: the reference's to the letter, the task metric as score included."""
+"""Settings by name, under a spec's own. `paper`: the reference's to the letter, the task metric as score included;
+raymask's control is in the pool beside its 8 masks all the same, and `select` is carved out of train."""
 
 FREE = (("workers", "count"), ("workers", "deadline"), ("workers", "retries"))
 """Keys that a resumed search may change: they decide how long it takes, never what it finds."""

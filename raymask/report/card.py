@@ -20,9 +20,9 @@ def model_card(result: Result) -> str:
         f"{level.winner.candidate.name} | {distance(level.winner.distance)} | {level.finetuned.kept.loss:.4f} |"
         for level in result.levels
     )
+    origin = f"base_model: {result.model}\n" if "/" in result.model else ""  # else it is no hub id
     return f"""---
-base_model: {result.model}
-library_name: transformers
+{origin}library_name: transformers
 tags: [text-classification, pruned, raymask]
 ---
 # {result.model}, pruned to {percent(last.sparsity)} for {result.task}

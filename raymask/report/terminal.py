@@ -113,7 +113,7 @@ def watching(console: Console) -> Iterator[Watch]:
 
 def show_result(console: Console, result: Result) -> None:
     """The final table, the verdict, and where things are."""
-    table = Table(title=f"{result.model} on {result.task}: the report split", title_justify="left")
+    table = Table(title=Text(f"{result.model} on {result.task}: the report split"), title_justify="left")
     table.add_column("")
     for name in result.metrics:
         table.add_column(name, justify="right")

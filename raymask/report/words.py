@@ -22,12 +22,13 @@ def interval(found: Interval) -> str:
 
 
 def verdict(result: Result) -> str:
-    """The selected model against the baseline, and whether that is more than noise."""
+    """The selected model against the baseline: which is better, and whether that is more than noise."""
     if result.gain is None:
         return "There was no baseline to compare with (imp.run: false, or no random candidates)."
-    metric = " and ".join(result.metrics) if len(result.metrics) == 1 else "the metrics' mean"
-    noise = "within noise" if result.gain.within_noise else "more than noise"
-    return f"Selected against control on `report`, {metric}: {interval(result.gain)}: {noise}."
+    metric = "the metrics' mean" if len(result.metrics) > 1 else result.metrics[0]
+    better = "the selected mask is better" if result.gain.mean > 0 else "the control is better"
+    finding = "within noise" if result.gain.within_noise else f"more than noise: {better}"
+    return f"Selected against control on `report`, {metric}: {interval(result.gain)}, {finding}."
 
 
 def evaluated_line(evaluation: Evaluation) -> str:
@@ -52,7 +53,10 @@ def settled_line(lineage: str, level: Level) -> str:
         else f"selected ({level.winner.candidate.name})"
     )
     kept = level.finetuned.kept
-    gain = f"; gain over control in early loss {interval(level.gain)}" if level.gain else ""
+    gain = ""
+    if level.gain:
+        noise = ", within noise" if level.gain.within_noise else ""
+        gain = f"; early loss below the control's by {interval(level.gain)}{noise}, the best of {level.evaluated}"
     return (
         f"{who}, sparsity {percent(level.sparsity)}: select loss {kept.loss:.4f}, metric {kept.metric:.4f}, "
         f"{duration(level.finetuned.seconds)}{gain}"

@@ -6,6 +6,7 @@ makes) and `report` (GLUE's validation, or the user's own file, which no choice 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,30 +140,50 @@ class Data:
         return found
 
 
+@dataclass(frozen=True)
+class Found:
+    """A task as its files have it: what `Corpus` says, before `select` is carved out and the spec has its say."""
+
+    train: Texts
+    report: Texts
+    parts: dict[str, tuple[int, int]]
+    classes: tuple[str, ...]
+    metrics: tuple[str, ...]
+    max_length: int
+
+
 def load_corpus(task: Task, seed: int, order: Sequence[str] = ()) -> Corpus:
     """Read a task's texts and carve out `select`; `order` are class names as an existing classifier numbers them.
 
     Raises UserError for files, columns and labels that cannot be used, naming file and row.
     """
-    train, report, parts, classes, metrics, max_length = read_task(task, seed, order)
-    train, select = carve(train, task, classes, seed)
-    return Corpus(train, select, report, parts, classes, task.metrics or metrics, task.max_length or max_length)
+    found = read_task(task, seed, order)
+    train, select = carve(found.train, task, found.classes, seed)
+    return Corpus(
+        train,
+        select,
+        found.report,
+        found.parts,
+        found.classes,
+        task.metrics or found.metrics,
+        task.max_length or found.max_length,
+    )
 
 
-def read_task(
-    task: Task, seed: int, order: Sequence[str]
-) -> tuple[Texts, Texts, dict[str, tuple[int, int]], tuple[str, ...], tuple[str, ...], int]:
-    """Texts of train and report, report's parts, classes, and the default metrics and length."""
+def read_task(task: Task, seed: int, order: Sequence[str]) -> Found:
+    """The quickstart's sentences, one of GLUE's tasks, or the user's own files."""
     if task.name == QUICKSTART:
         made = quickstart.sentences(derive(seed, "quickstart"))
         train, report = (Texts((made[split][0],), np.array(made[split][1], np.int64)) for split in ("train", "report"))
-        return train, report, {"": (0, len(report.labels))}, ("negative", "positive"), ("accuracy",), 64
+        return Found(train, report, {"": (0, len(report.labels))}, ("negative", "positive"), ("accuracy",), 64)
     if task.name is not None:
         return read_glue(task, task.name.removeprefix("glue/"), order)
     assert task.train is not None
     assert task.report is not None
     tables = {task.train: read_file(Path(task.train))}
-    tables[task.report] = read_file(Path(task.report), like=tables[task.train])
+    wanted = (*task.text, task.label)
+    types = {name: kind for name, kind in zip(*columns_of(tables[task.train]), strict=True) if name in wanted}
+    tables[task.report] = read_file(Path(task.report), types)
     classes: tuple[str, ...] = ()
     if task.kind == "classification":
         classes = ordered(find_classes(tables[task.train], task.label, task.train), order)
@@ -170,12 +191,15 @@ def read_task(
         make_texts(tables[path], task.text, task.label, classes, path) for path in (task.train, task.report)
     )
     metrics = ("accuracy",) if classes else ("pearson", "spearman")
-    return train, report, {"": (0, len(report.labels))}, classes, metrics, 128
+    return Found(train, report, {"": (0, len(report.labels))}, classes, metrics, 128)
 
 
-def read_glue(
-    task: Task, name: str, order: Sequence[str]
-) -> tuple[Texts, Texts, dict[str, tuple[int, int]], tuple[str, ...], tuple[str, ...], int]:
+def columns_of(table: pa.Table) -> tuple[list[str], list[pa.DataType]]:
+    """Names and types of a table's columns."""
+    return table.column_names, table.schema.types
+
+
+def read_glue(task: Task, name: str, order: Sequence[str]) -> Found:
     """One of the eight, from the hub or from `<folder>/<name>/<split>.parquet`."""
     parts = ("matched", "mismatched") if name == "mnli" else ("",)
     splits = ("train", *("validation" + (f"_{part}" if part else "") for part in parts))
@@ -199,7 +223,8 @@ def read_glue(
     )
     ends = np.cumsum([0, *(len(found.labels) for found in reports)]).tolist()
     ranges = {part: (ends[i], ends[i + 1]) for i, part in enumerate(parts)}
-    return texts["train"], report, ranges, classes, GLUE_METRICS.get(name, ("accuracy",)), 64 if name in SHORT else 128
+    metrics = GLUE_METRICS.get(name, ("accuracy",))
+    return Found(texts["train"], report, ranges, classes, metrics, 64 if name in SHORT else 128)
 
 
 def fetch_glue(name: str, splits: Sequence[str]) -> dict[str, pa.Table]:
@@ -216,16 +241,15 @@ def fetch_glue(name: str, splits: Sequence[str]) -> dict[str, pa.Table]:
         ) from None
 
 
-def read_file(path: Path, like: pa.Table | None = None) -> pa.Table:
-    """A CSV, JSON lines or Parquet file; a CSV's columns take the types of `like`'s instead of guessing anew.
+def read_file(path: Path, types: dict[str, pa.DataType] | None = None) -> pa.Table:
+    """A CSV, JSON lines or Parquet file; `types` of a CSV's columns, which are guessed where they are not given.
 
     Raises UserError when the file cannot be read or is empty.
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: the ending must be one of {', '.join(READERS)}")
-    if like is not None and reader is pyarrow.csv.read_csv:
-        types = dict(zip(like.column_names, like.schema.types, strict=True))
+    if types and reader is pyarrow.csv.read_csv:
         reader = partial(reader, convert_options=pyarrow.csv.ConvertOptions(column_types=types))
     try:
         table = reader(path)
@@ -268,8 +292,20 @@ def find_classes(table: pa.Table, label: str, where: str) -> tuple[str, ...]:
 
 
 def ordered(classes: tuple[str, ...], order: Sequence[str]) -> tuple[str, ...]:
-    """The classes as an existing classifier numbers them, when it knows the same ones."""
-    return tuple(order) if sorted(order) == sorted(classes) else classes
+    """The classes as an existing classifier numbers them, whatever the case; as they are when it has no names for them.
+
+    Raises UserError when it has other names: which of its outputs is which class could only be guessed.
+    """
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in order):
+        return classes
+    mine = {name.casefold(): name for name in classes}
+    theirs = [name.casefold() for name in order]
+    if sorted(theirs) != sorted(mine):
+        raise UserError(
+            f"dense.epochs: 0 says that the model is fine-tuned, but its classes are {', '.join(order)} and the task's "
+            f"are {', '.join(classes)}: rename one of them, or fine-tune it here (dense.epochs: 3)"
+        )
+    return tuple(mine[name] for name in theirs)
 
 
 def make_texts(
@@ -325,7 +361,7 @@ def carve(train: Texts, task: Task, classes: tuple[str, ...], seed: int) -> tupl
         test_size=size,
         random_state=derive(seed, "select") % 2**32,
         # by name, since an existing classifier may number the classes otherwise
-        stratify=np.array(classes)[labels] if classes else None,
+        stratify=np.array(classes)[labels] if classes else fifths(labels, size),
     )
 
     def take(rows: np.ndarray) -> Texts:
@@ -335,14 +371,26 @@ def carve(train: Texts, task: Task, classes: tuple[str, ...], seed: int) -> tupl
     return take(kept), take(chosen)
 
 
-def tokenize(corpus: Corpus, tokenizer: Any, positions: int = sys.maxsize) -> Data:
-    """Token ids of all three splits, cut at the task's length or at the tokenizer's.
+def fifths(labels: np.ndarray, size: int) -> np.ndarray:
+    """Strata of a regression: fifths of the rows by label, fewer where there are few rows."""
+    strata = max(1, min(5, size, len(labels) // 2))
+    rank = np.argsort(np.argsort(labels, kind="stable"), kind="stable")
+    return rank * strata // len(labels)
 
-    A tokenizer that knows no limit (transformers then says 1e30) has the model's: its `positions`.
+
+def tokenize(corpus: Corpus, tokenizer: Any, positions: int = sys.maxsize, vocabulary: int = sys.maxsize) -> Data:
+    """Token ids of all three splits, cut at the task's length, the tokenizer's or the model's `positions`.
+
+    Raises UserError when the tokenizer gives ids that the model's `vocabulary` does not have.
     """
-    known = tokenizer.model_max_length < sys.maxsize
-    limit = min(corpus.max_length, tokenizer.model_max_length if known else positions)
+    limit = min(corpus.max_length, tokenizer.model_max_length, positions)
     train, select, report = (to_rows(texts, tokenizer, limit) for texts in (corpus.train, corpus.select, corpus.report))
+    largest = max(int(rows.ids.max()) for rows in (train, select, report))
+    if largest >= vocabulary:
+        raise UserError(
+            f"model.name: the tokenizer gives token id {largest}, the model knows ids below {vocabulary}: they do not "
+            "belong together"
+        )
     padding = tokenizer.pad_token_id
     return Data(
         train, select, report, corpus.parts, corpus.metrics, not corpus.classes, 0 if padding is None else padding

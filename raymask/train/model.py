@@ -35,12 +35,16 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Source:
-    """A model without its weights: configuration, tokenizer, the names of its prunable matrices, and its sizes."""
+    """A model without its weights: configuration, tokenizer, and what can be pruned: `entries` by matrix name."""
 
     config: Any
     tokenizer: Any
-    prunable: tuple[str, ...]
+    entries: dict[str, int]
     sizes: Sizes
+
+    @property
+    def prunable(self) -> tuple[str, ...]:
+        return tuple(self.entries)
 
 
 def read_config(model: Model) -> tuple[Any, Any]:
@@ -60,6 +64,11 @@ def positions(config: Any) -> int:
     """How many tokens a model of this configuration takes at least; some count from after the padding token."""
     found = getattr(config, "max_position_embeddings", None) or sys.maxsize
     return int(found) - 1 - (getattr(config, "pad_token_id", None) or 0)
+
+
+def vocabulary(config: Any) -> int:
+    """How many token ids a model of this configuration knows."""
+    return int(getattr(config, "vocab_size", None) or sys.maxsize)
 
 
 def class_names(config: Any) -> tuple[str, ...]:
@@ -86,7 +95,8 @@ def describe(model: Model, config: Any, tokenizer: Any, classes: tuple[str, ...]
     if not prunable:
         chosen = ": model.include and model.exclude leave none" if model.include or model.exclude else ""
         raise UserError(f"model: no matrix of {model.name} can be pruned{chosen}")
-    return Source(config, tokenizer, prunable, count_sizes(module, prunable))
+    entries = {name: module.get_parameter(name).numel() for name in prunable}
+    return Source(config, tokenizer, entries, count_sizes(module, prunable))
 
 
 def load_weights(model: Model, config: Any, seed: int, fine_tuned: bool) -> Packed:
@@ -201,7 +211,9 @@ def find_prunable(module: nn.Module, include: tuple[str, ...] = (), exclude: tup
 
     `include` and `exclude` are shell-style patterns; `include` chooses among all linear weights instead.
     """
+    own = dict(module.named_parameters())  # a tied weight goes by one name only
     linear = [f"{name}.weight" for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    linear = [name for name in linear if name in own]
     chosen = matching(linear, include) if include else set(linear) & block_parameters(module)
     chosen -= matching(linear, exclude)
     return tuple(name for name in linear if name in chosen)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raymask.core import masks
 from raymask.core.errors import UserError
@@ -27,8 +28,13 @@ from raymask.train.data import Data
 from raymask.train.metrics import measure, overall
 from raymask.train.model import build, persistent
 
-MACHINE_FAULTS = (MemoryError, torch.OutOfMemoryError)
-"""Errors that say nothing about a candidate: another machine may well do it."""
+
+class MachineFault(Exception):  # noqa: N818 - a fault is what it is called everywhere
+    """Says nothing about a candidate: no memory, or a broken device. Another worker may well do the same work."""
+
+
+SYMPTOMS = ("can't allocate memory", "not enough memory", "CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
+"""By which torch's plain RuntimeErrors give a machine's fault away; after one, a CUDA process is of no more use."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +98,13 @@ class Worker:
         return module.to(self.device).eval()
 
     def probe(self, snapshot: Snapshot, candidate: Candidate) -> Evaluation:
-        """Early evaluation of one candidate. Its own failure is returned as a record, the machine's is raised."""
+        """Early evaluation of one candidate. Its own failure is a record; the machine's is raised as MachineFault."""
         started = time.perf_counter()
         with isolated(self.job.spec, self.device):
             try:
-                found = self.evaluate(snapshot, candidate)
-            except MACHINE_FAULTS:
+                with faults_told_apart():
+                    found = self.evaluate(snapshot, candidate)
+            except MachineFault:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever a candidate dies of is on record; the search goes on
                 found = Evaluation(candidate=candidate, error=f"{type(error).__name__}: {error}"[:2000])
@@ -138,9 +145,9 @@ class Worker:
     def settle(self, parent: Snapshot, settling: Settling) -> Checkpoint:
         """Fine-tune one mask from its parent; the look with the best metric on `select` is kept.
 
-        Raises UserError when the mask is not the one that was scored, or when the training diverged.
+        Raises UserError when the mask is not the one that was scored, or when the training diverged, and MachineFault.
         """
-        with isolated(self.job.spec, self.device):
+        with isolated(self.job.spec, self.device), faults_told_apart():
             return self.fine_tune(parent, settling)
 
     def fine_tune(self, parent: Snapshot, settling: Settling) -> Checkpoint:
@@ -272,36 +279,65 @@ class Worker:
         return Point(step=step, loss=loss, metric=metric), losses
 
 
+@contextmanager
+def faults_told_apart() -> Iterator[None]:
+    """Raise a machine's fault as MachineFault, and let everything else through."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise MachineFault(f"out of memory: {error}") from error
+    except RuntimeError as error:
+        if any(symptom in str(error) for symptom in SYMPTOMS):
+            raise MachineFault(str(error)) from error
+        raise
+
+
 def autocasting(precision: str, device: torch.device) -> loop.Autocast:
-    """bf16 autocast where it is asked for, or, on `auto`, where the device multiplies bf16 natively."""
-    if precision == "auto":
-        precision = "bf16" if native_bf16(device) else "fp32"
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """bf16 autocast, or none."""
+    enabled = computes_bf16(precision, device)
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def computes_bf16(precision: str, device: torch.device) -> bool:
+    """Whether bf16 is asked for; on `auto`, where the device multiplies it natively."""
+    return native_bf16(device) if precision == "auto" else precision == "bf16"
 
 
 def native_bf16(device: torch.device) -> bool:
     """Whether bf16 is faster than float32 there."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # not in every torch
+    return device.type == "cpu" and bool(supported())
 
 
 def describe(device: torch.device, spec: Spec) -> str:
-    """Where a result was computed, in words: host, process, device and threads."""
+    """Where a result was computed, in words: host, process, device, threads and precision."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{spec.workers.threads} threads"
-    return f"{platform.node()}/{os.getpid()} {device.type} {kind}"
+    precision = "bf16" if computes_bf16(spec.precision, device) else "fp32"
+    return f"{platform.node()}/{os.getpid()} {device.type} {kind} {precision}"
 
 
 @contextmanager
 def isolated(spec: Spec, device: torch.device) -> Iterator[None]:
     """Run with the spec's threads, on a GPU with deterministic kernels, and without a trace in the caller's torch."""
-    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    on_gpu = device.type == "cuda"
+    threads = torch.get_num_threads()
     torch.set_num_threads(spec.workers.threads)
-    torch.use_deterministic_algorithms(strict or on_gpu, warn_only=True)
+    on_gpu = device.type == "cuda"
     try:
-        with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        with torch.random.fork_rng(devices=[device] if on_gpu else []), deterministic() if on_gpu else nullcontext():
             yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(strict)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic kernels where there are any; of attention's, only the plain one has a deterministic backward."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
