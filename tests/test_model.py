@@ -347,3 +347,15 @@ def test_the_blocks_of_the_smallest_encoder_are_found():
     module = build(tiny_config(**SIZE | {"num_hidden_layers": 1}))
     assert len(find_prunable(module)) == 6
     assert all(name.startswith("bert.encoder.layer.0.") for name in block_parameters(module))
+
+
+def test_code_that_a_model_brings_along_is_refused_unless_it_is_trusted(tmp_path):
+    tiny_model(tmp_path)
+    code = "open({!r}, 'w').close()\nfrom transformers import BertConfig as Own\n".format(str(tmp_path / "ran"))
+    (tmp_path / "configuration_own.py").write_text(code)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = refused(read_config, Model(name=str(tmp_path)))
+    assert "it brings code of its own, which runs only with model.trust_remote_code: true" in message
+    assert not (tmp_path / "ran").exists()

@@ -163,7 +163,9 @@ def quiet() -> Iterator[None]:
 
 def unloadable(model: Model, error: BaseException) -> str:
     """Why a model could not be loaded, in one line, and what to do about it."""
-    if Path(model.name).exists():
+    if "custom code" in str(error):
+        advice = "it brings code of its own, which runs only with model.trust_remote_code: true"
+    elif Path(model.name).exists():
         advice = "the folder needs config.json, model.safetensors and a tokenizer"
     else:
         advice = "it is neither a folder here nor reachable on the hub: check the name, or the network"
