@@ -13,8 +13,8 @@ from raymask.core import masks
 from raymask.core.masks import Mask
 from raymask.core.records import Candidate, Noise, Result
 from raymask.core.spec import Spec
+from raymask.driver.search import search as run_search
 from raymask.report.terminal import Silent
-from raymask.search import search as run_search
 from raymask.train.model import find_prunable
 
 

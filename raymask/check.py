@@ -13,8 +13,8 @@ from raymask.core.patterns import budget
 from raymask.core.recipe import epochs, propose
 from raymask.core.seeds import derive
 from raymask.core.spec import Spec
+from raymask.driver.search import Plan, prepare
 from raymask.report.words import percent
-from raymask.search import Plan, prepare
 from raymask.train.model import load_weights
 
 GIB = 2**30
@@ -85,7 +85,7 @@ def show_offer(console: Console, plan: Plan, address: str | None) -> None:
     asked = plan.recipe.spec.workers
     gpus = "a GPU where there are any" if asked.gpus is None else f"{asked.gpus:g} GPUs"
     say(console, f"worker   {asked.cpus:g} CPUs, {gpus}")
-    from raymask import remote
+    from raymask.driver import remote
 
     if address is None:
         nodes = [this_machine()]

@@ -50,8 +50,8 @@ def search(
     folder = run or Path("runs") / name
     console = make_console()
     console.print(f"Run directory: {folder}", highlight=False, markup=False)
+    from raymask.driver.search import search as run_search
     from raymask.report.terminal import show_result, watching
-    from raymask.search import search as run_search
 
     try:
         with watching(console) as watch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -76,6 +78,15 @@ def test_a_tied_weight_goes_by_one_name() -> None:
 def test_an_impossible_density_is_refused(bert: BertModel, density: float) -> None:
     with pytest.raises(ValueError, match=r"density must lie in \(0, 1\]"):
         raymask.draw_mask(bert, density)
+
+
+def test_no_module_of_the_package_hides_a_public_name() -> None:
+    modules = {module.name for module in pkgutil.iter_modules(raymask.__path__)}
+    assert modules & set(raymask.__all__) == set()
+    for module in pkgutil.walk_packages(raymask.__path__, "raymask."):
+        importlib.import_module(module.name)
+    assert callable(raymask.search)
+    assert all(hasattr(raymask, name) for name in raymask.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from raymask import local
 from raymask.config import make_spec
 from raymask.core.recipe import finetune_stage, propose, resolve
 from raymask.core.records import Candidate, Evaluation, Settling, Snapshot
+from raymask.driver import local
+from raymask.driver.search import Plan, prepare
 from raymask.report.terminal import Silent
-from raymask.search import Plan, prepare
 from raymask.train.model import load_weights
 from raymask.train.worker import MachineFault, Worker
 
@@ -160,13 +160,13 @@ def test_the_callers_threads_and_random_numbers_are_untouched(
 def test_one_process_needs_no_ray() -> None:
     code = f"""
 import sys
-from raymask import local
+from raymask.driver import local
 assert not [name for name in sys.modules if name.split(".")[0] == "ray"]
 from raymask.config import make_spec
 from raymask.core.recipe import propose, resolve
 from raymask.core.records import Snapshot
 from raymask.report.terminal import Silent
-from raymask.search import prepare, seams
+from raymask.driver.search import prepare, seams
 from raymask.train.model import load_weights
 plan = prepare(make_spec({SPEC!r}))
 parent = Snapshot("initial", load_weights(plan.job.spec.model, plan.source.config, 0, False))

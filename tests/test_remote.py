@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 import ray
 
-from raymask import local, remote
 from raymask.config import make_spec
 from raymask.core.errors import UserError
 from raymask.core.recipe import finetune_stage, propose, resolve
 from raymask.core.records import Candidate, Checkpoint, Evaluate, Evaluation, FineTune, Settling, Snapshot
 from raymask.core.tensors import pack
+from raymask.driver import local, remote
+from raymask.driver.search import Plan, prepare
 from raymask.report.terminal import Silent
-from raymask.search import Plan, prepare
 from raymask.train.model import load_weights
 from raymask.train.worker import Job
 
@@ -244,7 +244,7 @@ def test_an_address_where_nothing_answers_is_an_error_that_names_it(tmp_path: Pa
         address = f"127.0.0.1:{free.getsockname()[1]}"
     code = """
 import sys
-from raymask import remote
+from raymask.driver import remote
 from raymask.core.errors import UserError
 try:
     with remote.connected(None, sys.argv[1]):
@@ -265,14 +265,14 @@ except UserError as error:
 
 def test_a_private_ray_leaves_nothing_behind(short_folder: Path) -> None:
     code = """
-import json, os, tempfile
+import json, os
 from pathlib import Path
 import ray, psutil
-from raymask import remote
+from raymask.driver import remote
 from raymask.config import make_spec
-from raymask.search import prepare
+from raymask.driver.search import prepare
 job = prepare(make_spec({"model": "quickstart", "task": "quickstart"})).job
-folders = lambda: sorted(str(path) for path in Path(tempfile.gettempdir()).glob("raymask-*"))
+folders = lambda: sorted(str(path) for path in Path(remote.ROOT).glob(f"{remote.FOLDER}{os.getpid()}-*"))
 before = dict(os.environ)
 with remote.connected(job, None):
     during = folders()

@@ -15,8 +15,8 @@ from raymask.core.errors import UserError
 from raymask.core.masks import digest, pack_bits
 from raymask.core.records import Candidate, Checkpoint, Evaluation, FineTuned, Point, Settling, Snapshot
 from raymask.core.tensors import pack
+from raymask.driver.search import Plan, prepare, prune
 from raymask.report.terminal import Silent
-from raymask.search import Plan, prepare, prune
 from raymask.store import DENSE, IMP, SEARCH, RunDir, check_run, open_run
 
 LEVELS = (0.5, 0.9)

@@ -40,7 +40,7 @@ from raymask.core.seeds import derive
 from raymask.core.spec import Spec
 from raymask.core.stats import paired_bootstrap, paired_gain
 from raymask.core.tensors import Packed
-from raymask.export import export
+from raymask.driver.export import export
 from raymask.store import DENSE, IMP, MODEL, SEARCH, RunDir, check_run, open_run
 from raymask.train.data import Corpus, load_corpus, tokenize
 from raymask.train.metrics import overall
@@ -101,11 +101,11 @@ def seams(job: Job, watch: Watch, address: str | None, in_process: bool) -> Iter
     """Workers in this process, or on Ray. Ray is imported only where it is used."""
     opened: AbstractContextManager[tuple[Evaluate, FineTune]]
     if in_process:
-        from raymask import local
+        from raymask.driver import local
 
         opened = local.workers(job, watch)
     else:
-        from raymask import remote
+        from raymask.driver import remote
 
         opened = remote.workers(job, watch, address)
     with opened as found:
