@@ -593,3 +593,13 @@ def test_the_private_ray_turns_away_whoever_lacks_its_token(ours: None, tmp_path
         )
         assert done.returncode != 0
         assert "AuthenticationError" in done.stderr
+
+
+def test_memory_that_no_node_has_is_said_with_what_there_is() -> None:
+    need = {"CPU": 1.0, "GPU": 0.0, "memory": 64 * 2.0**30}
+    nodes = [{"CPU": 8.0, "memory": 2.0**34}, {"CPU": 4.0, "GPU": 1.0, "memory": 2.0**35}]
+    with pytest.raises(
+        UserError, match=r"one asks for 1 CPUs, 0 GPUs, 64\.0 GiB .* the nodes have 8 CPUs, 0 GPUs, 16\.0"
+    ):
+        remote.require_room(need, nodes)
+    assert remote.slots(need | {"memory": 2.0**33}, nodes) == 2 + 4
