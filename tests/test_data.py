@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from builders import refused, reviews, tiny_corpus, tiny_tokenizer, write_table
+from datasets import Dataset, DatasetDict
+from datasets.table import InMemoryTable
 from hypothesis import given
 from hypothesis import strategies as st
 
 from raymask.core.spec import Task
-from raymask.train.data import GLUE_CLASSES, Corpus, Texts, carve, load_corpus, tokenize
+from raymask.train.data import GLUE_CLASSES, Corpus, Texts, carve, load_corpus, read_file, tokenize
 
 ENDINGS = (".csv", ".jsonl", ".json", ".parquet")
 TRAIN = {"sentence": [f"row {row}" for row in range(20)], "label": [row % 2 for row in range(20)]}
@@ -209,6 +211,21 @@ def test_glue_classes_are_numbered_as_an_existing_classifier_numbers_them(tmp_pa
     assert corpus.classes == order
     assert corpus.report.labels.tolist() == [1, 2, 0, 1, 2, 0]
     assert all(label == (int(premise.split()[1]) + 1) % 3 for premise, _, label in all_rows(corpus))
+
+
+def test_the_hub_gives_the_same_as_the_folder(glue, monkeypatch):
+    def from_files(repository, name):
+        assert (repository, name) == ("nyu-mll/glue", "mrpc")
+        splits = ("train", "validation")
+        return DatasetDict(
+            {split: Dataset(InMemoryTable(read_file(glue / name / f"{split}.parquet"))) for split in splits}
+        )
+
+    monkeypatch.setattr("datasets.load_dataset", from_files)
+    hub = load_corpus(Task(name="glue/mrpc"), seed=0)
+    folder = load_corpus(Task(name="glue/mrpc", folder=str(glue)), seed=0)
+    assert (hub.report.columns, hub.train.columns) == (folder.report.columns, folder.train.columns)
+    assert np.array_equal(hub.select.labels, folder.select.labels)
 
 
 def test_case_does_not_matter_to_the_order_of_classes(tmp_path):
