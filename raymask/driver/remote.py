@@ -64,12 +64,16 @@ class Desk:
         return self.share
 
     def probe(self, key: str, refs: Mapping[str, Any], candidate: Candidate) -> Evaluation:
-        self.share = 0.0
-        return self.worker.probe(snapshot(key, refs), candidate)
+        try:
+            return self.worker.probe(snapshot(key, refs), candidate)
+        finally:
+            self.share = 0.0  # here, not at the next start: who asks in between must not hear of the last work
 
     def settle(self, key: str, refs: Mapping[str, Any], settling: Settling) -> Checkpoint:
-        self.share = 0.0
-        return self.worker.settle(snapshot(key, refs), settling)
+        try:
+            return self.worker.settle(snapshot(key, refs), settling)
+        finally:
+            self.share = 0.0
 
 
 def snapshot(key: str, refs: Mapping[str, Any]) -> Snapshot:
@@ -242,7 +246,7 @@ class Pool:
         except RayError:
             return
         if index in shares:
-            shares[index] = share
+            shares[index] = max(shares[index], share)  # it falls back to zero when the work is done
 
     def kill_late(self, calls: Sequence[Call]) -> set[int]:
         """End what is past its deadline."""
