@@ -51,9 +51,6 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __repr__(self) -> str:
-        return f"RunDir({str(self.path)!r})"
-
     def level_path(self, lineage: str, level: int) -> Path:
         """Where a level of a lineage lies; the dense model has one level only."""
         return self.path / DENSE if lineage == DENSE else self.path / lineage / f"level-{level}"

@@ -18,6 +18,11 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from raymask.core.recipe import propose, resolve
+from raymask.core.records import Candidate, Snapshot
+from raymask.driver.search import Plan
+from raymask.train.model import load_weights
+
 torch.set_num_threads(1)
 
 settings.register_profile("raymask", deadline=None, max_examples=50, derandomize="CI" in os.environ)
@@ -50,3 +55,15 @@ def gaussian() -> Callable[..., Tensor]:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
     return weights
+
+
+@pytest.fixture(scope="module")
+def parent(plan: Plan) -> Snapshot:
+    """The untrained model of the test module's own `plan`."""
+    return Snapshot("initial", load_weights(plan.job.spec.model, plan.source.config, 0, False))
+
+
+@pytest.fixture(scope="module")
+def pool(plan: Plan) -> tuple[Candidate, ...]:
+    """The first level's candidates of the test module's own `plan`."""
+    return propose(resolve(plan.job.spec), 1)

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from raymask.config import make_spec
-from raymask.core.recipe import finetune_stage, propose, resolve
+from raymask.core.recipe import finetune_stage, resolve
 from raymask.core.records import Candidate, Evaluation, Settling, Snapshot
 from raymask.driver import local
 from raymask.driver.search import Plan, prepare
 from raymask.report.terminal import Silent
-from raymask.train.model import load_weights
 from raymask.train.worker import MachineFault, Worker
 
 SPEC = {
@@ -46,16 +45,6 @@ class Ear(Silent):
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     return prepare(make_spec(SPEC))
-
-
-@pytest.fixture(scope="module")
-def parent(plan: Plan) -> Snapshot:
-    return Snapshot("initial", load_weights(plan.job.spec.model, plan.source.config, 0, False))
-
-
-@pytest.fixture(scope="module")
-def pool(plan: Plan) -> tuple[Candidate, ...]:
-    return propose(resolve(plan.job.spec), 1)
 
 
 def result(evaluation: Evaluation) -> Evaluation:

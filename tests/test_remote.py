@@ -28,7 +28,6 @@ from raymask.core.tensors import pack
 from raymask.driver import local, remote
 from raymask.driver.search import Plan, prepare
 from raymask.report.terminal import Silent
-from raymask.train.model import load_weights
 from raymask.train.worker import Job
 
 import psutil  # isort: skip - Ray brings it along, so it is found once Ray is imported
@@ -155,16 +154,6 @@ def assert_same(one: Checkpoint, other: Checkpoint) -> None:
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     return prepare(make_spec(BASE))
-
-
-@pytest.fixture(scope="module")
-def parent(plan: Plan) -> Snapshot:
-    return Snapshot("initial", load_weights(plan.job.spec.model, plan.source.config, 0, False))
-
-
-@pytest.fixture(scope="module")
-def pool(plan: Plan) -> tuple[Candidate, ...]:
-    return propose(resolve(plan.job.spec), 1)
 
 
 @pytest.fixture(scope="module")

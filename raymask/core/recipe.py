@@ -10,7 +10,7 @@ from raymask.core.rules import RULES, Rule
 from raymask.core.samplers import SAMPLERS, Sampler
 from raymask.core.scorers import SCORERS, Scorer
 from raymask.core.seeds import derive
-from raymask.core.spec import Spec
+from raymask.core.spec import Dense, Finetune, Probe, Spec
 
 IMP_EPOCHS = 1.5  # the reference fine-tunes its baseline for 15 epochs a level, its search for 10
 
@@ -60,50 +60,41 @@ def propose(recipe: Recipe, level: int) -> tuple[Candidate, ...]:
     )
 
 
+def stage(section: Dense | Probe | Finetune, *, schedule: str = "linear", distill: bool) -> Stage:
+    """A section of the spec as a training."""
+    return Stage(
+        epochs=section.epochs,
+        batch_size=section.batch_size,
+        learning_rate=section.learning_rate,
+        schedule=schedule,
+        warmup=section.warmup,
+        distill=distill,
+    )
+
+
 def dense_stage(spec: Spec) -> Stage:
     """Fine-tuning of the dense model on the labels."""
-    dense = spec.dense
-    return Stage(
-        epochs=dense.epochs,
-        batch_size=dense.batch_size,
-        learning_rate=dense.learning_rate,
-        schedule="linear",
-        warmup=dense.warmup,
-        distill=False,
-    )
+    return stage(spec.dense, distill=False)
 
 
 def warm_stage(spec: Spec) -> Stage | None:
     """Dense distillation, from which level 1 starts; None when nothing is distilled."""
     if not spec.distill or spec.dense.distill_epochs == 0:
         return None
-    return dense_stage(spec).model_copy(update={"epochs": spec.dense.distill_epochs, "distill": True})
+    return stage(spec.dense, distill=True).model_copy(update={"epochs": spec.dense.distill_epochs})
 
 
 def probe_stage(spec: Spec) -> Stage:
     """The early evaluation: linear decay after the warm-up."""
-    probe = spec.probe
-    return Stage(
-        epochs=probe.epochs,
-        batch_size=probe.batch_size,
-        learning_rate=probe.learning_rate,
-        schedule="linear",
-        warmup=probe.warmup,
-        distill=spec.distill,
-    )
+    return stage(spec.probe, distill=spec.distill)
 
 
 def finetune_stage(recipe: Recipe, level: int, *, imp: bool = False) -> Stage:
     """Fine-tuning of a level's mask, for the search or for its baseline: the rate decays at the last level only."""
-    spec, finetune = recipe.spec, recipe.spec.finetune
-    return Stage(
-        epochs=(spec.imp.epochs or IMP_EPOCHS * finetune.epochs) if imp else finetune.epochs,
-        batch_size=finetune.batch_size,
-        learning_rate=finetune.learning_rate,
-        schedule="linear" if level == len(recipe.densities) else "constant",
-        warmup=finetune.warmup,
-        distill=spec.distill,
-    )
+    spec = recipe.spec
+    schedule = "linear" if level == len(recipe.densities) else "constant"
+    found = stage(spec.finetune, schedule=schedule, distill=spec.distill)
+    return found.model_copy(update={"epochs": spec.imp.epochs or IMP_EPOCHS * found.epochs}) if imp else found
 
 
 def runs_imp(spec: Spec) -> bool:

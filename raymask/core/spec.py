@@ -7,7 +7,7 @@ Mistakes inside it are pydantic's to find; `config` turns them into one message.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
@@ -15,7 +15,8 @@ from raymask.core.schedules import SCHEDULES
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
 QUICKSTART = "quickstart"
-METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 # Strict numbers: YAML tells 1, true and "1" apart, and so do we.
@@ -73,7 +74,7 @@ class Task(Section):
     text: Annotated[tuple[Text, ...], BeforeValidator(listed), Field(max_length=2)] = ()
     label: Text = "label"
     kind: Literal["classification", "regression"] = "classification"
-    metrics: tuple[Literal["accuracy", "f1", "matthews", "pearson", "spearman"], ...] = ()
+    metrics: tuple[Metric, ...] = ()
     max_length: Annotated[int, Field(ge=4, strict=True)] | None = None
     select_share: Annotated[float, Field(gt=0, le=0.5, strict=True)] = 0.1
     select_rows: Annotated[int, Field(ge=2, strict=True)] = 2000

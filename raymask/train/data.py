@@ -182,7 +182,7 @@ def read_task(task: Task, seed: int, order: Sequence[str]) -> Found:
     assert task.report is not None
     tables = {task.train: read_file(Path(task.train))}
     wanted = (*task.text, task.label)
-    types = {name: kind for name, kind in zip(*columns_of(tables[task.train]), strict=True) if name in wanted}
+    types = {field.name: field.type for field in tables[task.train].schema if field.name in wanted}
     tables[task.report] = read_file(Path(task.report), types)
     classes: tuple[str, ...] = ()
     if task.kind == "classification":
@@ -192,11 +192,6 @@ def read_task(task: Task, seed: int, order: Sequence[str]) -> Found:
     )
     metrics = ("accuracy",) if classes else ("pearson", "spearman")
     return Found(train, report, {"": (0, len(report.labels))}, classes, metrics, 128)
-
-
-def columns_of(table: pa.Table) -> tuple[list[str], list[pa.DataType]]:
-    """Names and types of a table's columns."""
-    return table.column_names, table.schema.types
 
 
 def read_glue(task: Task, name: str, order: Sequence[str]) -> Found:
