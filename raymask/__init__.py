@@ -8,8 +8,9 @@ raymask.apply_mask(model, mask)                              # after every optim
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from raymask.version import __version__
 
 if TYPE_CHECKING:
     from raymask.api import apply_mask, draw_mask, search
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from raymask.core.records import Result
     from raymask.core.spec import Spec
 
-__version__ = version("raymask")
 __all__ = ["Result", "Spec", "UserError", "__version__", "apply_mask", "draw_mask", "search"]
 
 HOMES = {

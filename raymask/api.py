@@ -27,8 +27,8 @@ def search(
 ) -> Result:
     """Search as `raymask search` does, without output. `spec` is a Spec, its keys as plain data, or a YAML file.
 
-    `run`: the run directory, `runs/<spec file's name>` or `runs/<model>-<task>` when not given; the same call continues
-    or returns what is there. `address`: a Ray cluster ("auto",
+    `run`: the run directory, a path or the URI of remote storage; `runs/<spec file's name>` or `runs/<model>-<task>`
+    when not given; the same call continues or returns what is there. `address`: a Ray cluster ("auto",
     "host", "host:port"), else a private Ray is started, or the one that this process is connected to is used.
     `in_process`: without Ray. Raises raymask.UserError for whatever the caller can mend.
     """
@@ -37,7 +37,7 @@ def search(
     else:
         spec = spec if isinstance(spec, Spec) else make_spec(spec)
         name = f"{Path(spec.model.name).name}-{Path(spec.task.name or spec.task.train or '').stem}"
-    return run_search(spec, Path(run or f"runs/{name}"), Silent(), address=address, in_process=in_process)
+    return run_search(spec, run or f"runs/{name}", Silent(), address=address, in_process=in_process)
 
 
 def draw_mask(

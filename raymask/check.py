@@ -85,20 +85,19 @@ def show_offer(console: Console, plan: Plan, address: str | None) -> None:
     asked = plan.recipe.spec.workers
     gpus = "a GPU where there are any" if asked.gpus is None else f"{asked.gpus:g} GPUs"
     say(console, f"worker   {asked.cpus:g} CPUs, {gpus}")
-    from raymask.driver import remote
+    from raymask.driver import cluster
 
     if address is None:
         nodes = [this_machine()]
-        need = remote.needs(plan.job, nodes)
-        remote.require_room(need, nodes)
     else:
-        with remote.connected(plan.job, address):
-            nodes = remote.alive()
-            need = remote.needs(plan.job, nodes)
-            remote.require_room(need, nodes)
+        with cluster.connected(plan.job, address):
+            nodes = cluster.alive()
+    need = cluster.needs(plan.job, nodes)
+    if not asked.wait:
+        cluster.require_room(need, nodes)
     where = "machine" if address is None else f"{len(nodes)} nodes"
-    offers = "; ".join(remote.offer(node) for node in nodes)
-    say(console, f"{where:8} {offers}: room for {remote.slots(need, nodes)} workers")
+    offers = "; ".join(cluster.offer(node) for node in nodes)
+    say(console, f"{where:8} {offers}: room for {cluster.slots(need, nodes)} workers")
 
 
 def this_machine() -> Mapping[str, float]:

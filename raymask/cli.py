@@ -29,16 +29,25 @@ SpecFile = Annotated[Path | None, typer.Argument(metavar="[SPEC]", help="A YAML 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. candidates.count=16.")
 ]
+RunPlace = Annotated[
+    str | None,
+    typer.Option(help="Run directory: a path, or a URI such as s3://bucket/run; runs/<spec's name> when not given."),
+]
 Address = Annotated[
     str | None, typer.Option(help="A Ray cluster: auto, HOST or HOST:PORT. Without it, a private Ray on this machine.")
 ]
+JobsAddress = Annotated[
+    str | None,
+    typer.Option(help="The cluster's dashboard, http://HOST:8265. Else $RAY_API_SERVER_ADDRESS, or this machine's."),
+]
+Job = Annotated[str, typer.Argument(metavar="ID", help="A job, as `raymask jobs` names it.")]
 
 
 @app.command()
 def search(
     spec: SpecFile = None,
     overrides: Overrides = None,
-    run: Annotated[Path | None, typer.Option(help="Run directory; runs/<spec's name> when not given.")] = None,
+    run: RunPlace = None,
     address: Address = None,
     in_process: Annotated[bool, typer.Option("--in-process", help="One worker in this process, without Ray.")] = False,
 ) -> None:
@@ -47,14 +56,14 @@ def search(
     [bold]raymask search[/bold] alone runs the quickstart: a small task and a tiny BERT, made on the spot.
     """
     asked, name = read(spec, overrides)
-    folder = run or Path("runs") / name
+    folder = run or f"runs/{name}"
     console = make_console()
     console.print(f"Run directory: {folder}", highlight=False, markup=False)
     from raymask.driver.search import search as run_search
     from raymask.report.terminal import show_result, watching
 
     try:
-        with watching(console) as watch:
+        with watching(console, asked) as watch:
             result = run_search(asked, folder, watch, address=address, in_process=in_process)
     except KeyboardInterrupt:
         print("raymask: stopped; the same command goes on from here", file=sys.stderr)
@@ -76,7 +85,7 @@ def check(spec: SpecFile = None, overrides: Overrides = None, address: Address =
 
 @app.command()
 def show(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory: a path or a URI.")],
     as_json: Annotated[bool, typer.Option("--json", help="For other programs.")] = False,
 ) -> None:
     """Print a finished or running search."""
@@ -85,11 +94,88 @@ def show(
     show_run(make_console(), run, as_json)
 
 
+@app.command()
+def submit(
+    spec: SpecFile = None,
+    overrides: Overrides = None,
+    address: JobsAddress = None,
+    run: Annotated[
+        str | None,
+        typer.Option(help="Run directory: a URI, or a path that the cluster's head has; ~/raymask-runs/<spec's name>."),
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Print the job's log until it ends.")] = False,
+) -> None:
+    """Run a search as a job on a Ray cluster. The same spec and --run continue what was stopped or failed.
+
+    Files that the spec names by relative paths travel with the job; absolute paths are the cluster's.
+    """
+    from raymask import submit as jobs
+
+    console, source = make_console(), spec_path(spec)
+    job = jobs.submit(console, source, source.stem, overrides or (), address, run)
+    if follow:
+        raise typer.Exit(jobs.show_logs(console, job, address, follow=True))
+    console.print(f"\nNext: raymask status {job}\n      raymask logs {job} --follow", highlight=False, markup=False)
+
+
+@app.command()
+def jobs(address: JobsAddress = None) -> None:
+    """List the searches that a Ray cluster knows."""
+    from raymask.submit import show_jobs
+
+    show_jobs(make_console(), address)
+
+
+@app.command()
+def status(job: Job, address: JobsAddress = None) -> None:
+    """Say how far a job's search is."""
+    from raymask.submit import show_status
+
+    show_status(make_console(), job, address)
+
+
+@app.command()
+def logs(
+    job: Job,
+    address: JobsAddress = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
+) -> None:
+    """Print a job's log."""
+    from raymask.submit import show_logs
+
+    raise typer.Exit(show_logs(make_console(), job, address, follow))
+
+
+@app.command()
+def stop(job: Job, address: JobsAddress = None) -> None:
+    """End a job. What it has finished stays in its run directory."""
+    from raymask import submit as jobs
+
+    jobs.stop(make_console(), job, address)
+
+
+@app.command()
+def fetch(
+    job: Job,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A local folder.")],
+    address: JobsAddress = None,
+) -> None:
+    """Copy a job's report, export and journal to a local folder."""
+    from raymask import submit as jobs
+
+    jobs.fetch(make_console(), job, folder, address)
+
+
+def spec_path(path: Path | None) -> Path:
+    """A spec's file, or the quickstart's."""
+    return Path(str(files("raymask") / "quickstart.yaml")) if path is None else path
+
+
 def read(path: Path | None, overrides: list[str] | None) -> tuple[Spec, str]:
     """The spec, or the quickstart's, and the name that its run gets."""
     from raymask.config import load_spec
 
-    source = Path(str(files("raymask") / "quickstart.yaml")) if path is None else path
+    source = spec_path(path)
     return load_spec(source, overrides or ()), source.stem
 
 

@@ -9,22 +9,21 @@
           imp/level-N/                the same for the baseline
           export/ result.json
 
-One writer, the driver. Every file is written beside its place and renamed. Nothing is ever unpickled.
+One writer, the driver. The same in a folder and in an object store. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
-import shutil
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
@@ -34,75 +33,67 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, from_numpy
 
 from raymask.core.errors import UserError
-from raymask.core.records import Checkpoint, Evaluation, Level, Result
+from raymask.core.records import Checkpoint, Evaluation, Level, Record, Result
 from raymask.core.spec import Spec, identity
 from raymask.core.tensors import Packed, pack
+from raymask.storage import Note, Storage, open_storage
+from raymask.version import __version__
 
-SPEC, ENV, LOCK, RESULT, EXPORT = "spec.yaml", "env.json", "lock", "result.json", "export"
+SPEC, ENV, RESULT, EXPORT = "spec.yaml", "env.json", "result.json", "export"
 JOURNAL, LEVEL = "evaluations.jsonl", "level.json"
 MASK, MODEL, OPTIMIZER, REPORT = "mask.safetensors", "model.safetensors", "optimizer.safetensors", "report.safetensors"
 DENSE, SEARCH, IMP = "dense", "", "imp"
 """The lineages: the dense model alone, the search, and the baseline."""
+SEAL = re.compile(rb'(.*),\s*"sha256":\s*"([0-9a-f]{64})"\s*}\s*', re.DOTALL)
+R = TypeVar("R", bound=Record)
 
 
 class RunDir:
     """The only thing that knows a run directory's file names."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def level_path(self, lineage: str, level: int) -> Path:
-        """Where a level of a lineage lies; the dense model has one level only."""
-        return self.path / DENSE if lineage == DENSE else self.path / lineage / f"level-{level}"
+    def __init__(self, place: str | Path, note: Note = lambda text: None) -> None:
+        """At a path or URI, which need not exist; `note` is told of outages. Raises UserError for no such storage."""
+        self.storage: Storage = open_storage(place, note)
 
     @property
-    def export_path(self) -> Path:
-        return self.path / EXPORT
+    def uri(self) -> str:
+        """Where it is, as it was asked for."""
+        return self.storage.uri
+
+    @property
+    def export_uri(self) -> str:
+        return self.storage.at(EXPORT)
 
     def has_work(self) -> bool:
         """Whether anything finished is there: a level's record, or a journal."""
-        return any(next(self.path.rglob(name), None) for name in (LEVEL, JOURNAL))
+        return any(name.rpartition("/")[2] in (LEVEL, JOURNAL) for name in self.storage.names())
 
-    def busy(self) -> bool:
-        """Whether a driver is working in it now."""
-        if not (self.path / LOCK).exists():
-            return False
-        with (self.path / LOCK).open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return True
-        return False
+    def results(self) -> list[str]:
+        """Names of all that a user may want elsewhere: everything but tensors to go on from."""
+        names = self.storage.names()
+        return sorted(name for name in names if name.startswith(f"{EXPORT}/") or not name.endswith(".safetensors"))
 
     # --- the journal ---------------------------------------------------------------------------------------------
 
     def append(self, evaluation: Evaluation) -> None:
-        """Add one line to the level's journal and force it to disk. A torn tail from an earlier end is cut first."""
-        path = self.level_path(SEARCH, evaluation.candidate.level) / JOURNAL
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as journal:
-            end = journal.seek(0, os.SEEK_END)
-            journal.seek(0)
-            whole = journal.read().rfind(b"\n") + 1
-            if whole < end:
-                journal.truncate(whole)
-            journal.write(evaluation.model_dump_json().encode() + b"\n")
-            journal.flush()
-            os.fsync(journal.fileno())
+        """Add one line to the level's journal, safe from any crash once this returns."""
+        name = f"{level_name(SEARCH, evaluation.candidate.level)}/{JOURNAL}"
+        self.storage.append(name, sealed(evaluation).encode())
 
     def evaluations(self, level: int) -> list[Evaluation]:
         """The journal's records. A torn last line is what a kill leaves, and is passed over; any other is an error."""
-        path = self.level_path(SEARCH, level) / JOURNAL
-        if not path.exists():
+        name = f"{level_name(SEARCH, level)}/{JOURNAL}"
+        try:
+            *lines, _torn = self.storage.read(name).split(b"\n")
+        except FileNotFoundError:
             return []
-        *lines, _torn = path.read_bytes().split(b"\n")
         found: dict[int, Evaluation] = {}
         for number, line in enumerate(lines, 1):
             try:
-                evaluation = Evaluation.model_validate_json(line)
-            except ValidationError:
+                evaluation = unsealed(Evaluation, line)
+            except ValueError:
                 raise UserError(
-                    f"{path}: line {number} is damaged. Delete the file to evaluate this level again"
+                    f"{self.storage.at(name)}: line {number} is damaged. Delete the file to evaluate this level again"
                 ) from None
             found[evaluation.candidate.index] = evaluation
         return list(found.values())
@@ -110,42 +101,50 @@ class RunDir:
     # --- levels --------------------------------------------------------------------------------------------------
 
     def has_level(self, lineage: str, level: int) -> bool:
-        return (self.level_path(lineage, level) / LEVEL).exists()
+        return self.storage.has(f"{level_name(lineage, level)}/{LEVEL}")
+
+    def level_uri(self, lineage: str, level: int) -> str:
+        """Where a level's record is."""
+        return self.storage.at(f"{level_name(lineage, level)}/{LEVEL}")
 
     def read_level(self, lineage: str, level: int) -> Level:
         """The record of a finished level."""
-        path = self.level_path(lineage, level) / LEVEL
         try:
-            return Level.model_validate_json(path.read_bytes())
-        except ValidationError:
-            raise UserError(f"{path}: is damaged. Delete it to do this level again") from None
+            return unsealed(Level, self.storage.read(f"{level_name(lineage, level)}/{LEVEL}"))
+        except ValueError:
+            raise UserError(f"{self.level_uri(lineage, level)}: is damaged. Delete it to do this level again") from None
 
     def write_level(self, lineage: str, level: int, checkpoint: Checkpoint, record: Level) -> Level:
         """Save a checkpoint and then, last, its record with the files' hashes, which is returned."""
-        folder = self.level_path(lineage, level)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = level_name(lineage, level)
         tensors: dict[str, Mapping[str, Tensor]] = {
             MODEL: checkpoint.weights.views(),
             OPTIMIZER: checkpoint.optimizer.views(),
             MASK: flat_bits(checkpoint.mask),
             REPORT: {"logits": from_numpy(checkpoint.logits)},
         }
-        files = {name: write_tensors(folder / name, content) for name, content in tensors.items()}
+        files = {}
+        for name, content in tensors.items():
+            with self.storage.writing(f"{folder}/{name}") as path:
+                files[name] = write_tensors(path, content)
         done = record.model_copy(update={"files": files})
-        write_text(folder / LEVEL, done.model_dump_json(indent=1))
+        self.write_text(f"{folder}/{LEVEL}", sealed(done, indent=1))
         return done
 
     def read_tensors(self, lineage: str, level: int, name: str) -> dict[str, Tensor]:
         """One of a finished level's files, checked against its hash."""
-        path = self.level_path(lineage, level) / name
+        where = f"{level_name(lineage, level)}/{name}"
         expected = self.read_level(lineage, level).files[name]
-        advice = f"Delete {path.parent / LEVEL} to do this level again"
+        advice = f"Delete {self.level_uri(lineage, level)} to do this level again"
         try:
-            if sha256(path) != expected:
-                raise UserError(f"{path}: is not what was written there (its hash differs). {advice}")
-            return dict(load_file(path))
+            with self.storage.reading(where) as path:
+                if sha256(path) != expected:
+                    raise UserError(
+                        f"{self.storage.at(where)}: is not what was written there (its hash differs). {advice}"
+                    )
+                return dict(load_file(path))
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read: {error}. {advice}") from None
+            raise UserError(f"{self.storage.at(where)}: cannot be read: {error}. {advice}") from None
 
     def read_weights(self, lineage: str, level: int) -> Packed:
         return pack(self.read_tensors(lineage, level, MODEL))
@@ -159,79 +158,96 @@ class RunDir:
 
     # --- the run -------------------------------------------------------------------------------------------------
 
+    def write_text(self, name: str, text: str) -> None:
+        with self.storage.writing(name) as path:
+            path.write_text(text + "\n", encoding="utf-8")
+
     def note_start(self, **facts: Any) -> None:
         """Add this start's versions, machine and `facts` to env.json."""
-        path = self.path / ENV
-        starts = json.loads(path.read_text()) if path.exists() else []
-        packages = ("raymask", "ray", "torch", "transformers", "numpy")
+        starts = json.loads(self.storage.read(ENV)) if self.storage.has(ENV) else []
+        packages = ("ray", "torch", "transformers", "numpy")
+        own = {"python": platform.python_version(), "raymask": __version__}
         start = {
-            "versions": {"python": platform.python_version()} | {name: installed(name) for name in packages},
+            "versions": own | {name: installed(name) for name in packages},
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
             **facts,
         }
-        write_text(path, json.dumps([*starts, start], indent=1))
+        self.write_text(ENV, json.dumps([*starts, start], indent=1))
 
     def write_result(self, result: Result) -> None:
-        write_text(self.path / RESULT, result.model_dump_json(indent=1))
+        self.write_text(RESULT, sealed(result, indent=1))
 
     def read_result(self) -> Result | None:
         """What a finished search found, or None while it is not."""
-        path = self.path / RESULT
         try:
-            return Result.model_validate_json(path.read_bytes()) if path.exists() else None
-        except ValidationError:
-            raise UserError(f"{path}: is damaged. Delete it, and the same command writes it again") from None
+            return unsealed(Result, self.storage.read(RESULT))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValueError:
+            raise UserError(
+                f"{self.storage.at(RESULT)}: is damaged. Delete it, and the same command writes it again"
+            ) from None
+
+    def has_export(self) -> bool:
+        return self.storage.has(f"{EXPORT}/{MASK}")
 
     def read_spec(self) -> Spec:
         """The spec that this run was started with. Raises UserError when there is none."""
-        path = self.path / SPEC
         try:
-            return Spec.model_validate(yaml.safe_load(path.read_text()))
-        except FileNotFoundError:
-            raise UserError(f"{self.path}: is not a run directory: it has no {SPEC}") from None
+            return Spec.model_validate(yaml.safe_load(self.storage.read(SPEC)))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{self.storage.at()}: is not a run directory: it has no {SPEC}") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError):
-            raise UserError(f"{path}: is damaged; it must be the file that raymask wrote") from None
+            raise UserError(f"{self.storage.at(SPEC)}: is damaged; it must be the file that raymask wrote") from None
 
 
-def check_run(path: Path, spec: Spec) -> RunDir:
-    """The run directory, new or old, if this spec may use it. Nothing is written.
+def level_name(lineage: str, level: int) -> str:
+    """The folder of a level of a lineage; the dense model has one level only."""
+    return DENSE if lineage == DENSE else f"{lineage}/level-{level}" if lineage else f"level-{level}"
 
-    Raises UserError when other files, another driver, or finished work of another spec are there.
-    """
-    store = RunDir(path)
-    if path.is_dir() and not (path / SPEC).exists() and any(entry.name != LOCK for entry in path.iterdir()):
-        raise UserError(f"{path}: is not empty and not a run directory: choose another with --run")
-    if store.busy():
-        raise UserError(f"{path}: another raymask is working in it; wait for it, or choose another with --run")
+
+def check_run(store: RunDir, spec: Spec) -> None:
+    """Raise UserError when other files, another driver, or finished work of another spec are there. Writes nothing."""
+    storage = store.storage
+    if not storage.has(SPEC) and any(True for _ in storage.names()):
+        raise UserError(f"{storage.at()}: is not empty and not a run directory: choose another with --run")
+    if storage.busy():
+        raise UserError(f"{storage.at()}: another raymask is working in it; wait for it, or choose another with --run")
     if store.has_work():
         before, now = identity(store.read_spec()), identity(spec)
         differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if differing:
             lines = "".join(f"\n  - {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing)
-            raise UserError(f"{path}: was started with another spec; choose another with --run, or undo:{lines}")
-    return store
+            raise UserError(
+                f"{storage.at()}: was started with another spec; choose another with --run, or undo:{lines}"
+            )
 
 
 @contextmanager
-def open_run(path: Path, spec: Spec) -> Iterator[RunDir]:
+def open_run(store: RunDir, spec: Spec) -> Iterator[RunDir]:
     """The run directory, held by this process alone until the end; made when it is not there.
 
     Raises UserError as `check_run` does, and when the place cannot be written.
     """
-    store = check_run(path, spec)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / LOCK).open("a+")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}. Choose another with --run") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{path}: another raymask has just started in it; wait for it") from None
+    check_run(store, spec)
+    with store.storage.held():
         if not store.has_work():
-            write_text(path / SPEC, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))
+            store.write_text(SPEC, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False).rstrip())
         yield store
+
+
+def sealed(record: Record, indent: int | None = None) -> str:
+    """A record as JSON whose last key is the SHA-256 of all before it: a flipped bit is still JSON."""
+    body = record.model_dump_json(indent=indent)[:-1].rstrip()
+    return f'{body},{"" if indent is None else chr(10) + " " * indent}"sha256":"{sha256_of(body.encode())}"}}'
+
+
+def unsealed(kind: type[R], data: bytes) -> R:
+    """The record. Raises ValueError when it is not what was written."""
+    found = SEAL.fullmatch(data)
+    if not found or sha256_of(found[1]) != found[2].decode():
+        raise ValueError("damaged")
+    return kind.model_validate_json(found[1] + b"}")
 
 
 def flat_bits(packed: Packed) -> dict[str, Tensor]:
@@ -244,45 +260,21 @@ def flat_bits(packed: Packed) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file beside its place, rename it, and return its SHA-256."""
-    beside = path.with_name(path.name + ".part")
-    save_file(dict(tensors), beside, metadata={"format": "pt"})
-    found = sha256(beside)
-    rename(beside, path)
-    return found
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file beside its place and rename it."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text + "\n", encoding="utf-8")
-    rename(beside, path)
-
-
-def rename(beside: Path, path: Path) -> None:
-    """Force a file to disk, then give it its name: after a crash there is the whole file, or none."""
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the name itself
-    os.close(folder)
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that takes the place of `path` when the block ends well."""
-    beside = path.with_name(path.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    yield beside
-    shutil.rmtree(path, ignore_errors=True)
-    beside.rename(path)
+    """Write a safetensors file and return its SHA-256. Raises OSError."""
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    return sha256(path)
 
 
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def installed(package: str) -> str:

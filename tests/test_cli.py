@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raymask.core.records import Result
+from raymask.store import RunDir
 from raymask.train import quickstart
 from raymask.train.metrics import measure
 
@@ -45,6 +46,12 @@ def spec_file(folder: Path, text: str) -> Path:
     path = folder / "spec.yaml"
     path.write_text(text)
     return path
+
+
+def result_of(run: Path) -> Result:
+    found = RunDir(run).read_result()
+    assert found is not None
+    return found
 
 
 def test_help_names_the_commands_and_loads_nothing_heavy() -> None:
@@ -130,7 +137,7 @@ def test_a_search_prints_its_table_exports_and_is_shown_again(tmp_path: Path) ->
     assert "\x1b" not in done.stdout
     for part in ("dense", "control (IMP)", "selected", "95 % interval", "ready to load, in run/export"):
         assert part in done.stdout
-    result = Result.model_validate_json((tmp_path / "run" / "result.json").read_bytes())
+    result = result_of(tmp_path / "run")
     assert [row.name for row in result.rows] == ["dense", "control (IMP)", "selected"]
     check_export(tmp_path / "run" / "export", result)
 
@@ -182,7 +189,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Result:
     folder = tmp_path_factory.mktemp("undisturbed")
     done = raymask("search", "--in-process", "--run", folder / "run", *SHORT)
     assert done.returncode == 0, done.stderr
-    return Result.model_validate_json((folder / "run" / "result.json").read_bytes())
+    return result_of(folder / "run")
 
 
 @pytest.mark.long
@@ -206,7 +213,7 @@ def test_kill_9_and_the_same_command_find_the_same_mask(tmp_path: Path, undistur
     done = raymask(*command[1:])
     assert done.returncode == 0, done.stdout + done.stderr
     assert lines(tmp_path / "run")[: len(known)] == known
-    result = Result.model_validate_json((tmp_path / "run" / "result.json").read_bytes())
+    result = result_of(tmp_path / "run")
     mine = [(level.digest, level.winner.candidate, level.winner.score) for level in result.levels]
     assert mine == [(level.digest, level.winner.candidate, level.winner.score) for level in undisturbed.levels]
     assert result.rows == undisturbed.rows

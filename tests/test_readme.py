@@ -85,7 +85,12 @@ def test_the_defaults_in_the_readme_are_the_real_ones() -> None:
     assert numbers(rows["`dense`"]) == list(dense.model_dump().values())
     assert numbers(rows["`probe`"]) == [value for value in probe.model_dump().values() if value != "loss"]
     assert numbers(rows["`finetune`"]) == list(finetune.model_dump().values())
-    assert numbers(rows["`workers`"]) == [spec.workers.cpus, spec.workers.deadline, spec.workers.retries]
+    assert numbers(rows["`workers`"]) == [
+        spec.workers.cpus,
+        spec.workers.deadline,
+        spec.workers.retries,
+        spec.workers.wait,
+    ]
 
 
 @pytest.mark.ray

@@ -25,7 +25,7 @@ from raymask.core.errors import UserError
 from raymask.core.recipe import finetune_stage, propose, resolve
 from raymask.core.records import Candidate, Checkpoint, Evaluate, Evaluation, FineTune, Settling, Snapshot
 from raymask.core.tensors import pack
-from raymask.driver import local, remote
+from raymask.driver import cluster, local, remote
 from raymask.driver.search import Plan, prepare
 from raymask.report.terminal import Silent
 from raymask.train.worker import Job
@@ -176,7 +176,7 @@ def work(plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]) -> list[tupl
 @pytest.fixture(scope="module")
 def ours(plan: Plan) -> Iterator[None]:
     """The private Ray of a search, for the tests that need no other; those that do come before its first use."""
-    with remote.connected(plan.job, None):
+    with cluster.connected(plan.job, None):
         yield
 
 
@@ -198,20 +198,20 @@ def test_a_late_node_gets_work_and_its_loss_is_survived(
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_TMPDIR", str(short_folder))
     (short_folder / "ray").mkdir()
-    remote.reread_environment()
+    cluster.reread_environment()
     node = {"include_dashboard": False, "object_store_memory": 2**27}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "num_cpus": 1, "temp_dir": str(short_folder / "0")})
+    nodes = Cluster(initialize_head=True, head_node_args={**node, "num_cpus": 1, "temp_dir": str(short_folder / "0")})
     job = job_of(plan, candidates={"count": 40, "ratios": [0.02]}, workers={"retries": 5}, probe=LONG)
     pool, ear, found = propose(resolve(job.spec), 1), Ear(), {}
     head = elsewhere = late = killed = None
     try:
-        with remote.connected(job, cluster.address), remote.workers(job, ear, cluster.address) as (evaluate, _):
+        with cluster.connected(job, nodes.address), remote.workers(job, ear, nodes.address) as (evaluate, _):
             for evaluation in evaluate(parent, pool):
                 found[evaluation.candidate.index] = evaluation
                 pid = pid_of(evaluation)
                 if late is None:
                     head = pid
-                    late = cluster.add_node(**node, num_cpus=1, temp_dir=str(short_folder / "1"))
+                    late = nodes.add_node(**node, num_cpus=1, temp_dir=str(short_folder / "1"))
                 elif pid != head:
                     elsewhere = elsewhere or pid
                 elif elsewhere and not killed:  # it is in the middle of its next candidate
@@ -220,7 +220,7 @@ def test_a_late_node_gets_work_and_its_loss_is_survived(
                     os.kill(raylet, signal.SIGKILL)
                     killed = raylet
     finally:
-        cluster.shutdown()
+        nodes.shutdown()
     assert killed is not None, "the late node got no work"
     assert sorted(found) == [candidate.index for candidate in pool]
     assert all(evaluation.ok for evaluation in found.values())
@@ -233,10 +233,10 @@ def test_an_address_where_nothing_answers_is_an_error_that_names_it(tmp_path: Pa
         address = f"127.0.0.1:{free.getsockname()[1]}"
     code = """
 import sys
-from raymask.driver import remote
+from raymask.driver import cluster
 from raymask.core.errors import UserError
 try:
-    with remote.connected(None, sys.argv[1]):
+    with cluster.connected(None, sys.argv[1]):
         print("connected")
 except UserError as error:
     print("UserError", error)
@@ -257,13 +257,13 @@ def test_a_private_ray_leaves_nothing_behind(short_folder: Path) -> None:
 import json, os
 from pathlib import Path
 import ray, psutil
-from raymask.driver import remote
+from raymask.driver import cluster
 from raymask.config import make_spec
 from raymask.driver.search import prepare
 job = prepare(make_spec({"model": "quickstart", "task": "quickstart"})).job
-folders = lambda: sorted(str(path) for path in Path(remote.ROOT).glob(f"{remote.FOLDER}{os.getpid()}-*"))
+folders = lambda: sorted(str(path) for path in Path(cluster.ROOT).glob(f"{cluster.FOLDER}{os.getpid()}-*"))
 before = dict(os.environ)
-with remote.connected(job, None):
+with cluster.connected(job, None):
     during = folders()
     processes = psutil.Process().children(recursive=True)
 after = dict(os.environ)
@@ -590,5 +590,5 @@ def test_memory_that_no_node_has_is_said_with_what_there_is() -> None:
     with pytest.raises(
         UserError, match=r"one asks for 1 CPUs, 0 GPUs, 64\.0 GiB .* the nodes have 8 CPUs, 0 GPUs, 16\.0"
     ):
-        remote.require_room(need, nodes)
-    assert remote.slots(need | {"memory": 2.0**33}, nodes) == 2 + 4
+        cluster.require_room(need, nodes)
+    assert cluster.slots(need | {"memory": 2.0**33}, nodes) == 2 + 4

@@ -17,7 +17,7 @@ from raymask.core.records import Candidate, Checkpoint, Evaluation, FineTuned, P
 from raymask.core.tensors import pack
 from raymask.driver.search import Plan, prepare, prune
 from raymask.report.terminal import Silent
-from raymask.store import DENSE, IMP, SEARCH, RunDir, check_run, open_run
+from raymask.store import DENSE, IMP, SEARCH, RunDir, check_run, open_run, sealed
 
 LEVELS = (0.5, 0.9)
 BASE = {
@@ -194,9 +194,9 @@ def test_a_level_that_was_made_from_another_parent_is_refused(plan: Plan, tmp_pa
     store = RunDir(tmp_path)
     Fakes(plan).run(store)
     record = store.read_level(SEARCH, 1)
-    path = store.level_path(SEARCH, 1) / "level.json"
-    path.write_text(record.model_copy(update={"parent": "dense-0-another"}).model_dump_json())
-    with pytest.raises(UserError, match=r"level-1: was made from another parent than the level before it\. Delete it"):
+    path = Path(store.level_uri(SEARCH, 1))
+    path.write_text(sealed(record.model_copy(update={"parent": "dense-0-another"})))
+    with pytest.raises(UserError, match=r"level-1/level.json: was made from another parent than .*\. Delete it to"):
         Fakes(plan).run(store)
 
 
@@ -267,31 +267,32 @@ def test_proposals_differ_in_seed_and_cycle_through_the_ratios(tmp_path: Path) -
 
 
 def test_a_run_directory_of_another_spec_is_refused_with_the_keys_that_differ(plan: Plan, tmp_path: Path) -> None:
-    with open_run(tmp_path, plan.recipe.spec) as store:
+    with open_run(RunDir(tmp_path), plan.recipe.spec) as store:
         Fakes(plan).run(store)
     other = make_spec({**BASE, "seed": 5, "candidates": {"count": 4}})
     with pytest.raises(UserError, match=r"(?s)another spec.*candidates.count: 3 there, 4 now.*seed: 0 there, 5 now"):
-        check_run(tmp_path, other)
+        check_run(RunDir(tmp_path), other)
 
 
 def test_a_run_directory_without_finished_work_takes_another_spec(plan: Plan, tmp_path: Path) -> None:
-    with pytest.raises(Killed), open_run(tmp_path, plan.recipe.spec) as store:
+    with pytest.raises(Killed), open_run(RunDir(tmp_path), plan.recipe.spec) as store:
         Fakes(plan, lives=0).run(store)
     other = make_spec({**BASE, "seed": 5})
-    with open_run(tmp_path, other) as store:
+    with open_run(RunDir(tmp_path), other) as store:
         assert store.read_spec() == other
 
 
 def test_deleting_the_dense_record_does_not_let_another_spec_in(plan: Plan, tmp_path: Path) -> None:
-    with open_run(tmp_path, plan.recipe.spec) as store:
+    with open_run(RunDir(tmp_path), plan.recipe.spec) as store:
         Fakes(plan).run(store)
-    (store.level_path(DENSE, 0) / "level.json").unlink()
+    Path(store.level_uri(DENSE, 0)).unlink()
     with pytest.raises(UserError, match="another spec"):
-        check_run(tmp_path, make_spec({**BASE, "seed": 5}))
+        check_run(RunDir(tmp_path), make_spec({**BASE, "seed": 5}))
 
 
 def test_how_many_workers_there_are_may_change_under_a_run(plan: Plan, tmp_path: Path) -> None:
-    with open_run(tmp_path, plan.recipe.spec) as store:
+    with open_run(RunDir(tmp_path), plan.recipe.spec) as store:
         Fakes(plan).run(store)
     more = make_spec({**BASE, "workers": {"count": 7, "deadline": 5, "retries": 0}})
-    assert check_run(tmp_path, more).has_level(SEARCH, 2)
+    check_run(store, more)
+    assert store.has_level(SEARCH, 2)

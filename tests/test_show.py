@@ -11,18 +11,18 @@ from rich.console import Console
 from test_search import Fakes, Killed, plan_of
 
 from raymask.report.show import show_run
-from raymask.store import open_run
+from raymask.store import RunDir, open_run
 
 
 def shown(path: Path) -> str:
     console = Console(file=io.StringIO(), width=200)
-    show_run(console, path, as_json=False)
+    show_run(console, str(path), as_json=False)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def stop_after(lives: int, path: Path) -> None:
     plan = plan_of()
-    with pytest.raises(Killed), open_run(path, plan.recipe.spec) as store:
+    with pytest.raises(Killed), open_run(RunDir(path), plan.recipe.spec) as store:
         Fakes(plan, lives=lives).run(store)
 
 
@@ -48,14 +48,14 @@ def test_a_stopped_search_is_shown_with_its_evaluations(tmp_path: Path) -> None:
 
 
 def test_a_search_at_work_is_called_running(tmp_path: Path) -> None:
-    with open_run(tmp_path, plan_of().recipe.spec):
+    with open_run(RunDir(tmp_path), plan_of().recipe.spec):
         assert shown(tmp_path).startswith(f"{tmp_path}: running")
     assert shown(tmp_path).startswith(f"{tmp_path}: stopped")
 
 
 def test_other_programs_get_the_same_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stop_after(1 + 4 + 2 + 2, tmp_path)
-    show_run(Console(), tmp_path, as_json=True)
+    show_run(Console(), str(tmp_path), as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["state"] == "stopped"
     assert found["sparsities"] == pytest.approx([0.5, 0.9])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from raymask.core.masks import digest, pack_bits
 from raymask.core.records import Candidate, Checkpoint, Evaluation, FineTuned, Level, Point
 from raymask.core.spec import Spec
 from raymask.core.tensors import pack
-from raymask.store import DENSE, IMP, MASK, MODEL, SEARCH, RunDir, check_run, open_run, whole_folder
+from raymask.store import DENSE, IMP, MASK, MODEL, SEARCH, RunDir, check_run, open_run
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_the_journal_gives_back_what_was_appended(store: RunDir) -> None:
 def test_a_torn_last_line_is_passed_over_and_written_again_cleanly(store: RunDir, cut: int) -> None:
     store.append(evaluation(0))
     store.append(evaluation(1))
-    journal = store.level_path(SEARCH, 1) / "evaluations.jsonl"
+    journal = Path(store.level_uri(SEARCH, 1)).parent / "evaluations.jsonl"
     journal.write_bytes(journal.read_bytes()[:-cut])
     assert store.evaluations(1) == [evaluation(0)]
     store.append(evaluation(2))
@@ -94,7 +95,7 @@ def test_a_torn_last_line_is_passed_over_and_written_again_cleanly(store: RunDir
 def test_a_damaged_line_that_is_not_the_last_is_an_error(store: RunDir) -> None:
     store.append(evaluation(0))
     store.append(evaluation(1))
-    journal = store.level_path(SEARCH, 1) / "evaluations.jsonl"
+    journal = Path(store.level_uri(SEARCH, 1)).parent / "evaluations.jsonl"
     journal.write_bytes(b"x" + journal.read_bytes())
     with pytest.raises(UserError, match=r"evaluations.jsonl: line 1 is damaged. Delete the file"):
         store.evaluations(1)
@@ -125,13 +126,13 @@ def test_a_level_gives_back_what_was_written(store: RunDir) -> None:
 
 
 def test_the_lineages_do_not_share_files(store: RunDir) -> None:
-    paths = {store.level_path(lineage, level) for lineage, level in [(DENSE, 0), (SEARCH, 0), (SEARCH, 1), (IMP, 1)]}
+    paths = {store.level_uri(lineage, level) for lineage, level in [(DENSE, 0), (SEARCH, 0), (SEARCH, 1), (IMP, 1)]}
     assert len(paths) == 4
 
 
 def test_a_level_without_its_record_is_not_done(store: RunDir) -> None:
     write(store)
-    (store.level_path(SEARCH, 1) / "level.json").unlink()
+    Path(store.level_uri(SEARCH, 1)).unlink()
     assert not store.has_level(SEARCH, 1)
 
 
@@ -140,7 +141,7 @@ def test_a_level_without_its_record_is_not_done(store: RunDir) -> None:
 )
 def test_a_damaged_file_is_refused_by_its_hash(store: RunDir, damage: Callable[[bytes], bytes]) -> None:
     write(store)
-    path = store.level_path(SEARCH, 1) / MODEL
+    path = Path(store.level_uri(SEARCH, 1)).parent / MODEL
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=r"model.safetensors: is not what was written there .*Delete .*level.json"):
         store.read_weights(SEARCH, 1)
@@ -148,7 +149,7 @@ def test_a_damaged_file_is_refused_by_its_hash(store: RunDir, damage: Callable[[
 
 def test_a_missing_file_is_said(store: RunDir) -> None:
     write(store)
-    (store.level_path(SEARCH, 1) / MASK).unlink()
+    Path(store.level_uri(SEARCH, 1)).with_name(MASK).unlink()
     with pytest.raises(UserError, match=r"mask.safetensors: cannot be read"):
         store.read_tensors(SEARCH, 1, MASK)
 
@@ -156,57 +157,62 @@ def test_a_missing_file_is_said(store: RunDir) -> None:
 @pytest.mark.parametrize(("name", "read"), [("level-1/level.json", "level"), ("result.json", "result")])
 def test_a_damaged_record_is_an_error_that_says_what_to_do(store: RunDir, name: str, read: str) -> None:
     write(store)
-    (store.path / name).write_text("{")
+    (Path(store.uri) / name).write_text("{")
     with pytest.raises(UserError, match=rf"{name}: is damaged. Delete it"):
         store.read_level(SEARCH, 1) if read == "level" else store.read_result()
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "export"
-    with pytest.raises(RuntimeError), whole_folder(target) as folder:
-        (folder / "half").write_text("")
-        raise RuntimeError
-    assert not target.exists()
-    for text in ("first", "second"):
-        with whole_folder(target) as folder:
-            (folder / "file").write_text(text)
-    assert (target / "file").read_text() == "second"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["export"]
+@pytest.mark.parametrize("digit", ["score", "sha256"])
+def test_a_flipped_bit_in_a_record_is_found_though_it_is_still_json(store: RunDir, digit: str) -> None:
+    write(store)
+    store.append(evaluation(1))
+    for name, read in (("level.json", store.read_level), ("evaluations.jsonl", lambda *_: store.evaluations(1))):
+        path = Path(store.level_uri(SEARCH, 1)).with_name(name)
+        text = path.read_text()
+        start = re.search(rf'"{digit}":\s*"?', text).end()
+        place = next(at for at in range(start, len(text)) if text[at] in "2345678")
+        path.write_text(text[:place] + str(int(text[place]) ^ 1) + text[place + 1 :])
+        json.loads(path.read_text().splitlines()[0] if name.endswith("jsonl") else path.read_text())
+        with pytest.raises(UserError, match=rf"{name}: .*is damaged. Delete"):
+            read(SEARCH, 1)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_spec_is_kept_as_it_was_asked_for(tmp_path: Path, spec: Spec) -> None:
-    with open_run(tmp_path / "run", spec) as store:
+    with open_run(RunDir(tmp_path / "run"), spec) as store:
         assert store.read_spec() == spec
 
 
 def test_a_second_driver_is_refused_and_the_lock_of_a_dead_one_is_not(tmp_path: Path, spec: Spec) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from raymask.config import make_spec;"
-        "from raymask.store import open_run\n"
-        "with open_run(Path(sys.argv[1]), make_spec({'model': 'quickstart', 'task': 'quickstart'})):\n"
+        "import sys, time; from raymask.config import make_spec;"
+        "from raymask.store import RunDir, open_run\n"
+        "with open_run(RunDir(sys.argv[1]), make_spec({'model': 'quickstart', 'task': 'quickstart'})):\n"
         "    print('open', flush=True); time.sleep(600)"
     )
     first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout is not None
         assert first.stdout.readline() == "open\n"
-        assert RunDir(tmp_path / "run").busy()
-        with pytest.raises(UserError, match="another raymask is working in it"), open_run(tmp_path / "run", spec):
+        assert RunDir(tmp_path / "run").storage.busy()
+        with (
+            pytest.raises(UserError, match="another raymask is working in it"),
+            open_run(RunDir(tmp_path / "run"), spec),
+        ):
             pass
     finally:
         first.kill()
         first.communicate()
-    assert not RunDir(tmp_path / "run").busy()
-    with open_run(tmp_path / "run", spec):
+    assert not RunDir(tmp_path / "run").storage.busy()
+    with open_run(RunDir(tmp_path / "run"), spec):
         pass
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path, spec: Spec) -> None:
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="is not empty and not a run directory"), open_run(tmp_path, spec):
+    with pytest.raises(UserError, match="is not empty and not a run directory"), open_run(RunDir(tmp_path), spec):
         pass
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -214,16 +220,16 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path, spec: Sp
 def test_a_place_that_cannot_be_written_is_said_at_once(tmp_path: Path, spec: Spec) -> None:
     (tmp_path / "file").write_text("")
     for place, why in (("file", "File exists"), ("file/run", "Not a directory")):
-        with pytest.raises(UserError, match=f"cannot be written: {why}"), open_run(tmp_path / place, spec):
+        with pytest.raises(UserError, match=f"cannot be written: {why}"), open_run(RunDir(tmp_path / place), spec):
             pass
 
 
 @pytest.mark.parametrize("content", ["model: [", "- 1", "model: x\ntask: y\n", "!!python/object/apply:os.getcwd []"])
 def test_a_damaged_spec_is_said(store: RunDir, spec: Spec, content: str) -> None:
     write(store, DENSE, 0)
-    (store.path / "spec.yaml").write_text(content)
+    (Path(store.uri) / "spec.yaml").write_text(content)
     with pytest.raises(UserError, match=r"spec.yaml: is damaged"):
-        check_run(store.path, spec)
+        check_run(store, spec)
 
 
 def test_what_is_no_run_directory_is_said(tmp_path: Path) -> None:
@@ -234,6 +240,6 @@ def test_what_is_no_run_directory_is_said(tmp_path: Path) -> None:
 def test_every_start_is_noted_with_its_versions(store: RunDir) -> None:
     store.note_start(address=None)
     store.note_start(address="auto")
-    starts = json.loads((store.path / "env.json").read_text())
+    starts = json.loads((Path(store.uri) / "env.json").read_text())
     assert [start["address"] for start in starts] == [None, "auto"]
     assert starts[0]["versions"]["torch"] == torch.__version__

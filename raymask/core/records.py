@@ -182,8 +182,11 @@ class Result(Record):
 class Watch(Protocol):
     """Who is told what happens while it happens: a terminal, a log, or nobody."""
 
-    def begins(self, stage: str, total: int, done: int) -> None:
-        """A stage of `total` pieces of work starts, `done` of which were found finished."""
+    def begins(self, stage: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
+        """A stage of a level starts, with `total` pieces of work.
+
+        Early evaluation: `known` are the evaluations that the journal has already. Fine-tuning: None.
+        """
 
     def running(self, shares: Mapping[str, float]) -> None:
         """What is being worked on, and which share in [0, 1] of each is done."""
@@ -193,6 +196,9 @@ class Watch(Protocol):
 
     def settled(self, lineage: str, level: Level) -> None:
         """A level of a lineage is done."""
+
+    def sent(self, size: int) -> None:
+        """So many bytes were put where all workers can read them."""
 
     def note(self, text: str) -> None:
         """Anything else that deserves a line."""

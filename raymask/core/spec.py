@@ -200,7 +200,7 @@ class Workers(Section):
 
     `gpus` may be a fraction; when not said, one a worker where there are any. `deadline`: seconds for one candidate's
     probe, and for each epoch of a fine-tuning (on Ray); `retries`: how often a job is tried again when its machine
-    failed.
+    failed. `wait`: seconds for which a cluster that grows by itself may stay without room for any worker.
     """
 
     count: Count | None = None
@@ -208,6 +208,7 @@ class Workers(Section):
     gpus: Annotated[float, Field(ge=0, strict=True)] | None = None
     deadline: Positive = 3600.0
     retries: Annotated[int, Field(ge=0, strict=True)] = 3
+    wait: Annotated[float, Field(ge=0, strict=True)] = 0.0
 
     @property
     def threads(self) -> int:
@@ -264,7 +265,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Settings by name, under a spec's own. `paper`: the reference's to the letter, the task metric as score included;
 raymask's control is in the pool beside its 8 masks all the same, and `select` is carved out of train."""
 
-FREE = (("workers", "count"), ("workers", "deadline"), ("workers", "retries"))
+FREE = tuple(("workers", key) for key in ("count", "deadline", "retries", "wait"))
 """Keys that a resumed search may change: they decide how long it takes, never what it finds."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from raymask.core.records import Result
 from raymask.core.tensors import load
 from raymask.report.card import model_card
-from raymask.store import MASK, SEARCH, RunDir, whole_folder, write_tensors
+from raymask.store import EXPORT, MASK, SEARCH, RunDir, write_tensors
 from raymask.train.model import Source, build, persistent
 
 
@@ -14,8 +14,9 @@ def export(store: RunDir, source: Source, result: Result) -> None:
     last = result.levels[-1].level
     module = build(source.config)
     load(store.read_weights(SEARCH, last), persistent(module))
-    with whole_folder(store.export_path) as folder:
+    mask = store.read_tensors(SEARCH, last, MASK)
+    with store.storage.writing_folder(EXPORT) as folder:
         module.save_pretrained(folder)  # type: ignore[operator]
         source.tokenizer.save_pretrained(folder)
-        write_tensors(folder / MASK, store.read_tensors(SEARCH, last, MASK))
+        write_tensors(folder / MASK, mask)
         (folder / "README.md").write_text(model_card(result), encoding="utf-8")

@@ -7,23 +7,16 @@ on a fresh actor; the candidate's own fault is a record and never retried.
 
 from __future__ import annotations
 
-import math
-import os
 import re
-import shutil
-import socket
 import sys
-import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.services import get_ray_address_from_environment
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from raymask.core.errors import UserError
@@ -38,16 +31,15 @@ from raymask.core.records import (
     Watch,
 )
 from raymask.core.tensors import Packed
+from raymask.driver.cluster import alive, connected, needs, offer, require_room, slots
 from raymask.train.worker import Job, MachineFault, Worker
 
 INFRA = (RayActorError, ObjectLostError, OutOfMemoryError, MachineFault)
 POLL = 0.5  # seconds between looks at progress, deadlines and new nodes
 STARTS = 5  # workers that may fail to start, one after another, before the search gives up
-PORT = 6379
-PATIENCE = 30.0  # seconds without any worker after which the wait is worth a line
+PATIENCE = 15.0  # seconds without any worker after which the wait is worth a line
+LOST = 300.0  # seconds in which nodes that a search once had may come back
 REMOTE_CODE = "transformers_modules."
-ROOT, FOLDER = "/tmp", "raymask-"  # noqa: S108 - sockets live in it, whose paths must be short; mkdtemp makes it ours
-ANSWER = 10.0  # seconds in which a cluster must accept a connection
 
 
 class Desk:
@@ -111,7 +103,8 @@ class Pool:
         self.shelf: dict[int, tuple[Packed, Any]] = {}
         self.grown = 0.0
         self.broken = 0
-        require_room(self.need, alive())
+        if not self.workers.wait:
+            require_room(self.need, alive())
         if type(job.config).__module__.startswith(REMOTE_CODE):  # the node that unpickles it may not have the module
             ray.cloudpickle.register_pickle_by_value(sys.modules[type(job.config).__module__])
         self.job = ray.put(job)
@@ -141,7 +134,7 @@ class Pool:
         shares: dict[int, float] = {}
         asked: dict[Any, int] = {}
         late: set[int] = set()
-        open_calls, looked, served = len(calls), 0.0, time.monotonic()
+        open_calls, looked, noted, served = len(calls), 0.0, time.monotonic(), time.monotonic()
         self.returning = {actor.__ray_ready__.remote(): actor for actor in self.idle}  # some may have died since
         self.idle = []
         try:
@@ -156,12 +149,10 @@ class Pool:
                     self.watch.running({calls[index].name: share for index, share in sorted(shares.items())})
                     self.ask(asked)
                     if self.busy:
-                        served = looked
-                    elif looked - served > PATIENCE:
-                        self.watch.note(
-                            "waiting for the cluster: no worker has started yet, others may hold its resources"
-                        )
-                        served = looked
+                        served = noted = looked
+                    elif looked - noted > PATIENCE:
+                        noted = looked
+                        self.wait_for_room(looked - served)
                     late = self.kill_late(calls)
                 for ref in self.finished(asked):
                     if ref in asked:
@@ -183,6 +174,21 @@ class Pool:
             for _, actor, _ in self.busy.values():
                 ray.kill(actor)
             self.busy.clear()
+            if self.workers.wait:  # what has not started by now would only make the cluster grow
+                for actor in self.starting.values():
+                    ray.kill(actor)
+                self.starting.clear()
+
+    def wait_for_room(self, seconds: float) -> None:
+        """Say what is waited for; raise UserError when it is too long since any node could hold a worker."""
+        nodes = alive()
+        if seconds > (self.workers.wait or LOST):
+            require_room(self.need, nodes)
+        free = offer(ray.available_resources())
+        self.watch.note(
+            f"waiting for the cluster for {seconds:.0f} s: a worker asks for {offer(self.need)}; of {len(nodes)} nodes "
+            f"is free: {free}"
+        )
 
     def finished(self, asked: Mapping[Any, int]) -> list[Any]:
         """References that have become ready, waited for no longer than POLL seconds."""
@@ -205,7 +211,7 @@ class Pool:
         if time.monotonic() - self.grown < POLL:
             return
         self.grown = time.monotonic()
-        room = slots(self.need, alive())
+        room = open_calls if self.workers.wait else slots(self.need, alive())  # waiting actors make a cluster grow
         wanted = min(room, open_calls, self.workers.count or room)
         for _ in range(wanted - len(self.actors())):
             actor = self.actor.remote(self.job, self.need["GPU"] > 0)
@@ -289,6 +295,7 @@ class Pool:
             if packed is not None:
                 if id(packed) not in self.shelf:
                     self.shelf[id(packed)] = (packed, ray.put(packed))
+                    self.watch.sent(packed.buffer.nbytes)
                 refs[name] = self.shelf[id(packed)][1]
         return refs
 
@@ -341,46 +348,6 @@ def workers(job: Job, watch: Watch, address: str | None) -> Iterator[tuple[Evalu
             pool.close()
 
 
-Resources = Mapping[str, float]
-"""Amounts by Ray's names: CPU, GPU, memory in bytes."""
-
-
-def needs(job: Job, nodes: Sequence[Resources]) -> Resources:
-    """What one worker takes; a GPU each where the nodes have any and the spec does not say."""
-    gpus = job.spec.workers.gpus
-    if gpus is None:
-        gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
-    return {"CPU": job.spec.workers.cpus, "GPU": gpus, "memory": job.memory(on_gpu=gpus > 0)}
-
-
-def slots(need: Resources, nodes: Sequence[Resources]) -> int:
-    """How many workers all nodes together can hold."""
-    return sum(
-        min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in need.items() if amount)
-        for node in nodes
-    )
-
-
-def alive() -> list[Resources]:
-    """Resources of every node of the cluster that answers."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def require_room(need: Resources, nodes: Sequence[Resources]) -> None:
-    """Raise UserError when no node can hold even one worker."""
-    if not slots(need, nodes):
-        raise UserError(
-            f"no node can hold a worker: one asks for {offer(need)} (workers.cpus, workers.gpus, the model's memory), "
-            f"the nodes have {'; '.join(map(offer, nodes)) or 'nothing'}"
-        )
-
-
-def offer(resources: Resources) -> str:
-    """Resources in words."""
-    memory = resources.get("memory", 0.0) / 2**30
-    return f"{resources.get('CPU', 0.0):g} CPUs, {resources.get('GPU', 0.0):g} GPUs, {memory:.1f} GiB"
-
-
 def brief(error: BaseException) -> str:
     """An error of Ray's without its page of advice."""
     text = str(getattr(error, "cause", None) or error).strip() or type(error).__name__
@@ -391,121 +358,3 @@ def brief(error: BaseException) -> str:
     raised = [line for line in lines if re.match(r"[A-Za-z_][\w.]*: ", line)]
     found = raised[-1] if raised and getattr(error, "actor_init_failed", False) else lines[0]
     return found[:200]
-
-
-@contextmanager
-def connected(job: Job, address: str | None) -> Iterator[None]:
-    """This process connected to Ray: as it is already, to the cluster at `address`, or to a private one.
-
-    The private one listens on loopback only, has a temporary folder and a token of its own, and its first workers
-    have imported torch and the model's code before they are asked for.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    if address:
-        with environment(RAY_AUTH_MODE=auth_mode(), RAY_USAGE_STATS_ENABLED="0"):
-            reread_environment()
-            join(address)
-            try:
-                yield
-            finally:
-                ray.shutdown()
-        return
-    sweep_up()
-    folder = tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=ROOT)
-    private = {
-        "RAY_ADDRESS": "",  # it would win over "local"
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": os.urandom(32).hex(),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": str(job.spec.workers.threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "0",
-    }
-    model_code = type(job.config).__module__.replace("configuration_", "modeling_")
-    try:
-        with environment(**private), loopback():
-            reread_environment()
-            ray.init(
-                "local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                _node_ip_address="127.0.0.1",
-                _temp_dir=folder,
-                _system_config={"preload_python_modules": ["transformers", "raymask.train.worker", model_code]},
-            )
-            try:
-                yield
-            finally:
-                ray.shutdown()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def join(address: str) -> None:
-    """Connect to a running cluster; `auto` is $RAY_ADDRESS or this machine's. Raises UserError when none answers."""
-    try:
-        found = get_ray_address_from_environment(address, None)
-        where = found if ":" in found else f"{found}:{PORT}"
-        host, port = where.rsplit(":", 1)
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()  # Ray itself asks for 14 minutes
-        ray.init(where, log_to_driver=False, logging_level="ERROR")
-    except (OSError, ValueError, RuntimeError, RayError) as error:
-        raise UserError(
-            f"--address {address}: no Ray cluster answers there ({brief(error)}). Start one with `ray start --head`, "
-            "or leave out --address for a private one"
-        ) from None
-
-
-def auth_mode() -> str:
-    """How to meet a cluster: as the environment says, else with a token where there is one."""
-    token = "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").exists()
-    return os.environ.get("RAY_AUTH_MODE") or ("token" if token else "disabled")
-
-
-def reread_environment() -> None:
-    """Make Ray see the authentication variables of now: it has read them when it was imported."""
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
-
-
-def sweep_up() -> None:
-    """Remove the temporary folders of drivers that were killed before they could."""
-    for folder in Path(ROOT).glob(f"{FOLDER}[0-9]*-*"):
-        try:
-            os.kill(int(folder.name.split("-")[1]), 0)  # asks only whether it lives
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except PermissionError:
-            pass  # it does, and is another user's
-
-
-@contextmanager
-def loopback() -> Iterator[None]:
-    """Let Ray keep 127.0.0.1 as this node's address, as on macOS; else it puts a reachable one in its place."""
-    from ray._private import ray_constants
-
-    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextmanager
-def environment(**values: str) -> Iterator[None]:
-    """Set environment variables for the block, for this process and those that it starts."""
-    before = {name: os.environ.get(name) for name in (*values, "PYTHONBREAKPOINT")}  # which ray.init sets
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

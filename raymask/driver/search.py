@@ -58,17 +58,20 @@ class Plan:
     job: Job
 
 
-def search(spec: Spec, run: Path, watch: Watch, *, address: str | None = None, in_process: bool = False) -> Result:
+def search(
+    spec: Spec, run: str | Path, watch: Watch, *, address: str | None = None, in_process: bool = False
+) -> Result:
     """Search in a run directory, new or to be continued, and return what was found.
 
     Raises UserError for whatever the user can mend, before anything is trained where it can be known.
     """
-    store = check_run(run, spec)
+    store = RunDir(run, watch.note)
+    check_run(store, spec)
     found = store.read_result()
-    if found and store.export_path.exists():
+    if found and store.has_export():
         return found
     plan = prepare(spec)
-    with seams(plan.job, watch, address, in_process) as (evaluate, fine_tune), open_run(run, spec) as store:
+    with seams(plan.job, watch, address, in_process) as (evaluate, fine_tune, watch), open_run(store, spec):
         store.note_start(threads=spec.workers.threads, address=address, in_process=in_process)
         started = time.monotonic()
         prune(plan, store, evaluate, fine_tune, watch)
@@ -97,19 +100,20 @@ def require_something_kept(source: Source, density: float) -> None:
 
 
 @contextmanager
-def seams(job: Job, watch: Watch, address: str | None, in_process: bool) -> Iterator[tuple[Evaluate, FineTune]]:
-    """Workers in this process, or on Ray. Ray is imported only where it is used."""
+def seams(job: Job, watch: Watch, address: str | None, in_process: bool) -> Iterator[tuple[Evaluate, FineTune, Watch]]:
+    """Workers in this process, or on Ray, whose metrics listen too. Ray is imported only where it is used."""
     opened: AbstractContextManager[tuple[Evaluate, FineTune]]
     if in_process:
         from raymask.driver import local
 
         opened = local.workers(job, watch)
     else:
-        from raymask.driver import remote
+        from raymask.driver import metrics, remote
 
+        watch = metrics.Meter(watch, job)
         opened = remote.workers(job, watch, address)
-    with opened as found:
-        yield found
+    with opened as (evaluate, fine_tune):
+        yield evaluate, fine_tune, watch
 
 
 def prune(plan: Plan, store: RunDir, evaluate: Evaluate, fine_tune: FineTune, watch: Watch) -> None:
@@ -173,7 +177,7 @@ def choose(recipe: Recipe, store: RunDir, level: int, parent: Snapshot, evaluate
     known = {evaluation.candidate for evaluation in done if not evaluation.machine}
     done = [evaluation for evaluation in done if evaluation.candidate in known]
     todo = [candidate for candidate in proposed if candidate not in known]
-    watch.begins(f"{title(recipe, level)}: early evaluation", len(proposed), len(done))
+    watch.begins(f"{title(recipe, level)}: early evaluation", level, len(proposed), done)
     for evaluation in evaluate(parent, todo):
         store.append(evaluation)
         done.append(evaluation)
@@ -185,13 +189,13 @@ def settle(plan: Plan, store: RunDir, work: list[Work], fine_tune: FineTune, wat
     """Fine-tune the lineages' masks side by side, each saved with its record as it arrives."""
     if not work:
         return
-    watch.begins(f"{title(plan.recipe, work[0].winner.candidate.level)}: fine-tuning", len(work), 0)
+    level = work[0].winner.candidate.level
+    watch.begins(f"{title(plan.recipe, level)}: fine-tuning", level, len(work))
     settlings = [
         (item.parent, Settling(name(item), item.winner.candidate, item.stage, item.winner.digest)) for item in work
     ]
     for index, checkpoint in fine_tune(settlings):
         item = work[index]
-        level = item.winner.candidate.level
         pool = store.evaluations(level) if item.lineage == SEARCH and level else []
         record = describe_level(plan, item, pool, checkpoint)
         watch.settled(item.lineage, store.write_level(item.lineage, level, checkpoint, record))
@@ -242,15 +246,17 @@ def origin_of(store: RunDir, lineage: str, level: int) -> tuple[str, str]:
 def require_parent(store: RunDir, lineage: str, level: int) -> None:
     """Raise UserError when a finished level was made from another parent than the one that is there."""
     if store.read_level(lineage, level).parent != origin_of(store, lineage, level)[1]:
-        path = store.level_path(lineage, level)
-        raise UserError(f"{path}: was made from another parent than the level before it. Delete it to do it again")
+        raise UserError(
+            f"{store.level_uri(lineage, level)}: was made from another parent than the level before it. Delete it to "
+            "do the level again"
+        )
 
 
 def require_same_data(plan: Plan, store: RunDir) -> None:
     """Raise UserError when the data changed under a run."""
     if store.read_level(DENSE, 0).data != plan.job.data.digest():
         raise UserError(
-            f"{store.path}: was started on other data: files, tokenizer or labels have changed since. "
+            f"{store.uri}: was started on other data: files, tokenizer or labels have changed since. "
             "Put them back, or choose another directory with --run"
         )
 
@@ -272,7 +278,7 @@ def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
         gain = paired_bootstrap(len(data.report), difference, derive(recipe.spec.seed, "bootstrap"))
     named = [("dense", dense), *([("control (IMP)", imp[-1])] if imp else []), ("selected", levels[-1])]
     result = Result(
-        run=str(store.path),
+        run=store.uri,
         model=Path(recipe.spec.model.name).name if Path(recipe.spec.model.name).is_dir() else recipe.spec.model.name,
         task=recipe.spec.task.name or str(recipe.spec.task.train),
         metrics=tuple(dense.report),
@@ -284,7 +290,7 @@ def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
         levels=levels,
         imp=imp,
         seconds=spent(store, last) | {"wall": wall},
-        export=str(store.export_path),
+        export=store.export_uri,
     )
     export(store, plan.source, result)
     store.write_result(result)

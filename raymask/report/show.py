@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,9 +14,9 @@ from raymask.report.words import evaluated_line, settled_line
 from raymask.store import DENSE, IMP, SEARCH, RunDir
 
 
-def show_run(console: Console, path: Path, as_json: bool) -> None:
+def show_run(console: Console, run: str, as_json: bool) -> None:
     """Print a run directory's search. Raises UserError when it is none."""
-    store = RunDir(path)
+    store = RunDir(run)
     if as_json:
         print(json.dumps(summary(store), indent=1))
         return
@@ -26,8 +25,8 @@ def show_run(console: Console, path: Path, as_json: bool) -> None:
         show_result(console, result)
         return
     recipe = resolve(store.read_spec())
-    state = "running" if store.busy() else "stopped; the same command goes on from here"
-    console.print(Text(f"{path}: {state}"))
+    state = "running" if store.storage.busy() else "stopped; the same command goes on from here"
+    console.print(Text(f"{run}: {state}"))
     if not store.has_level(DENSE, 0):
         console.print(Text("the dense model is not done yet"))
         return
@@ -61,7 +60,7 @@ def summary(store: RunDir) -> dict[str, Any]:
         for name, lineage in (("dense", DENSE), ("levels", SEARCH), ("imp", IMP))
     }
     return {
-        "state": "running" if store.busy() else "stopped",
+        "state": "running" if store.storage.busy() else "stopped",
         "sparsities": [1 - density for density in recipe.densities],
         "evaluations": [
             evaluation.model_dump(mode="json", exclude={"row_losses"})

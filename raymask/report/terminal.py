@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from raymask.core.records import Evaluation, Level, Result, Watch
+from raymask.core.spec import Spec
+from raymask.report.progress import Progress
 from raymask.report.words import duration, evaluated_line, percent, settled_line, verdict
 
-QUIET = 10.0  # seconds between two lines of progress in a log
+OFTEN, SELDOM = 10.0, 60.0  # seconds between two lines of progress in a log, at its start and in the long run
+PROGRESS = "progress: "
+"""How such a line begins, behind its time: by it a job's log is asked how far the search is."""
 
 
 class Silent:
     """A Watch that says nothing."""
 
-    def begins(self, stage: str, total: int, done: int) -> None:
+    def begins(self, stage: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
         pass
 
     def running(self, shares: Mapping[str, float]) -> None:
@@ -30,34 +35,43 @@ class Silent:
         pass
 
     def settled(self, lineage: str, level: Level) -> None:
+        pass
+
+    def sent(self, size: int) -> None:
         pass
 
     def note(self, text: str) -> None:
         pass
 
 
-class Lines:
+class Lines(Silent):
     """A Watch for logs: a line per event, and one for progress now and then."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, spec: Spec) -> None:
         self.console = console
-        self.started = self.last = time.monotonic()
+        self.progress = Progress(spec)
+        self.started = self.told = time.monotonic()
 
     def say(self, text: str) -> None:
-        self.last = time.monotonic()
-        self.console.print(Text(f"[{self.last - self.started:6.1f} s] {text}"), soft_wrap=True)
+        self.console.print(Text(f"[{time.monotonic() - self.started:6.1f} s] {text}"), soft_wrap=True)
 
-    def begins(self, stage: str, total: int, done: int) -> None:
-        self.say(f"{stage}" + (f", {done} of {total} known" if done else ""))
+    def begins(self, stage: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
+        self.progress.begins(stage, level, total, known)
+        self.say(f"{stage}" + (f", {len(known)} of {total} known" if known else ""))
 
     def running(self, shares: Mapping[str, float]) -> None:
-        if shares and time.monotonic() - self.last > QUIET:
-            self.say("  " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+        self.progress.running(shares)
+        now = time.monotonic()
+        if shares and now - self.told > min(max(OFTEN, (now - self.started) / 60), SELDOM):
+            self.told = now
+            self.say(f"{PROGRESS}{self.progress.line()}")
 
     def evaluated(self, evaluation: Evaluation) -> None:
+        self.progress.evaluated(evaluation)
         self.say("  " + evaluated_line(evaluation))
 
     def settled(self, lineage: str, level: Level) -> None:
+        self.progress.settled(lineage, level)
         self.say("  " + settled_line(lineage, level))
 
     def note(self, text: str) -> None:
@@ -67,39 +81,34 @@ class Lines:
 class Bars(Lines):
     """A Watch for terminals: the lines of a log above bars that move."""
 
-    def __init__(self, console: Console, progress: Progress) -> None:
-        super().__init__(console)
-        self.progress = progress
-        self.stage = progress.add_task("starting", total=None)
+    def __init__(self, console: Console, spec: Spec, bars: rich.progress.Progress) -> None:
+        super().__init__(console, spec)
+        self.bars = bars
+        self.stage = bars.add_task("starting", total=None)
         self.tasks: dict[str, TaskID] = {}
 
-    def begins(self, stage: str, total: int, done: int) -> None:
-        super().begins(stage, total, done)
-        self.progress.reset(self.stage, description=stage, total=total, completed=done)
+    def begins(self, stage: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
+        super().begins(stage, level, total, known)
+        self.bars.reset(self.stage, total=total)
         self.running({})
 
     def running(self, shares: Mapping[str, float]) -> None:
+        self.progress.running(shares)
+        now = self.progress
+        self.bars.update(self.stage, description=f"{now.stage}{now.tail()}", completed=now.done)
         for name in self.tasks.keys() - shares.keys():
-            self.progress.remove_task(self.tasks.pop(name))
+            self.bars.remove_task(self.tasks.pop(name))
         for name, share in shares.items():
             if name not in self.tasks:
-                self.tasks[name] = self.progress.add_task(f"  {name}", total=1.0)
-            self.progress.update(self.tasks[name], completed=share)
-
-    def evaluated(self, evaluation: Evaluation) -> None:
-        super().evaluated(evaluation)
-        self.progress.advance(self.stage)
-
-    def settled(self, lineage: str, level: Level) -> None:
-        super().settled(lineage, level)
-        self.progress.advance(self.stage)
+                self.tasks[name] = self.bars.add_task(f"  {name}", total=1.0)
+            self.bars.update(self.tasks[name], completed=share)
 
 
 @contextmanager
-def watching(console: Console) -> Iterator[Watch]:
+def watching(console: Console, spec: Spec) -> Iterator[Watch]:
     """Bars on a terminal, lines elsewhere."""
     if not console.is_terminal:
-        yield Lines(console)
+        yield Lines(console, spec)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -107,8 +116,8 @@ def watching(console: Console) -> Iterator[Watch]:
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield Bars(console, progress)
+    with rich.progress.Progress(*columns, console=console, transient=True) as bars:
+        yield Bars(console, spec, bars)
 
 
 def show_result(console: Console, result: Result) -> None:

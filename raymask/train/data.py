@@ -23,7 +23,7 @@ import pyarrow.json
 import pyarrow.parquet
 from sklearn.model_selection import train_test_split
 
-from raymask.core.errors import UserError
+from raymask.core.errors import UserError, first_line
 from raymask.core.seeds import derive
 from raymask.core.spec import QUICKSTART, Task
 from raymask.train import quickstart
@@ -404,8 +404,3 @@ def to_rows(texts: Texts, tokenizer: Any, limit: int) -> Rows:
         offsets,
         texts.labels,
     )
-
-
-def first_line(error: BaseException) -> str:
-    """An error's text without the paragraphs that some libraries add."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

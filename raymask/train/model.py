@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raymask.core.errors import UserError
+from raymask.core.errors import UserError, first_line
 from raymask.core.masks import matching
 from raymask.core.spec import QUICKSTART, Model
 from raymask.core.tensors import Packed, pack
 from raymask.train import quickstart
-from raymask.train.data import first_line
 
 
 @dataclass(frozen=True)

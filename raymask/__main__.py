@@ -1,0 +1,5 @@
+"""`python -m raymask` is `raymask`: for machines where only the code is."""
+
+from raymask.cli import main
+
+main()

@@ -1,0 +1,397 @@
+"""How are bytes kept: in a folder, or in an object store, which can neither append nor rename?
+
+A name is a path inside the place, such as `level-1/level.json`. Either storage shows a file whole or not at all, and
+is held by one driver at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from raymask.core.errors import UserError, first_line
+
+T = TypeVar("T")
+Note = Callable[[str], None]
+LOCK = "lock"
+PART = ".part"  # what is being written ends so, and counts for nothing
+OUTAGE = 120.0  # seconds for which a storage may answer with errors before a search gives up
+BEAT = 5.0  # seconds between two signs of life of a driver
+LOOKS = 15  # looks, a second apart, without a sign of life after which a driver counts as dead
+OBJECT_STORES = ("s3", "gcs", "abfs")
+PERMANENT = re.compile("ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE|CREDENTIALS|EXPIRED|PERMISSION")
+"""What storages answer when trying again is of no use."""
+
+
+class Storage(Protocol):
+    """What a run directory needs of the place that it lies in."""
+
+    uri: str
+
+    def at(self, name: str = "") -> str:
+        """The place of a name, for people."""
+
+    def names(self) -> Iterator[str]:
+        """Every file's name, in any order; none when the place does not exist."""
+
+    def has(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError."""
+
+    def reading(self, name: str) -> AbstractContextManager[Path]:
+        """A local file with the contents. Raises FileNotFoundError."""
+
+    def writing(self, name: str) -> AbstractContextManager[Path]:
+        """A local file to write, which gets its name when the block ends well."""
+
+    def writing_folder(self, name: str) -> AbstractContextManager[Path]:
+        """A local folder to write into, whose files get their names when the block ends well."""
+
+    def append(self, name: str, line: bytes) -> None:
+        """Add a line; a torn one at the end, from an earlier crash, is cut first."""
+
+    def busy(self) -> bool:
+        """Whether a driver holds the place now."""
+
+    def held(self) -> AbstractContextManager[None]:
+        """Hold the place until the block ends. Raises UserError when another driver does, and when it cannot be
+        written; a dead driver's hold does not count.
+        """
+
+
+def open_storage(place: str | Path, note: Note = lambda text: None) -> Storage:
+    """A local path, or a URI of anything that pyarrow.fs or fsspec reaches. `note` is told of outages.
+
+    Raises UserError when there is no such storage, or when the URI carries a password: it would end up in logs.
+    """
+    uri = str(place)
+    scheme, separator, _ = uri.partition("://")
+    if not separator:
+        return Folder(Path(place))
+    if urlsplit(uri).password is not None:
+        raise UserError(
+            f"{hidden(uri)}: credentials do not belong in a URI, which is logged: put them where {scheme} looks for "
+            "them (environment variables, a credentials file, the machine's role)"
+        )
+    import fsspec
+    from pyarrow import ArrowException, fs
+
+    try:
+        try:
+            filesystem, root = fs.FileSystem.from_uri(uri)
+        except ArrowException:
+            other, root = fsspec.core.url_to_fs(uri)
+            filesystem = fs.PyFileSystem(fs.FSSpecHandler(other))
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{uri}: cannot be reached: {first_line(error)}") from None
+    return Folder(Path(root)) if filesystem.type_name == "local" else Bucket(uri, filesystem, root.rstrip("/"), note)
+
+
+class Folder:
+    """A local folder, also on NFS: files are written beside their place and renamed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.uri = str(path)
+
+    def at(self, name: str = "") -> str:
+        return str(self.path / name)
+
+    def names(self) -> Iterator[str]:
+        for folder, _, files in os.walk(self.path):
+            for file in files:
+                name = (Path(folder) / file).relative_to(self.path).as_posix()
+                if name != LOCK and not name.endswith(PART):
+                    yield name
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[Path]:
+        yield self.path / name
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        path = self.path / name
+        beside = path.with_name(path.name + PART)
+        with self.complaining(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                yield beside
+                with beside.open("rb") as file:
+                    os.fsync(file.fileno())
+                beside.replace(path)
+            finally:
+                beside.unlink(missing_ok=True)
+            sync_folder(path.parent)  # the name itself
+
+    @contextmanager
+    def writing_folder(self, name: str) -> Iterator[Path]:
+        path = self.path / name
+        beside = path.with_name(path.name + PART)
+        with self.complaining(name):
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            shutil.rmtree(path, ignore_errors=True)
+            beside.rename(path)
+
+    def append(self, name: str, line: bytes) -> None:
+        path = self.path / name
+        with self.complaining(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab+") as file:
+                file.seek(0)
+                old = file.read()
+                if len(whole := whole_lines(old)) < len(old):
+                    file.truncate(len(whole))
+                file.write(line + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def busy(self) -> bool:
+        if not (self.path / LOCK).exists():
+            return False
+        with (self.path / LOCK).open() as lock:
+            return not self.lock(lock)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with self.complaining(""):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("a+")
+        with lock:
+            if not self.lock(lock):
+                raise UserError(f"{self.path}: another raymask has just started in it; wait for it")
+            yield
+
+    def lock(self, file: Any) -> bool:
+        """Take the kernel's lock, which ends with the process; false when another has it."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: its file system has no locks ({error.strerror}), so that two drivers could work in it "
+                "at once: choose another with --run"
+            ) from None
+        return True
+
+    @contextmanager
+    def complaining(self, name: str) -> Iterator[None]:
+        """Say that the place cannot be written, be the disk full or not ours to write."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.at(name)}: cannot be written: {error.strerror or error}. Mend that and the same command goes "
+                "on from here, or choose another place with --run"
+            ) from None
+
+
+class Bucket:
+    """Anything else: an object is put whole, and nothing is ever renamed.
+
+    A driver holds it by an object of its own below `lock/`, which it writes anew every few seconds. Whoever comes
+    later writes one too, then watches those that were there before: one that changes belongs to a living driver. So of
+    two that come at once none goes on unless it has seen the other give way; no clock is compared with another's.
+    """
+
+    def __init__(self, uri: str, filesystem: Any, root: str, note: Note) -> None:
+        self.uri = uri
+        self.filesystem = filesystem
+        self.root = root
+        self.note = note
+        self.base = uri.partition("?")[0].rstrip("/")
+        self.dead: dict[str, bytes] = {}
+        self.lost = False
+
+    def at(self, name: str = "") -> str:
+        return f"{self.base}/{name}" if name else self.base
+
+    def names(self) -> Iterator[str]:
+        return (name for name in self.listed() if not name.startswith(f"{LOCK}/"))
+
+    def listed(self, under: str = "") -> list[str]:
+        from pyarrow.fs import FileSelector
+
+        selector = FileSelector(f"{self.root}/{under}".rstrip("/"), allow_not_found=True, recursive=True)
+        infos = self.patiently("read", lambda: self.filesystem.get_file_info(selector))
+        return [info.path.removeprefix(f"{self.root}/") for info in infos if info.is_file]
+
+    def has(self, name: str) -> bool:
+        return bool(self.patiently("read", lambda: self.filesystem.get_file_info(f"{self.root}/{name}").is_file))
+
+    def read(self, name: str) -> bytes:
+        def get() -> bytes:
+            with self.filesystem.open_input_stream(f"{self.root}/{name}") as stream:
+                return bytes(stream.read())
+
+        return self.patiently("read", get)
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[Path]:
+        def get() -> None:
+            with self.filesystem.open_input_stream(f"{self.root}/{name}") as stream, path.open("wb") as file:
+                shutil.copyfileobj(stream, file)
+
+        with TemporaryDirectory(prefix="raymask-") as folder:
+            path = Path(folder) / Path(name).name
+            self.patiently("read", get)
+            yield path
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        with TemporaryDirectory(prefix="raymask-") as folder:
+            path = Path(folder) / Path(name).name
+            yield path
+            self.put(name, path)
+
+    @contextmanager
+    def writing_folder(self, name: str) -> Iterator[Path]:
+        with TemporaryDirectory(prefix="raymask-") as folder:
+            beside = Folder(Path(folder))
+            yield beside.path
+            for inner in beside.names():
+                self.put(f"{name}/{inner}", beside.path / inner)
+
+    def append(self, name: str, line: bytes) -> None:
+        old = b""
+        with suppress(FileNotFoundError):
+            old = self.read(name)
+        with self.writing(name) as path:
+            path.write_bytes(whole_lines(old) + line + b"\n")
+
+    def put(self, name: str, path: Path) -> None:
+        """Store a local file under a name, for as long as this driver holds the place."""
+        if self.lost:
+            raise UserError(f"{self.base}: another raymask has taken it over, since this one gave no sign of life")
+
+        def send() -> None:
+            with path.open("rb") as file:
+                self.send(name, file)
+
+        self.patiently("written", send)
+
+    def send(self, name: str, file: Any) -> None:
+        if self.filesystem.type_name not in OBJECT_STORES:  # which know no folders
+            self.filesystem.create_dir(f"{self.root}/{name}".rpartition("/")[0], recursive=True)
+        with self.filesystem.open_output_stream(f"{self.root}/{name}") as stream:
+            shutil.copyfileobj(file, stream)
+
+    def patiently(self, done: str, action: Callable[[], T]) -> T:
+        """The action's result, which is tried again while the storage answers with errors."""
+        started, pause = time.monotonic(), 0.5
+        while True:
+            try:
+                return action()
+            except FileNotFoundError:
+                raise
+            except (OSError, ValueError) as error:  # some of pyarrow's errors are ValueErrors
+                if PERMANENT.search(str(error)) or time.monotonic() - started > OUTAGE:
+                    raise UserError(
+                        f"{self.base}: cannot be {done}: {first_line(error)}. Mend that and the same command goes on "
+                        "from here, or choose another place with --run"
+                    ) from None
+                self.note(f"{self.base} answers with an error, trying again: {first_line(error)}")
+            time.sleep(pause)
+            pause = min(2 * pause, 10.0)
+
+    def busy(self) -> bool:
+        return bool(self.living(""))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        mine, ended = f"{LOCK}/{uuid.uuid4().hex}", threading.Event()
+        self.lost = False
+        with self.writing(mine) as path:
+            path.write_text("0")
+        pulse = threading.Thread(target=self.beat, args=(mine, ended), daemon=True)
+        pulse.start()
+        try:
+            if self.living(mine):
+                raise UserError(f"{self.base}: another raymask is working in it; wait for it, or choose another")
+            for name in self.dead:
+                with suppress(OSError):
+                    self.filesystem.delete_file(f"{self.root}/{name}")
+            yield
+        finally:
+            ended.set()
+            pulse.join()
+            with suppress(OSError):
+                self.filesystem.delete_file(f"{self.root}/{mine}")
+
+    def beat(self, mine: str, ended: threading.Event) -> None:
+        """Give signs of life; when the claim is gone, another driver has held this one for dead."""
+        import io
+
+        count = 0
+        while not ended.wait(BEAT):
+            count += 1
+            with suppress(OSError):  # an outage: the next beat tries again
+                self.lost = not self.filesystem.get_file_info(f"{self.root}/{mine}").is_file
+                if self.lost:
+                    return
+                self.send(mine, io.BytesIO(str(count).encode()))
+
+    def living(self, mine: str) -> list[str]:
+        """Claims but `mine` that change while we look. Looks are counted, not seconds: an outage proves no death."""
+        watched = {name: beat for name, beat in self.claims(mine).items() if self.dead.get(name) != beat}
+        if watched:
+            self.note(f"{self.base} is held by another driver: looking for {LOOKS} s whether it is alive")
+        for _ in range(LOOKS):
+            if not watched:
+                return []
+            time.sleep(1.0)
+            now = self.claims(mine)
+            changed = [name for name, beat in watched.items() if now.get(name, beat) != beat]
+            if changed:
+                return changed
+            watched = {name: beat for name, beat in watched.items() if name in now}
+        self.dead |= watched
+        return []
+
+    def claims(self, mine: str) -> dict[str, bytes]:
+        """Last signs of life of all drivers but this one."""
+        found = {}
+        for name in self.listed(LOCK):
+            if name != mine:
+                with suppress(FileNotFoundError):  # it gave way in between
+                    found[name] = self.read(name)
+        return found
+
+
+def whole_lines(data: bytes) -> bytes:
+    """Everything up to the last end of a line: what follows was torn by a crash."""
+    return data[: data.rfind(b"\n") + 1]
+
+
+def sync_folder(path: Path) -> None:
+    """Force a folder's names to disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def hidden(uri: str) -> str:
+    """A URI without what stands before its host."""
+    return re.sub(r"://[^/@]*@", "://***@", uri)
