@@ -164,7 +164,12 @@ class RunDir:
 
     def note_start(self, **facts: Any) -> None:
         """Add this start's versions, machine and `facts` to env.json."""
-        starts = json.loads(self.storage.read(ENV)) if self.storage.has(ENV) else []
+        try:
+            starts = json.loads(self.storage.read(ENV))
+        except FileNotFoundError:
+            starts = []
+        except ValueError:
+            raise UserError(f"{self.storage.at(ENV)}: is damaged. Delete it, and the same command goes on") from None
         packages = ("ray", "torch", "transformers", "numpy")
         own = {"python": platform.python_version(), "raymask": __version__}
         start = {

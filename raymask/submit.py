@@ -196,10 +196,13 @@ def show_logs(console: Console, job: str, address: str | None, follow: bool) -> 
 def stop(console: Console, job: str, address: str | None) -> None:
     """End a job and wait until it has ended."""
     with connected(address) as client:
-        run = info(client, job).metadata["run"]
+        found = info(client, job)
+        if found.status.value in ENDED:
+            say(console, f"{job}: has ended already: {found.status.value}")
+            return
         client.stop_job(job)
         state = ended(client, job)
-    say(console, f"{job}: {state}. To go on, submit the same spec with --run {run}")
+    say(console, f"{job}: {state}. To go on, submit the same spec with --run {found.metadata['run']}")
 
 
 def fetch(console: Console, job: str, folder: Path, address: str | None) -> None:
@@ -252,11 +255,11 @@ def connected(address: str | None) -> Iterator[Any]:
     where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD
     with environment(RAY_AUTH_MODE=auth_mode()):
         reread_environment()
-        logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every upload
         from aiohttp import ClientError
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
+        logging.disable(logging.INFO)  # Ray tells of every upload and connection
         try:
             parts = urlsplit(where)
             if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -266,6 +269,8 @@ def connected(address: str | None) -> Iterator[Any]:
             yield JobSubmissionClient(where)
         except (OSError, RuntimeError, ClientError, AuthenticationError) as error:
             raise UserError(f"--address {where}: {advice(error)}") from None
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def advice(error: BaseException) -> str:

@@ -192,8 +192,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return result_of(folder / "run")
 
 
-@pytest.mark.long
-@pytest.mark.ray
+@pytest.mark.faults
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_9_and_the_same_command_find_the_same_mask(tmp_path: Path, undisturbed: Result, moment: str) -> None:
     """Killed on Ray, continued on Ray, compared with a search that ran undisturbed in one process."""

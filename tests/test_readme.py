@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import clean_environ, free_port
 from pydantic import BaseModel
 
 from raymask.config import load_spec, parse_spec
@@ -16,6 +19,7 @@ from raymask.core.spec import GLUE, Spec
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+COMMANDS = ("search", "check", "show", "submit", "jobs", "status", "logs", "stop", "fetch")
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 
 
@@ -35,9 +39,9 @@ def keys(section: type[BaseModel], path: str = "") -> set[str]:
     return found
 
 
-def test_ci_runs_the_two_commands_to_the_letter() -> None:
+def test_ci_runs_the_commands_to_the_letter() -> None:
     gate = (ROOT / ".ci" / "run").read_text()
-    for command in ("pip install -e . && raymask search", "pip install -e '.[test]' && pytest"):
+    for command in ("pip install -e . && raymask search", "pip install -e '.[test]' && pytest", "pytest -m faults"):
         assert f"```bash\n{command}\n```" in README
         assert f"    {command}\n" in gate
 
@@ -104,6 +108,38 @@ def test_the_python_examples_run(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", pieces + check], cwd=tmp_path, check=True, timeout=280)
 
 
+@pytest.mark.faults
+def test_the_commands_for_a_cluster_run_as_they_stand(tmp_path: Path) -> None:
+    """One after the other in one shell; only ports, folders and the job's id are put in."""
+    [block] = [text for text in blocks("bash") if "cluster/local/up" in text]
+    place = tempfile.mkdtemp(prefix="rm-", dir="/tmp")
+    script = block.replace("/tmp/quickstart", str(tmp_path / "run")).replace(" here ", f" {tmp_path / 'here'} ")  # noqa: S108
+    assert script.count("JOB") == 4
+    script = script.replace("JOB", f"$(sed -n 's/: submitted.*//p' {tmp_path}/said)")
+    script = re.sub(r"(raymask submit [^#\n]*)", rf"\1 | tee {tmp_path}/said ", script)
+    ports = {"PORT": str(free_port()), "DASHBOARD_PORT": str(free_port()), "RAYMASK_LOCAL_CLUSTER": f"{place}/c"}
+    done = subprocess.run(
+        ["bash", "-ec", f"set -o pipefail; trap cluster/local/down EXIT; {script}"],
+        cwd=ROOT,
+        env=clean_environ() | ports,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    shutil.rmtree(place, ignore_errors=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in (
+        ": submitted; its run",
+        "ready to load, in",
+        ": SUCCEEDED",
+        "has ended already",
+        "files of",
+    ):
+        assert part in done.stdout, part
+    assert (tmp_path / "here" / "export" / "config.json").exists()
+
+
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_every_job_is_a_spec_that_says_what_it_is_for(path: Path) -> None:
     load_spec(path)
@@ -118,14 +154,15 @@ def test_bert_base_jobs_take_every_glue_task(task: str, size: str) -> None:
 
 
 def test_the_commands_in_the_readme_and_in_jobs_exist() -> None:
-    text = README + "".join(path.read_text() for path in JOBS) + (ROOT / "cluster" / "README.md").read_text()
+    files = [*JOBS, *(ROOT / "cluster").rglob("README.md")]
+    text = README + "".join(path.read_text() for path in files)
     help_texts: dict[str, str] = {}
-    for command, options in re.findall(r"raymask (search|check|show)\b([^\n`]*)", text):
+    for command, options in re.findall(rf"raymask ({'|'.join(COMMANDS)})\b([^\n`]*)", text):
         if command not in help_texts:
             help_texts[command] = run_help(command)
         for option in re.findall(r" (--[a-z-]+)", options.split("#")[0]):
             assert option in help_texts[command], (command, option)
-    assert set(help_texts) == {"search", "check", "show"}
+    assert set(help_texts) == set(COMMANDS)
 
 
 def run_help(command: str) -> str:

@@ -189,42 +189,94 @@ def attentive(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------- several nodes: before the private Ray of the others
 
 
-def test_a_late_node_gets_work_and_its_loss_is_survived(
-    plan: Plan, parent: Snapshot, monkeypatch: pytest.MonkeyPatch, short_folder: Path
-) -> None:
+NODE = {"include_dashboard": False, "object_store_memory": 2**27}
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch, short_folder: Path) -> Iterator[Any]:
+    """A cluster without nodes: `add_node`, each with a `temp_dir` of its own; the first one is the head."""
     from ray.cluster_utils import Cluster
 
-    assert not ray.is_initialized(), "this test comes before those that share a private Ray"
+    assert not ray.is_initialized(), "these tests come before those that share a private Ray"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_TMPDIR", str(short_folder))
     (short_folder / "ray").mkdir()
     cluster.reread_environment()
-    node = {"include_dashboard": False, "object_store_memory": 2**27}
-    nodes = Cluster(initialize_head=True, head_node_args={**node, "num_cpus": 1, "temp_dir": str(short_folder / "0")})
+    found = Cluster()
+    yield found
+    found.shutdown()
+
+
+@pytest.mark.faults
+def test_a_late_node_gets_work_and_its_loss_is_survived(
+    plan: Plan, parent: Snapshot, nodes: Any, short_folder: Path
+) -> None:
+    nodes.add_node(**NODE, num_cpus=1, temp_dir=str(short_folder / "0"))
     job = job_of(plan, candidates={"count": 40, "ratios": [0.02]}, workers={"retries": 5}, probe=LONG)
     pool, ear, found = propose(resolve(job.spec), 1), Ear(), {}
     head = elsewhere = late = killed = None
-    try:
-        with cluster.connected(job, nodes.address), remote.workers(job, ear, nodes.address) as (evaluate, _):
-            for evaluation in evaluate(parent, pool):
-                found[evaluation.candidate.index] = evaluation
-                pid = pid_of(evaluation)
-                if late is None:
-                    head = pid
-                    late = nodes.add_node(**node, num_cpus=1, temp_dir=str(short_folder / "1"))
-                elif pid != head:
-                    elsewhere = elsewhere or pid
-                elif elsewhere and not killed:  # it is in the middle of its next candidate
-                    [raylet] = [info.process.pid for info in late.all_processes["raylet"]]
-                    assert elsewhere in {child.pid for child in psutil.Process(raylet).children(recursive=True)}
-                    os.kill(raylet, signal.SIGKILL)
-                    killed = raylet
-    finally:
-        nodes.shutdown()
+    with cluster.connected(job, nodes.address), remote.workers(job, ear, nodes.address) as (evaluate, _):
+        for evaluation in evaluate(parent, pool):
+            found[evaluation.candidate.index] = evaluation
+            pid = pid_of(evaluation)
+            if late is None:
+                head = pid
+                late = nodes.add_node(**NODE, num_cpus=1, temp_dir=str(short_folder / "1"))
+            elif pid != head:
+                elsewhere = elsewhere or pid
+            elif elsewhere and not killed:  # it is in the middle of its next candidate
+                [raylet] = [info.process.pid for info in late.all_processes["raylet"]]
+                assert elsewhere in {child.pid for child in psutil.Process(raylet).children(recursive=True)}
+                os.kill(raylet, signal.SIGKILL)
+                killed = raylet
     assert killed is not None, "the late node got no work"
     assert sorted(found) == [candidate.index for candidate in pool]
     assert all(evaluation.ok for evaluation in found.values())
     assert any("its worker was lost" in note for note in ear.troubles)
+
+
+@pytest.mark.faults
+def test_a_search_waits_for_a_cluster_to_grow_as_long_as_it_is_told_to(
+    plan: Plan, parent: Snapshot, nodes: Any, short_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an autoscaler would do is done here when the search says that it waits."""
+    monkeypatch.setattr(remote, "PATIENCE", 1.0)
+    nodes.add_node(**NODE, num_cpus=0, temp_dir=str(short_folder / "0"))
+
+    class Grower(Ear):
+        def note(self, text: str) -> None:
+            super().note(text)
+            if text.startswith("waiting for the cluster") and len(ray.nodes()) == 1:
+                demand.extend(actors_in_want())
+                nodes.add_node(**NODE, num_cpus=1, temp_dir=str(short_folder / "1"))
+
+    demand: list[Any] = []
+    ear, pool = Grower(), propose(resolve(plan.job.spec), 1)
+    with cluster.connected(plan.job, nodes.address):
+        with pytest.raises(UserError, match=r"no node can hold a worker.*the nodes have 0 CPUs.*workers\.wait"):
+            remote.workers(plan.job, Ear(), nodes.address).__enter__()
+        with remote.workers(job_of(plan, workers={"wait": 60}), ear, nodes.address) as (evaluate, _):
+            assert all(evaluation.ok for evaluation in evaluate(parent, pool))
+        note, *_ = [text for text in ear.notes if text.startswith("waiting for the cluster")]
+        assert "a worker asks for 1 CPUs, 0 GPUs" in note
+        assert len(demand) == len(pool), "an autoscaler sees no demand"
+        with (
+            remote.workers(job_of(plan, workers={"wait": 2, "cpus": 8}), Ear(), nodes.address) as (evaluate, _),
+            pytest.raises(UserError, match=r"no node can hold a worker: one asks for 8 CPUs"),
+        ):
+            list(evaluate(parent, pool))
+
+
+def actors_in_want() -> list[Any]:
+    """Resource demands that an autoscaler would read."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    return [demand for demand in status.resource_demands.ray_task_actor_demand for _ in range(count_of(demand))]
+
+
+def count_of(demand: Any) -> int:
+    return sum(bundle.count for bundle in demand.bundles_by_count)
 
 
 def test_an_address_where_nothing_answers_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -521,6 +573,40 @@ def test_weights_are_put_once_a_snapshot_and_workers_are_kept(
         assert len(puts) == 3
         assert sorted(desks()) == sorted(workers)
     assert {pid_of(evaluation) for evaluation in [*first, *second]} <= set(workers)
+
+
+def test_weights_that_are_lost_are_put_again(
+    ours: None,
+    plan: Plan,
+    parent: Snapshot,
+    pool: tuple[Candidate, ...],
+    undisturbed: dict[int, Evaluation],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process that holds them is killed between two probes, as it is when its node is lost."""
+
+    class Holder:
+        def hold(self, value: object) -> list[Any]:
+            self.held = ray.put(value)
+            return [self.held]
+
+    puts: list[Any] = []
+    put, holder = ray.put, ray.remote(num_cpus=0)(Holder).remote()
+
+    def elsewhere(value: object, *args: Any, **kwargs: Any) -> Any:
+        puts.append(put(value, *args, **kwargs) if puts else ray.get(holder.hold.remote(value))[0])
+        return puts[-1]
+
+    ear, found = Ear(), {}
+    with hired(job_of(plan, workers={"count": 1}), ear) as (evaluate, _):
+        monkeypatch.setattr(ray, "put", elsewhere)
+        for evaluation in evaluate(parent, pool):
+            found[evaluation.candidate.index] = result(evaluation)
+            if len(found) == 1:
+                ray.kill(holder)
+    assert len(puts) == 2
+    assert any("its worker was lost" in note for note in ear.troubles)
+    assert found == undisturbed
 
 
 def test_what_travels_for_a_candidate_is_small(pool: tuple[Candidate, ...], undisturbed: dict[int, Evaluation]) -> None:

@@ -243,3 +243,6 @@ def test_every_start_is_noted_with_its_versions(store: RunDir) -> None:
     starts = json.loads((Path(store.uri) / "env.json").read_text())
     assert [start["address"] for start in starts] == [None, "auto"]
     assert starts[0]["versions"]["torch"] == torch.__version__
+    (Path(store.uri) / "env.json").write_text("[{")
+    with pytest.raises(UserError, match=r"env.json: is damaged. Delete it"):
+        store.note_start()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from safetensors import SafetensorError
+
 from raymask.core.records import Result
 from raymask.core.tensors import load
 from raymask.report.card import model_card
@@ -16,7 +18,10 @@ def export(store: RunDir, source: Source, result: Result) -> None:
     load(store.read_weights(SEARCH, last), persistent(module))
     mask = store.read_tensors(SEARCH, last, MASK)
     with store.storage.writing_folder(EXPORT) as folder:
-        module.save_pretrained(folder)  # type: ignore[operator]
+        try:
+            module.save_pretrained(folder)  # type: ignore[operator]
+        except SafetensorError as error:  # a full disk, to safetensors
+            raise OSError(str(error)) from None
         source.tokenizer.save_pretrained(folder)
         write_tensors(folder / MASK, mask)
         (folder / "README.md").write_text(model_card(result), encoding="utf-8")

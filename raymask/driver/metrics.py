@@ -76,7 +76,8 @@ class Meter:
 
     def sent(self, size: int) -> None:
         self.inner.sent(size)
-        self.put.inc(size)
+        if size:  # an optimizer that has not taken a step is empty, and Ray refuses to add nothing
+            self.put.inc(size)
 
     def note(self, text: str) -> None:
         self.inner.note(text)
