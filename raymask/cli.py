@@ -58,7 +58,9 @@ def search(
     asked, name = read(spec, overrides)
     folder = run or f"runs/{name}"
     console = make_console()
-    console.print(f"Run directory: {folder}", highlight=False, markup=False)
+    from raymask.storage import open_storage
+
+    console.print(f"Run directory: {open_storage(folder).uri}", highlight=False, markup=False)
     from raymask.driver.search import search as run_search
     from raymask.report.terminal import show_result, watching
 

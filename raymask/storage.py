@@ -15,23 +15,29 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol, TypeVar
-from urllib.parse import urlsplit
 
 from raymask.core.errors import UserError, first_line
 
 T = TypeVar("T")
 Note = Callable[[str], None]
-LOCK = "lock"
+LOCK, CLAIMS, BEATS = "lock", "claims", "beats"  # how drivers hold a folder, and an object store
 PART = ".part"  # what is being written ends so, and counts for nothing
 OUTAGE = 120.0  # seconds for which a storage may answer with errors before a search gives up
+GOOGLE = 5.0  # seconds for which Google's client tries again by itself
 BEAT = 5.0  # seconds between two signs of life of a driver
 LOOKS = 15  # looks, a second apart, without a sign of life after which a driver counts as dead
 OBJECT_STORES = ("s3", "gcs", "abfs")
-PERMANENT = re.compile("ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE|CREDENTIALS|EXPIRED|PERMISSION")
-"""What storages answer when trying again is of no use."""
+PERMANENT = re.compile(
+    "ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE|CREDENTIALS|EXPIRED|ExpiredToken|PERMISSION|"
+    r"HTTP status 301|HTTP status 400\) during Head"
+)
+"""How storages say so when trying again is of no use."""
+SECRET = re.compile(r"://[^@]*:(?!\d+/)[^@]*@|[?&][^=&]*(key|secret|password|token|sig)[^=&]*=", re.IGNORECASE)
+"""A password before a host, which may contain slashes though it must not, or one among the options."""
 
 
 class Storage(Protocol):
@@ -79,10 +85,10 @@ def open_storage(place: str | Path, note: Note = lambda text: None) -> Storage:
     uri = str(place)
     scheme, separator, _ = uri.partition("://")
     if not separator:
-        return Folder(Path(place))
-    if urlsplit(uri).password is not None:
+        return Folder(Path(os.path.expanduser(uri)))  # a job's command line goes through no shell
+    if SECRET.search(uri):
         raise UserError(
-            f"{hidden(uri)}: credentials do not belong in a URI, which is logged: put them where {scheme} looks for "
+            f"{scheme}://***: credentials do not belong in a URI, which is logged: put them where {scheme} looks for "
             "them (environment variables, a credentials file, the machine's role)"
         )
     import fsspec
@@ -90,12 +96,16 @@ def open_storage(place: str | Path, note: Note = lambda text: None) -> Storage:
 
     try:
         try:
-            filesystem, root = fs.FileSystem.from_uri(uri)
-        except ArrowException:
+            filesystem, root = fs.FileSystem.from_uri(bounded(uri))
+        except ArrowException as error:
+            if "Unrecognized filesystem" not in str(error):
+                raise
             other, root = fsspec.core.url_to_fs(uri)
             filesystem = fs.PyFileSystem(fs.FSSpecHandler(other))
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{uri}: cannot be reached: {first_line(error)}") from None
+    if filesystem.type_name in OBJECT_STORES and not root:
+        raise UserError(f"{uri}: names no bucket")
     return Folder(Path(root)) if filesystem.type_name == "local" else Bucket(uri, filesystem, root.rstrip("/"), note)
 
 
@@ -113,11 +123,11 @@ class Folder:
         for folder, _, files in os.walk(self.path):
             for file in files:
                 name = (Path(folder) / file).relative_to(self.path).as_posix()
-                if name != LOCK and not name.endswith(PART):
+                if counts(name):
                     yield name
 
     def has(self, name: str) -> bool:
-        return (self.path / name).exists()
+        return (self.path / name).is_file()
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
@@ -130,7 +140,7 @@ class Folder:
     def writing(self, name: str) -> Iterator[Path]:
         path = self.path / name
         beside = path.with_name(path.name + PART)
-        with self.complaining(name):
+        with complaining(self.at(name)):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 yield beside
@@ -145,16 +155,19 @@ class Folder:
     def writing_folder(self, name: str) -> Iterator[Path]:
         path = self.path / name
         beside = path.with_name(path.name + PART)
-        with self.complaining(name):
+        with complaining(self.at(name)):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
-            yield beside
-            shutil.rmtree(path, ignore_errors=True)
-            beside.rename(path)
+            try:
+                yield beside
+                shutil.rmtree(path, ignore_errors=True)
+                beside.rename(path)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
 
     def append(self, name: str, line: bytes) -> None:
         path = self.path / name
-        with self.complaining(name):
+        with complaining(self.at(name)):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab+") as file:
                 file.seek(0)
@@ -169,22 +182,22 @@ class Folder:
         if not (self.path / LOCK).exists():
             return False
         with (self.path / LOCK).open() as lock:
-            return not self.lock(lock)
+            return not self.lock(lock, fcntl.LOCK_SH)  # all that NFS gives to those who only read
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        with self.complaining(""):
+        with complaining(self.at()):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / LOCK).open("a+")
         with lock:
-            if not self.lock(lock):
+            if not self.lock(lock, fcntl.LOCK_EX):
                 raise UserError(f"{self.path}: another raymask has just started in it; wait for it")
             yield
 
-    def lock(self, file: Any) -> bool:
+    def lock(self, file: Any, kind: int) -> bool:
         """Take the kernel's lock, which ends with the process; false when another has it."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -194,24 +207,15 @@ class Folder:
             ) from None
         return True
 
-    @contextmanager
-    def complaining(self, name: str) -> Iterator[None]:
-        """Say that the place cannot be written, be the disk full or not ours to write."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self.at(name)}: cannot be written: {error.strerror or error}. Mend that and the same command goes "
-                "on from here, or choose another place with --run"
-            ) from None
-
 
 class Bucket:
     """Anything else: an object is put whole, and nothing is ever renamed.
 
-    A driver holds it by an object of its own below `lock/`, which it writes anew every few seconds. Whoever comes
-    later writes one too, then watches those that were there before: one that changes belongs to a living driver. So of
-    two that come at once none goes on unless it has seen the other give way; no clock is compared with another's.
+    A driver holds it by an object of its own below `claims/`, and writes one below `beats/` anew every few seconds.
+    Whoever comes later does so too, then watches those that were there before: a beat that changes belongs to a living
+    driver. So of two that come at once none goes on unless it has seen the other give way; no clock is compared with
+    another's. The claim of a driver that is held for dead is removed. It never comes back, and without it nothing is
+    written: should the driver wake up, it finds that it has lost the place.
     """
 
     def __init__(self, uri: str, filesystem: Any, root: str, note: Note) -> None:
@@ -220,14 +224,14 @@ class Bucket:
         self.root = root
         self.note = note
         self.base = uri.partition("?")[0].rstrip("/")
+        self.mine = ""  # this driver's claim, while it holds the place
         self.dead: dict[str, bytes] = {}
-        self.lost = False
 
     def at(self, name: str = "") -> str:
         return f"{self.base}/{name}" if name else self.base
 
     def names(self) -> Iterator[str]:
-        return (name for name in self.listed() if not name.startswith(f"{LOCK}/"))
+        return filter(counts, self.listed())
 
     def listed(self, under: str = "") -> list[str]:
         from pyarrow.fs import FileSelector
@@ -259,18 +263,17 @@ class Bucket:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        with TemporaryDirectory(prefix="raymask-") as folder:
-            path = Path(folder) / Path(name).name
+        with temporary() as folder:
+            path = folder / Path(name).name
             yield path
             self.put(name, path)
 
     @contextmanager
     def writing_folder(self, name: str) -> Iterator[Path]:
-        with TemporaryDirectory(prefix="raymask-") as folder:
-            beside = Folder(Path(folder))
-            yield beside.path
-            for inner in beside.names():
-                self.put(f"{name}/{inner}", beside.path / inner)
+        with temporary() as folder:
+            yield folder
+            for inner in Folder(folder).names():
+                self.put(f"{name}/{inner}", folder / inner)
 
     def append(self, name: str, line: bytes) -> None:
         old = b""
@@ -280,21 +283,18 @@ class Bucket:
             path.write_bytes(whole_lines(old) + line + b"\n")
 
     def put(self, name: str, path: Path) -> None:
-        """Store a local file under a name, for as long as this driver holds the place."""
-        if self.lost:
+        """Store a local file under a name, unless this driver has lost the place."""
+        if self.mine and not self.has(self.mine):
             raise UserError(f"{self.base}: another raymask has taken it over, since this one gave no sign of life")
+        self.patiently("written", lambda: self.send(name, path))
 
-        def send() -> None:
-            with path.open("rb") as file:
-                self.send(name, file)
+    def send(self, name: str, path: Path) -> None:
+        """In one call, which Ctrl-C waits for: a stream that Python leaves early would store what it has so far."""
+        from pyarrow.fs import LocalFileSystem, copy_files
 
-        self.patiently("written", send)
-
-    def send(self, name: str, file: Any) -> None:
         if self.filesystem.type_name not in OBJECT_STORES:  # which know no folders
             self.filesystem.create_dir(f"{self.root}/{name}".rpartition("/")[0], recursive=True)
-        with self.filesystem.open_output_stream(f"{self.root}/{name}") as stream:
-            shutil.copyfileobj(file, stream)
+        copy_files(str(path), f"{self.root}/{name}", LocalFileSystem(), self.filesystem)
 
     def patiently(self, done: str, action: Callable[[], T]) -> T:
         """The action's result, which is tried again while the storage answers with errors."""
@@ -302,10 +302,10 @@ class Bucket:
         while True:
             try:
                 return action()
-            except FileNotFoundError:
-                raise
-            except (OSError, ValueError) as error:  # some of pyarrow's errors are ValueErrors
-                if PERMANENT.search(str(error)) or time.monotonic() - started > OUTAGE:
+            except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are any of them
+                if isinstance(error, FileNotFoundError) and done == "read":
+                    raise
+                if hopeless(error) or time.monotonic() - started > OUTAGE:
                     raise UserError(
                         f"{self.base}: cannot be {done}: {first_line(error)}. Mend that and the same command goes on "
                         "from here, or choose another place with --run"
@@ -315,67 +315,111 @@ class Bucket:
             pause = min(2 * pause, 10.0)
 
     def busy(self) -> bool:
-        return bool(self.living(""))
+        return bool(self.living())
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        mine, ended = f"{LOCK}/{uuid.uuid4().hex}", threading.Event()
-        self.lost = False
-        with self.writing(mine) as path:
-            path.write_text("0")
-        pulse = threading.Thread(target=self.beat, args=(mine, ended), daemon=True)
+        driver, ended = uuid.uuid4().hex, threading.Event()
+        for folder in (BEATS, CLAIMS):
+            with self.writing(f"{folder}/{driver}") as path:
+                path.write_text("0")
+        self.mine = f"{CLAIMS}/{driver}"
+        pulse = threading.Thread(target=self.beat, args=(driver, ended), daemon=True)
         pulse.start()
         try:
-            if self.living(mine):
+            if self.living():
                 raise UserError(f"{self.base}: another raymask is working in it; wait for it, or choose another")
             for name in self.dead:
-                with suppress(OSError):
-                    self.filesystem.delete_file(f"{self.root}/{name}")
+                self.patiently("written", partial(self.remove, name))
             yield
         finally:
             ended.set()
             pulse.join()
-            with suppress(OSError):
-                self.filesystem.delete_file(f"{self.root}/{mine}")
+            self.mine = ""
+            with suppress(OSError, ValueError):  # left behind, it counts as dead soon
+                self.remove(driver)
 
-    def beat(self, mine: str, ended: threading.Event) -> None:
-        """Give signs of life; when the claim is gone, another driver has held this one for dead."""
-        import io
-
+    def beat(self, driver: str, ended: threading.Event) -> None:
+        """Give signs of life, until the end or until the claim is gone."""
         count = 0
         while not ended.wait(BEAT):
             count += 1
-            with suppress(OSError):  # an outage: the next beat tries again
-                self.lost = not self.filesystem.get_file_info(f"{self.root}/{mine}").is_file
-                if self.lost:
+            with suppress(OSError, ValueError):  # an outage: the next beat tries again
+                if not self.filesystem.get_file_info(f"{self.root}/{CLAIMS}/{driver}").is_file:
                     return
-                self.send(mine, io.BytesIO(str(count).encode()))
+                with self.filesystem.open_output_stream(f"{self.root}/{BEATS}/{driver}") as stream:
+                    stream.write(str(count).encode())
 
-    def living(self, mine: str) -> list[str]:
-        """Claims but `mine` that change while we look. Looks are counted, not seconds: an outage proves no death."""
-        watched = {name: beat for name, beat in self.claims(mine).items() if self.dead.get(name) != beat}
+    def remove(self, driver: str) -> None:
+        """Its claim first: a beat without one counts for nothing."""
+        for folder in (CLAIMS, BEATS):
+            with suppress(FileNotFoundError):
+                self.filesystem.delete_file(f"{self.root}/{folder}/{driver}")
+
+    def living(self) -> list[str]:
+        """Other drivers whose beats change while we look. Looks are counted, not seconds: an outage proves no death."""
+        watched = {driver: beat for driver, beat in self.beats().items() if self.dead.get(driver) != beat}
         if watched:
             self.note(f"{self.base} is held by another driver: looking for {LOOKS} s whether it is alive")
         for _ in range(LOOKS):
             if not watched:
                 return []
             time.sleep(1.0)
-            now = self.claims(mine)
-            changed = [name for name, beat in watched.items() if now.get(name, beat) != beat]
+            now = self.beats()
+            changed = [driver for driver, beat in watched.items() if now.get(driver, beat) != beat]
             if changed:
                 return changed
-            watched = {name: beat for name, beat in watched.items() if name in now}
+            watched = {driver: beat for driver, beat in watched.items() if driver in now}
         self.dead |= watched
         return []
 
-    def claims(self, mine: str) -> dict[str, bytes]:
-        """Last signs of life of all drivers but this one."""
+    def beats(self) -> dict[str, bytes]:
+        """Last signs of life of all other drivers that have a claim."""
         found = {}
-        for name in self.listed(LOCK):
-            if name != mine:
+        for name in self.listed(CLAIMS):
+            if name != self.mine:
+                driver = name.removeprefix(f"{CLAIMS}/")
                 with suppress(FileNotFoundError):  # it gave way in between
-                    found[name] = self.read(name)
+                    found[driver] = self.read(f"{BEATS}/{driver}")
         return found
+
+
+@contextmanager
+def temporary() -> Iterator[Path]:
+    """A local folder to write into, gone at the end of the block."""
+    with complaining("the folder for temporary files", "TMPDIR"), TemporaryDirectory(prefix="raymask-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def complaining(place: str, option: str = "--run") -> Iterator[None]:
+    """Say that a place cannot be written, be the disk full or not ours to write."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{place}: cannot be written: {error.strerror or error}. Mend that and the same command goes on from here, "
+            f"or choose another place with {option}"
+        ) from None
+
+
+def counts(name: str) -> bool:
+    """Whether a file is the run's own: neither a driver's hold on it, of either storage, nor half-written."""
+    parts = name.split("/")
+    return parts[0] not in (LOCK, CLAIMS, BEATS) and not any(part.endswith(PART) for part in parts)
+
+
+def hopeless(error: Exception) -> bool:
+    """Whether trying again is of no use."""
+    kinds = (FileNotFoundError, PermissionError, NotImplementedError)
+    return isinstance(error, kinds) or bool(PERMANENT.search(str(error)))
+
+
+def bounded(uri: str) -> str:
+    """Google's client tries for a quarter of an hour, without a word, if it isn't told: to be patient is our part."""
+    if not uri.startswith(("gs://", "gcs://")) or "retry_limit_seconds=" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds={GOOGLE:g}"
 
 
 def whole_lines(data: bytes) -> bytes:
@@ -390,8 +434,3 @@ def sync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def hidden(uri: str) -> str:
-    """A URI without what stands before its host."""
-    return re.sub(r"://[^/@]*@", "://***@", uri)

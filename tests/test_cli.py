@@ -89,6 +89,13 @@ def test_a_missing_spec_is_said(tmp_path: Path) -> None:
     assert "nowhere.yaml: there is no such file" in refused("search", tmp_path / "nowhere.yaml")
 
 
+def test_a_password_in_a_run_s_uri_is_refused_and_never_printed() -> None:
+    said = raymask("search", "--run", "s3://key:hunter2@bucket/run")
+    assert said.returncode == 2
+    assert "credentials do not belong in a URI" in said.stderr
+    assert "hunter2" not in said.stdout + said.stderr
+
+
 def test_what_is_no_run_cannot_be_shown(tmp_path: Path) -> None:
     assert "is not a run directory" in refused("show", tmp_path)
 

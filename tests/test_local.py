@@ -159,7 +159,7 @@ from raymask.driver.search import prepare, seams
 from raymask.train.model import load_weights
 plan = prepare(make_spec({SPEC!r}))
 parent = Snapshot("initial", load_weights(plan.job.spec.model, plan.source.config, 0, False))
-with seams(plan.job, Silent(), None, in_process=True) as (evaluate, _):
+with seams(plan.job, Silent(), None, in_process=True) as (evaluate, _, _):
     print(*(evaluation.ok for evaluation in evaluate(parent, propose(resolve(plan.job.spec), 1))))
 assert not [name for name in sys.modules if name.split(".")[0] == "ray"]
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from raymask.core.recipe import finetune_stage, propose, resolve, runs_imp, warm
 from raymask.core.records import Evaluation, Level
 from raymask.core.spec import Spec
 from raymask.report.words import duration
-from raymask.store import DENSE, IMP
+from raymask.store import DENSE, IMP, SEARCH
 
 FIRST = 0.02  # the share of a stage that must be done before it tells how long an epoch takes
 
@@ -24,72 +25,105 @@ class Progress:
         self.level = self.total = self.done = self.failed = 0
         self.probing = False
         self.best: Evaluation | None = None
-        self.shares: Mapping[str, float] = {}
+        self.shares: dict[str, float] = {}
+        self.unsettled = self.lineages(0)
         self.began = time.monotonic()
         self.at_once = 1
         self.seconds = self.epochs = 0.0
 
     def begins(self, stage: str, level: int, total: int, known: Sequence[Evaluation] | None) -> None:
+        if level:
+            self.unsettled = self.lineages(level)
+            if known is None:  # who was just probed is fine-tuned; alone, when the baseline was done before
+                probed = self.probing and level == self.level
+                self.unsettled = self.unsettled[:total] if probed else self.unsettled[-total:]
         self.stage, self.level, self.total = stage, level, total
         self.probing, self.done, self.failed, self.best = known is not None, 0, 0, None
-        self.shares, self.began = {}, time.monotonic()
+        self.shares = {}
         for evaluation in known or ():
             self.count(evaluation)
 
     def count(self, evaluation: Evaluation) -> None:
         self.done += 1
         self.failed += not evaluation.ok
-        if evaluation.score is not None and (self.best is None or evaluation.score > (self.best.score or -math.inf)):
+        before = -math.inf if self.best is None or self.best.score is None else self.best.score
+        if evaluation.score is not None and math.isfinite(evaluation.score) and evaluation.score > before:
             self.best = evaluation
 
     def running(self, shares: Mapping[str, float]) -> None:
         if not self.shares:
             self.began = time.monotonic()
-        self.shares = shares
+        self.shares = dict(shares)
+        if shares and not self.level and DENSE not in shares:  # it was done before this start
+            self.unsettled = self.unsettled[-1:]
+        if self.waiting and shares:  # then all workers are busy, be they more or fewer than before
+            self.at_once = len(shares)
         self.at_once = max(self.at_once, len(shares))
 
     def evaluated(self, evaluation: Evaluation) -> None:
         self.count(evaluation)
+        self.shares.pop(evaluation.candidate.name, None)
         if evaluation.ok:
             self.measure(evaluation.seconds, self.recipe.spec.probe.epochs)
 
     def settled(self, lineage: str, level: Level) -> None:
         self.done += 1
+        if self.at_once == 1:
+            self.shares = {}
+        if lineage in self.unsettled:
+            self.unsettled.remove(lineage)
         self.measure(level.finetuned.seconds, self.tuning(level.level, lineage))
 
     def measure(self, seconds: float, epochs: float) -> None:
-        self.seconds += seconds
-        self.epochs += epochs
+        if epochs:
+            self.seconds += seconds
+            self.epochs += epochs
 
     @property
     def waiting(self) -> int:
         return max(0, self.total - self.done - len(self.shares))
 
+    def lineages(self, level: int) -> list[str]:
+        """What is fine-tuned at a level, in this order."""
+        if level:
+            return [SEARCH, IMP] if runs_imp(self.recipe.spec) else [SEARCH]
+        return [DENSE, SEARCH] if warm_stage(self.recipe.spec) else [DENSE]
+
     def tuning(self, level: int, lineage: str) -> float:
         """Epochs of one fine-tuning."""
-        spec = self.recipe.spec
         if level:
             return finetune_stage(self.recipe, level, imp=lineage == IMP).epochs
-        warm = warm_stage(spec)
-        return spec.dense.epochs if lineage == DENSE or warm is None else warm.epochs
+        dense = self.recipe.spec.dense
+        return dense.epochs if lineage == DENSE else dense.distill_epochs
 
-    def settling(self, level: int) -> float:
-        """Epochs one after another of a level's fine-tunings, which run side by side where there is room."""
-        lineages = ["", IMP] if level and runs_imp(self.recipe.spec) else [""]
-        epochs = [self.tuning(level, lineage) for lineage in lineages]
-        return max(epochs) if self.at_once > 1 else sum(epochs)
+    def settling(self, level: int, lineages: Sequence[str], share: float = 0.0) -> float:
+        """Epochs one after another of a level's fine-tunings, of the first of which a share is done already.
+
+        They run side by side where there is room.
+        """
+        epochs = [self.tuning(level, lineage) for lineage in lineages] or [0.0]
+        if self.at_once > 1:
+            return max(epochs) * (1 - share)
+        return sum(epochs) - epochs[0] * share
+
+    def probes(self, open_probes: int) -> float:
+        """Probes one after another until those that run and `open_probes` others are done."""
+        loads = [1 - share for share in self.shares.values()] if self.probing else []
+        loads += [0.0] * (self.at_once - len(loads))
+        heapq.heapify(loads)
+        for _ in range(open_probes):  # each goes to the worker that is free first
+            heapq.heapreplace(loads, loads[0] + 1)
+        return max(loads)
 
     def ahead(self) -> float:
         """Epochs one after another until the end, were all workers to go on as they do now."""
-        share = min(self.shares.values(), default=0.0)
         probe, pool = self.recipe.spec.probe.epochs, len(propose(self.recipe, 1))
-        later = range(self.level + 1, len(self.recipe.densities) + 1)
         rounds = math.ceil(pool / self.at_once) if pool > 1 else 0
-        rest = sum(rounds * probe + self.settling(level) for level in later)
+        later = range(self.level + 1, len(self.recipe.densities) + 1)
+        rest = sum(rounds * probe + self.settling(level, self.lineages(level)) for level in later)
         if self.probing:
-            left = max(0.0, self.total - self.done - sum(self.shares.values()))
-            return rest + left / self.at_once * probe + self.settling(self.level)
-        return rest + self.settling(self.level) * (1 - share)
+            return rest + self.probes(self.waiting) * probe + self.settling(self.level, self.unsettled)
+        return rest + self.settling(self.level, self.unsettled, min(self.shares.values(), default=0.0))
 
     def left(self) -> float | None:
         """Seconds until the end, about; None before there is anything to tell it from."""
@@ -98,8 +132,9 @@ class Progress:
         share = max(self.shares.values(), default=0.0)
         if share < FIRST:
             return None
-        epochs = self.recipe.spec.probe.epochs if self.probing else self.tuning(self.level, DENSE)
-        return self.ahead() * (time.monotonic() - self.began) / (share * epochs) if epochs else None
+        first = self.settling(self.level, self.unsettled[:1])
+        epochs = share * (self.recipe.spec.probe.epochs if self.probing else first)
+        return self.ahead() * (time.monotonic() - self.began) / epochs if epochs else None
 
     def line(self) -> str:
         """All of it in a line."""
