@@ -276,13 +276,16 @@ class Search:
         return [line for line in text.splitlines() if re.match(r"\[ *[\d.]+ s\] (?!progress: )", line)]
 
     def until(self, found: Callable[[], T | None]) -> T:
-        """What `found` returns, once it is something. Raises Missed when the search ends before."""
+        """What `found` returns, once it is something. Raises Missed when the search is done before."""
         started = time.monotonic()
         while self.driver.poll() is None and time.monotonic() - started < PATIENCE:
             if value := found():
                 return value
             time.sleep(LOOK)
-        raise Missed("the search had ended" if self.driver.poll() is not None else "it did not come so far")
+        code = self.driver.poll()
+        if code != 0:
+            raise RuntimeError(f"by itself the search {'hung' if code is None else f'ended with exit code {code}'}")
+        raise Missed("the search had ended")
 
     def fell(self, how: signal.Signals) -> None:
         """End the driver, as Ray's Jobs API does when it is not killed at once. Raises Missed when it had ended."""
@@ -657,7 +660,7 @@ class Round:
     outcome: dict[str, Any] = field(default_factory=dict)
 
     def line(self) -> str:
-        if not self.did:
+        if not (self.did or self.wrong):
             return f"round {self.number}, {self.fault}: missed {self.missed} times"
         end = "survived" if self.survived else "FAILED: " + "; ".join(self.wrong)
         codes = f"exit codes {', '.join(map(str, self.ends))}"
@@ -711,6 +714,8 @@ class Chaos:
             played.did = fault.happens(search, dice)
             search.known = search.finished()
             played.wrong = search.see_through() or judge(search)
+        except RuntimeError as error:
+            played.wrong = [str(error)]
         finally:
             search.close()
         played.survived = not played.wrong

@@ -58,9 +58,10 @@ def search(
     asked, name = read(spec, overrides)
     folder = run or f"runs/{name}"
     console = make_console()
-    from raymask.storage import open_storage
+    from raymask.storage import require_no_secret
 
-    console.print(f"Run directory: {open_storage(folder).uri}", highlight=False, markup=False)
+    require_no_secret(folder)
+    console.print(f"Run directory: {folder}", highlight=False, markup=False)
     from raymask.driver.search import search as run_search
     from raymask.report.terminal import show_result, watching
 
@@ -198,6 +199,9 @@ def main() -> None:
     except UserError as error:
         print(f"raymask: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read our output, `head` for one, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except PermissionError as error:
         print(f"raymask: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)

@@ -6,6 +6,7 @@ is held by one driver at a time.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -25,6 +26,7 @@ from raymask.core.errors import UserError, first_line
 T = TypeVar("T")
 Note = Callable[[str], None]
 LOCK, CLAIMS, BEATS = "lock", "claims", "beats"  # how drivers hold a folder, and an object store
+ONLOOKER = 10  # tenths of a second that a driver waits for one who only looks whether there is a driver
 PART = ".part"  # what is being written ends so, and counts for nothing
 OUTAGE = 120.0  # seconds for which a storage may answer with errors before a search gives up
 GOOGLE = 5.0  # seconds for which Google's client tries again by itself
@@ -83,14 +85,9 @@ def open_storage(place: str | Path, note: Note = lambda text: None) -> Storage:
     Raises UserError when there is no such storage, or when the URI carries a password: it would end up in logs.
     """
     uri = str(place)
-    scheme, separator, _ = uri.partition("://")
-    if not separator:
+    require_no_secret(uri)
+    if "://" not in uri:
         return Folder(Path(os.path.expanduser(uri)))  # a job's command line goes through no shell
-    if SECRET.search(uri):
-        raise UserError(
-            f"{scheme}://***: credentials do not belong in a URI, which is logged: put them where {scheme} looks for "
-            "them (environment variables, a credentials file, the machine's role)"
-        )
     import fsspec
     from pyarrow import ArrowException, fs
 
@@ -100,13 +97,23 @@ def open_storage(place: str | Path, note: Note = lambda text: None) -> Storage:
         except ArrowException as error:
             if "Unrecognized filesystem" not in str(error):
                 raise
-            other, root = fsspec.core.url_to_fs(uri)
+            other, root = fsspec.core.url_to_fs(uri, use_listings_cache=False)  # another driver's claim is news
             filesystem = fs.PyFileSystem(fs.FSSpecHandler(other))
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise UserError(f"{uri}: cannot be reached: {first_line(error)}") from None
     if filesystem.type_name in OBJECT_STORES and not root:
         raise UserError(f"{uri}: names no bucket")
     return Folder(Path(root)) if filesystem.type_name == "local" else Bucket(uri, filesystem, root.rstrip("/"), note)
+
+
+def require_no_secret(uri: str) -> None:
+    """Raise UserError when a URI carries a password."""
+    scheme = uri.partition("://")[0]
+    if "://" in uri and SECRET.search(uri):
+        raise UserError(
+            f"{scheme}://***: credentials do not belong in a URI, which is logged: put them where {scheme} looks for "
+            "them (environment variables, a credentials file, the machine's role)"
+        )
 
 
 class Folder:
@@ -130,11 +137,13 @@ class Folder:
         return (self.path / name).is_file()
 
     def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+        with complaining(self.at(name), "read"):
+            return (self.path / name).read_bytes()
 
     @contextmanager
     def reading(self, name: str) -> Iterator[Path]:
-        yield self.path / name
+        with complaining(self.at(name), "read"):
+            yield self.path / name
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -144,12 +153,11 @@ class Folder:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 yield beside
-                with beside.open("rb") as file:
-                    os.fsync(file.fileno())
+                sync(beside)
                 beside.replace(path)
             finally:
                 beside.unlink(missing_ok=True)
-            sync_folder(path.parent)  # the name itself
+            sync(path.parent)  # the name itself
 
     @contextmanager
     def writing_folder(self, name: str) -> Iterator[Path]:
@@ -160,6 +168,8 @@ class Folder:
             beside.mkdir(parents=True)
             try:
                 yield beside
+                for inner in Folder(beside).names():
+                    sync(beside / inner)
                 shutil.rmtree(path, ignore_errors=True)
                 beside.rename(path)
             finally:
@@ -190,7 +200,11 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / LOCK).open("a+")
         with lock:
-            if not self.lock(lock, fcntl.LOCK_EX):
+            for _ in range(ONLOOKER):
+                if self.lock(lock, fcntl.LOCK_EX):
+                    break
+                time.sleep(0.1)
+            else:
                 raise UserError(f"{self.path}: another raymask has just started in it; wait for it")
             yield
 
@@ -224,6 +238,8 @@ class Bucket:
         self.root = root
         self.note = note
         self.base = uri.partition("?")[0].rstrip("/")
+        own = filesystem.type_name in OBJECT_STORES  # pyarrow's; everything behind fsspec has errors of its own
+        self.errors: tuple[type[Exception], ...] = (OSError, ValueError, NotImplementedError) if own else (Exception,)
         self.mine = ""  # this driver's claim, while it holds the place
         self.dead: dict[str, bytes] = {}
 
@@ -302,7 +318,7 @@ class Bucket:
         while True:
             try:
                 return action()
-            except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are any of them
+            except self.errors as error:
                 if isinstance(error, FileNotFoundError) and done == "read":
                     raise
                 if hopeless(error) or time.monotonic() - started > OUTAGE:
@@ -336,7 +352,7 @@ class Bucket:
             ended.set()
             pulse.join()
             self.mine = ""
-            with suppress(OSError, ValueError):  # left behind, it counts as dead soon
+            with suppress(*self.errors):  # left behind, it counts as dead soon
                 self.remove(driver)
 
     def beat(self, driver: str, ended: threading.Event) -> None:
@@ -344,7 +360,7 @@ class Bucket:
         count = 0
         while not ended.wait(BEAT):
             count += 1
-            with suppress(OSError, ValueError):  # an outage: the next beat tries again
+            with suppress(*self.errors):  # an outage: the next beat tries again
                 if not self.filesystem.get_file_info(f"{self.root}/{CLAIMS}/{driver}").is_file:
                     return
                 with self.filesystem.open_output_stream(f"{self.root}/{BEATS}/{driver}") as stream:
@@ -387,32 +403,40 @@ class Bucket:
 @contextmanager
 def temporary() -> Iterator[Path]:
     """A local folder to write into, gone at the end of the block."""
-    with complaining("the folder for temporary files", "TMPDIR"), TemporaryDirectory(prefix="raymask-") as folder:
+    place = "the folder for temporary files"
+    with complaining(place, option="TMPDIR"), TemporaryDirectory(prefix="raymask-") as folder:
         yield Path(folder)
 
 
 @contextmanager
-def complaining(place: str, option: str = "--run") -> Iterator[None]:
-    """Say that a place cannot be written, be the disk full or not ours to write."""
+def complaining(place: str, done: str = "written", *, option: str = "--run") -> Iterator[None]:
+    """Say that a place cannot be written, be the disk full or not ours to write, or not be read though it is there."""
     try:
         yield
     except OSError as error:
+        if done == "read" and isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise
         raise UserError(
-            f"{place}: cannot be written: {error.strerror or error}. Mend that and the same command goes on from here, "
+            f"{place}: cannot be {done}: {error.strerror or error}. Mend that and the same command goes on from here, "
             f"or choose another place with {option}"
         ) from None
 
 
 def counts(name: str) -> bool:
-    """Whether a file is the run's own: neither a driver's hold on it, of either storage, nor half-written."""
+    """Whether a file is the run's own: neither a driver's hold on it, of either storage, nor half-written.
+
+    Nor one whose name would lead out of a folder that it is copied to.
+    """
     parts = name.split("/")
-    return parts[0] not in (LOCK, CLAIMS, BEATS) and not any(part.endswith(PART) for part in parts)
+    whole = not any(part in ("", ".", "..") or part.endswith(PART) for part in parts)
+    return whole and parts[0] not in (LOCK, CLAIMS, BEATS)
 
 
 def hopeless(error: Exception) -> bool:
     """Whether trying again is of no use."""
     kinds = (FileNotFoundError, PermissionError, NotImplementedError)
-    return isinstance(error, kinds) or bool(PERMANENT.search(str(error)))
+    local = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return local or isinstance(error, kinds) or bool(PERMANENT.search(str(error)))
 
 
 def bounded(uri: str) -> str:
@@ -427,10 +451,10 @@ def whole_lines(data: bytes) -> bytes:
     return data[: data.rfind(b"\n") + 1]
 
 
-def sync_folder(path: Path) -> None:
-    """Force a folder's names to disk."""
-    folder = os.open(path, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Force a file, or a folder's names, to disk."""
+    opened = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)

@@ -143,8 +143,8 @@ class RunDir:
                         f"{self.storage.at(where)}: is not what was written there (its hash differs). {advice}"
                     )
                 return dict(load_file(path))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.storage.at(where)}: cannot be read: {error}. {advice}") from None
+        except FileNotFoundError:
+            raise UserError(f"{self.storage.at(where)}: is gone. {advice}") from None
 
     def read_weights(self, lineage: str, level: int) -> Packed:
         return pack(self.read_tensors(lineage, level, MODEL))

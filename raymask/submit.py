@@ -35,12 +35,13 @@ from raymask.core.errors import UserError, first_line
 from raymask.core.spec import Spec
 from raymask.report.terminal import PROGRESS
 from raymask.report.words import duration
-from raymask.storage import Folder, open_storage
+from raymask.storage import Folder, require_no_secret
 from raymask.store import RunDir
 
 DASHBOARD = "http://127.0.0.1:8265"
 ANSWER = 10.0  # seconds in which a dashboard must accept a connection
 LIMIT = 100 * 2**20  # bytes: Ray's dashboard takes no larger package
+LEFT_BEHIND = ("__pycache__", ".git", ".gitignore", ".rayignore")
 PACKED = "packed"
 RUNS = "~/raymask-runs"
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -81,7 +82,7 @@ def place(run: str | None, name: str) -> str:
         raise UserError(
             f"--run {run}: a job's own folder ends with it: give a URI, or an absolute path that the cluster's head has"
         )
-    open_storage(run)  # a URI that is none, or carries a password, is refused here
+    require_no_secret(run)  # the rest of it is for the cluster to reach
     return run
 
 
@@ -89,7 +90,11 @@ def check(console: Console, spec: Spec) -> None:
     """Read what a search would read, weights apart, unless it lies where only the cluster sees it."""
     from raymask.driver.search import prepare
 
-    elsewhere = [path for path in paths(spec).values() if Path(path).is_absolute() and not Path(path).exists()]
+    missing = {key: path for key, path in paths(spec).items() if not Path(path).exists()}
+    for key, path in missing.items():
+        if not Path(path).is_absolute():
+            raise UserError(f"{key}: {path}: there is no such file here; absolute paths are the cluster's")
+    elsewhere = missing.values()
     if elsewhere:
         say(console, f"Not checked here: {', '.join(elsewhere)}; absolute paths are the cluster's")
     else:
@@ -107,14 +112,16 @@ def paths(spec: Spec) -> dict[str, str]:
 
 
 def pack(spec: Spec, folder: Path) -> None:
-    """Fill the job's folder: raymask, the files that relative paths name, and the spec that names them there."""
-    code = Path(version.__file__).parent
-    shutil.copytree(code, folder / "raymask", ignore=shutil.ignore_patterns("__pycache__"))
+    """Fill the job's folder: raymask, the files that relative paths name, and the spec that names them there.
+
+    Raises UserError when it cannot be filled, or is too large to travel.
+    """
+    copy(Path(version.__file__).parent, folder / "raymask")
     data = spec.model_dump(mode="json")
     for key, path in paths(spec).items():
         if Path(path).is_absolute():
             continue
-        source = Path(path).resolve()
+        source = Path(os.path.abspath(path))  # not where a link leads to: endings tell what a file is
         target = Path(PACKED, key, source.name)
         section, entry = key.split(".")
         data[section][entry] = str(target)
@@ -130,11 +137,15 @@ def pack(spec: Spec, folder: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True)
-    else:
-        shutil.copy(source, target)
+    """A file or a folder, without what would make Ray leave files behind."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+        else:
+            shutil.copy(source, target)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be packed: {first_line(error)}") from None
 
 
 def show_jobs(console: Console, address: str | None) -> None:
@@ -174,9 +185,11 @@ def show_logs(console: Console, job: str, address: str | None, follow: bool) -> 
     """Print a job's log, until it ends when followed; returns 0 unless a followed job did not succeed."""
     with connected(address) as client:
         info(client, job)
-        if not follow:
-            sys.stdout.write(client.get_job_logs(job))
-            return 0
+        said = "" if follow else client.get_job_logs(job)
+    if not follow:
+        sys.stdout.write(said)
+        return 0
+    with connected(address) as client:
 
         async def tail() -> None:
             async for text in client.tail_job_logs(job):
@@ -221,7 +234,8 @@ def fetch(console: Console, job: str, folder: Path, address: str | None) -> None
     for name in names:
         with store.storage.reading(name) as source, target.writing(name) as path:
             shutil.copy(source, path)
-    say(console, f"{len(names)} files of {run} are in {folder}: raymask show {folder}")
+    seen = run if "://" in run else f"{run}, as this machine sees it,"
+    say(console, f"{len(names)} files of {seen} are in {folder}: raymask show {folder}")
 
 
 def listed(client: Any) -> list[Any]:
@@ -261,22 +275,32 @@ def connected(address: str | None) -> Iterator[Any]:
 
         logging.disable(logging.INFO)  # Ray tells of every upload and connection
         try:
-            parts = urlsplit(where)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise UserError(f"--address {where}: the jobs server's address looks like {DASHBOARD}")
-            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-            socket.create_connection((parts.hostname, port), ANSWER).close()
+            socket.create_connection(host_and_port(where), ANSWER).close()
             yield JobSubmissionClient(where)
+        except BrokenPipeError:  # of whoever reads what we print
+            raise
         except (OSError, RuntimeError, ClientError, AuthenticationError) as error:
             raise UserError(f"--address {where}: {advice(error)}") from None
         finally:
             logging.disable(logging.NOTSET)
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """Where a URL leads to. Raises UserError when it is none."""
+    try:
+        parts = urlsplit(address)
+        port = {"http": parts.port or 80, "https": parts.port or 443}[parts.scheme]
+        if not parts.hostname:
+            raise ValueError(address)
+        return parts.hostname, port
+    except (ValueError, KeyError):
+        raise UserError(f"--address {address}: the jobs server's address looks like {DASHBOARD}") from None
+
+
 def advice(error: BaseException) -> str:
     """What to do when the jobs server does not do what it is asked."""
     said = first_line(error)
-    if re.search("401|403|token|[Aa]uthenticat|Forbidden", str(error)):
+    if re.search(r"\b40[13]\b|[Aa]uthenticat|Forbidden", str(error)):
         return f"refused us ({said}): set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its token"
     if isinstance(error, OSError):
         return f"no Ray jobs server answers there ({said}): it is the head's dashboard, at port 8265"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import io
 import os
 import random
@@ -316,7 +317,34 @@ def test_a_level_of_which_an_object_is_missing_says_so(place: Place) -> None:
     store = RunDir(place.uri)
     write(store)
     place.filesystem.delete_file(f"{place.root}/level-1/{MODEL}")
-    assert "model.safetensors: cannot be read: " in refused(store.read_weights, SEARCH, 1)
+    assert "model.safetensors: is gone. Delete " in refused(store.read_weights, SEARCH, 1)
+
+
+def test_a_file_that_cannot_be_read_just_now_is_no_reason_to_delete_anything(
+    folder: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RunDir(folder.uri)
+    write(store)
+
+    def stale(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")  # as NFS says when its server comes back
+
+    for reader, read in ((Path, store.read_level), (hashlib, store.read_weights)):
+        with monkeypatch.context() as patch:
+            patch.setattr(reader, "read_bytes" if reader is Path else "file_digest", stale)
+            said = refused(read, SEARCH, 1)
+        assert "cannot be read: Stale file handle. Mend that and the same command goes on from here" in said
+        assert "Delete" not in said
+
+
+def test_a_name_that_would_lead_out_of_a_folder_counts_for_nothing(memory: Place) -> None:
+    """Whoever can write to a bucket must not write to the machine of whoever fetches from it."""
+    for name in ("../../evil.txt", "/absolute", "export/../../evil"):
+        with memory.filesystem.open_output_stream(f"{memory.root}/{name}") as stream:
+            stream.write(b"x")
+    memory.write("result.json", b"{}")
+    assert list(memory.open().names()) == ["result.json"]
+    assert not any(map(storage.counts, ("../x", "/x", "a//b", "a/../../x", ".", "./x")))
 
 
 # --- one driver at a time --------------------------------------------------------------------------------------------
@@ -692,6 +720,16 @@ def test_two_that_look_do_not_see_a_driver_in_each_other(folder: Place) -> None:
         assert not folder.open().busy()
 
 
+def test_a_driver_is_not_refused_for_one_who_only_looks(folder: Place) -> None:
+    with folder.open().held():
+        pass
+    with Path(folder.uri, "lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (other, fcntl.LOCK_UN)).start()
+        with folder.open().held():
+            pass
+
+
 def test_who_loses_the_race_for_a_folder_is_told(folder: Place) -> None:
     with folder.open().held():
         said = refused(folder.open().held().__enter__)
@@ -952,6 +990,7 @@ def test_a_uri_without_one_is_not_taken_for_one_with(uri: str) -> None:
         ("s3://bucket/run?regoin=x", "cannot be reached: Unexpected query parameter in S3 URI: 'regoin'"),
         ("s3://", "names no bucket"),
         ("file://host/run", "cannot be reached: Unsupported hostname"),
+        ("github://x/y", "cannot be reached: "),
     ],
 )
 def test_a_uri_that_leads_nowhere_is_said(uri: str, why: str) -> None:

@@ -150,7 +150,7 @@ def test_a_damaged_file_is_refused_by_its_hash(store: RunDir, damage: Callable[[
 def test_a_missing_file_is_said(store: RunDir) -> None:
     write(store)
     Path(store.level_uri(SEARCH, 1)).with_name(MASK).unlink()
-    with pytest.raises(UserError, match=r"mask.safetensors: cannot be read"):
+    with pytest.raises(UserError, match=r"mask.safetensors: is gone. Delete .*level.json"):
         store.read_tensors(SEARCH, 1, MASK)
 
 

@@ -156,6 +156,27 @@ def test_no_name_in_a_spec_leaves_the_job_s_folder(project: Path, tmp_path: Path
         assert ".." not in path
 
 
+def test_a_link_travels_by_its_own_name_and_nothing_is_left_behind(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "job").mkdir()
+    (project / "data" / "train.csv").rename(project / "blob")
+    (project / "data" / "train.csv").symlink_to(project / "blob")
+    (project / "models" / "mine" / ".gitignore").write_text("*\n")
+    submit.pack(load_spec("spec.yaml"), tmp_path / "job")
+    assert (tmp_path / "job/packed/task.train/train.csv").read_bytes() == (project / "blob").read_bytes()
+    assert not (tmp_path / "job/packed/model.name/mine/.gitignore").exists()
+
+
+def test_a_file_that_is_not_here_is_said_unless_its_path_is_the_cluster_s(project: Path, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    overrides = ["task.train=/on/the/cluster.csv", "task.report=typo.csv"]
+    said = refused(submit.check, console, load_spec("spec.yaml", overrides))
+    assert said == "task.report: typo.csv: there is no such file here; absolute paths are the cluster's"
+    submit.check(console, load_spec("spec.yaml", overrides[:1]))
+    assert console.file.getvalue().startswith("Not checked here: /on/the/cluster.csv")  # type: ignore[attr-defined]
+    (project / "models" / "mine" / "broken").symlink_to("nowhere")
+    assert "models/mine: cannot be packed" in refused(submit.pack, load_spec("spec.yaml"), tmp_path)
+
+
 def test_what_is_too_large_to_travel_is_said_with_what_to_do(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +202,7 @@ def test_a_password_never_becomes_a_job_s_metadata() -> None:
     assert "hunter2" not in said
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:8265", "ftp://host", "http://"])
+@pytest.mark.parametrize("address", ["127.0.0.1:8265", "ftp://host", "http://h:abc", "http://h:99999", "http://[::1"])
 def test_an_address_that_is_none_is_said(address: str) -> None:
     said = refused(submit.show_jobs, Console(file=io.StringIO()), address)
     assert said == f"--address {address}: the jobs server's address looks like http://127.0.0.1:8265"
@@ -215,7 +236,7 @@ def test_a_job_with_the_user_s_own_files_is_followed_listed_shown_and_fetched(
     assert status.startswith(f"{job}: SUCCEEDED\nrun directory: {tmp_path / 'run'}\n")
     assert raymask(cluster, "logs", job).count("early evaluation") == said.count("early evaluation")
     fetched = raymask(cluster, "fetch", job, tmp_path / "here")
-    assert "raymask show" in fetched
+    assert f"{tmp_path / 'run'}, as this machine sees it," in fetched
     assert found(tmp_path / "here") == found(tmp_path / "run")
     assert (tmp_path / "here" / "export" / "model.safetensors").exists()
     assert (tmp_path / "here" / "level-1" / "evaluations.jsonl").exists()

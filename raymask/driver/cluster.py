@@ -134,7 +134,8 @@ def join(address: str) -> None:
 
 def auth_mode() -> str:
     """How to meet a cluster: as the environment says, else with a token where there is one."""
-    token = "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").exists()
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    token = named or (Path.home() / ".ray" / "auth_token").exists()
     return os.environ.get("RAY_AUTH_MODE") or ("token" if token else "disabled")
 
 
