@@ -14,6 +14,7 @@ from raymask.core.recipe import epochs, propose
 from raymask.core.seeds import derive
 from raymask.core.spec import Spec
 from raymask.driver.search import Plan, prepare
+from raymask.report.terminal import say
 from raymask.report.words import percent
 from raymask.train.model import load_weights
 
@@ -104,7 +105,3 @@ def this_machine() -> Mapping[str, float]:
     """What a private Ray would offer, about: its object store takes three tenths of the memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": 0.7 * memory}
-
-
-def say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False)

@@ -33,13 +33,12 @@ from raymask import version
 from raymask.config import load_spec
 from raymask.core.errors import UserError, first_line
 from raymask.core.spec import Spec
-from raymask.report.terminal import PROGRESS
+from raymask.report.terminal import PROGRESS, say
 from raymask.report.words import duration
 from raymask.storage import Folder, require_no_secret
 from raymask.store import RunDir
 
 DASHBOARD = "http://127.0.0.1:8265"
-ANSWER = 10.0  # seconds in which a dashboard must accept a connection
 LIMIT = 100 * 2**20  # bytes: Ray's dashboard takes no larger package
 LEFT_BEHIND = ("__pycache__", ".git", ".gitignore", ".rayignore")
 PACKED = "packed"
@@ -264,7 +263,7 @@ def ended(client: Any, job: str) -> str:
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:
     """A client of the jobs server at `address`, or where the environment says. Raises UserError when it fails."""
-    from raymask.driver.cluster import auth_mode, environment, reread_environment
+    from raymask.driver.cluster import ANSWER, auth_mode, environment, reread_environment
 
     where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD
     with environment(RAY_AUTH_MODE=auth_mode()):
@@ -305,7 +304,3 @@ def advice(error: BaseException) -> str:
     if isinstance(error, OSError):
         return f"no Ray jobs server answers there ({said}): it is the head's dashboard, at port 8265"
     return f"the jobs server said: {said}"
-
-
-def say(console: Console, text: str) -> None:
-    console.print(Text(text), soft_wrap=True)

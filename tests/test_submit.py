@@ -25,6 +25,7 @@ from rich.console import Console
 from raymask import submit
 from raymask.config import load_spec
 from raymask.core.records import Result
+from raymask.driver.cluster import auth_mode
 from raymask.store import RunDir
 
 RAYMASK = str(Path(sys.executable).with_name("raymask"))
@@ -214,6 +215,26 @@ def test_an_address_where_nothing_answers_is_said_at_once() -> None:
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
     said = refused(submit.show_jobs, Console(file=io.StringIO()), address)
     assert f"--address {address}: no Ray jobs server answers there" in said
+
+
+@pytest.mark.parametrize(
+    ("named", "mode"),
+    [
+        ({}, "disabled"),
+        ({"RAY_AUTH_TOKEN": ""}, "disabled"),
+        ({"RAY_AUTH_TOKEN": "x"}, "token"),
+        ({"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": "/a/token"}, "token"),
+        ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "x"}, "disabled"),
+    ],
+)
+def test_a_token_is_used_where_there_is_one(
+    named: dict[str, str], mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": str(tmp_path), **named}.items():
+        monkeypatch.setenv(name, value)
+    assert auth_mode() == mode
 
 
 # --- on a cluster of two nodes ---------------------------------------------------------------------------------------

@@ -120,6 +120,11 @@ def watching(console: Console, spec: Spec) -> Iterator[Watch]:
         yield Bars(console, spec, bars)
 
 
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: nothing in it is markup, and only the terminal wraps it."""
+    console.print(Text(text), soft_wrap=True)
+
+
 def show_result(console: Console, result: Result) -> None:
     """The final table, the verdict, and where things are."""
     table = Table(title=Text(f"{result.model} on {result.task}: the report split"), title_justify="left")
