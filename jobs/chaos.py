@@ -541,7 +541,7 @@ def driver_stopped(search: Search, dice: Random) -> str:
     started = time.monotonic()
     search.fell(signal.SIGTERM)
     if search.driver.returncode == -signal.SIGKILL:
-        search.wrong.append(f"still ran {STOPPING:.0f} s after SIGTERM")
+        return f"SIGTERM, and kill -9 as it still ran {STOPPING:.0f} s later"
     return f"SIGTERM; it ended {time.monotonic() - started:.1f} s later"
 
 

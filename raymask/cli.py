@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -65,6 +66,7 @@ def search(
     from raymask.driver.search import search as run_search
     from raymask.report.terminal import show_result, watching
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a job is stopped: as by Ctrl-C
     try:
         with watching(console, asked) as watch:
             result = run_search(asked, folder, watch, address=address, in_process=in_process)

@@ -234,13 +234,17 @@ def lines(run: Path) -> list[str]:
 
 
 @pytest.mark.long
-def test_ctrl_c_ends_at_once_and_says_how_to_go_on(tmp_path: Path) -> None:
-    command = [RAYMASK, "search", "--in-process", "--run", str(tmp_path / "run"), *SHORT]
+@pytest.mark.ray
+@pytest.mark.parametrize(("how", "where"), [(signal.SIGINT, "--in-process"), (signal.SIGTERM, "--set=seed=0")])
+def test_ctrl_c_or_the_end_of_a_job_ends_at_once_and_says_how_to_go_on(
+    tmp_path: Path, how: signal.Signals, where: str
+) -> None:
+    command = [RAYMASK, "search", where, "--run", str(tmp_path / "run"), *SHORT]
     victim = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert victim.stdout is not None
     while "fine-tuning" not in victim.stdout.readline():
         pass
-    victim.send_signal(signal.SIGINT)
+    victim.send_signal(how)
     _, said = victim.communicate(timeout=60)
     assert victim.returncode == 130
     assert said.strip() == "raymask: stopped; the same command goes on from here"

@@ -295,6 +295,8 @@ def test_a_job_is_measured_stopped_killed_and_continued(cluster: LocalCluster, t
     until(lambda: (run / "level-1" / "evaluations.jsonl").exists())
     stopped = raymask(cluster, "stop", first)
     assert stopped == f"{first}: STOPPED. To go on, submit the same spec with --run {run}\n"
+    last = raymask(cluster, "logs", first).splitlines()[-1]
+    assert last == "raymask: stopped; the same command goes on from here"
     known = journal(run)
 
     second = job_of(raymask(cluster, *words))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,15 +102,16 @@ def connected(job: Job, address: str | None) -> Iterator[None]:
     try:
         with environment(**private), loopback():
             reread_environment()
-            ray.init(
-                "local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                _node_ip_address="127.0.0.1",
-                _temp_dir=folder,
-                _system_config={"preload_python_modules": ["transformers", "raymask.train.worker", model_code]},
-            )
+            with unobtrusive():
+                ray.init(
+                    "local",
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=folder,
+                    _system_config={"preload_python_modules": ["transformers", "raymask.train.worker", model_code]},
+                )
             try:
                 yield
             finally:
@@ -124,12 +127,29 @@ def join(address: str) -> None:
         where = found if ":" in found else f"{found}:{PORT}"
         host, port = where.rsplit(":", 1)
         socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()  # Ray itself asks for 14 minutes
-        ray.init(where, log_to_driver=False, logging_level="ERROR")
+        with unobtrusive():
+            ray.init(where, log_to_driver=False, logging_level="ERROR")
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise UserError(
             f"--address {address}: no Ray cluster answers there ({first_line(error)}). Start one with `ray start "
             "--head`, or leave out --address for a private one"
         ) from None
+
+
+@contextmanager
+def unobtrusive() -> Iterator[None]:
+    """Connect to Ray in the block, and keep its own words out of our log.
+
+    Its handler of SIGTERM, in the place of one that this process has, prints a page of addresses; and in spite of
+    `log_to_driver=False` it prints raylets' last words in colours when a node dies.
+    """
+    from ray._private import worker
+
+    mine = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(mine) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, mine)
+    worker._worker_logs_enabled = False
 
 
 def auth_mode() -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from raymask.core.errors import UserError
+from raymask.core.errors import UserError, first_line
 from raymask.core.records import (
     Candidate,
     Checkpoint,
@@ -38,6 +38,7 @@ INFRA = (RayActorError, ObjectLostError, OutOfMemoryError, MachineFault)
 POLL = 0.5  # seconds between looks at progress, deadlines and new nodes
 STARTS = 5  # workers that may fail to start, one after another, before the search gives up
 PATIENCE = 15.0  # seconds without any worker after which the wait is worth a line
+ANSWER = 60.0  # seconds in which a worker of an earlier stage must say that it is still there
 LOST = 300.0  # seconds in which nodes that a search once had may come back
 REMOTE_CODE = "transformers_modules."
 
@@ -134,7 +135,8 @@ class Pool:
         shares: dict[int, float] = {}
         asked: dict[Any, int] = {}
         late: set[int] = set()
-        open_calls, looked, noted, served = len(calls), 0.0, time.monotonic(), time.monotonic()
+        open_calls, looked = len(calls), 0.0
+        began = noted = served = time.monotonic()
         self.returning = {actor.__ray_ready__.remote(): actor for actor in self.idle}  # some may have died since
         self.idle = []
         try:
@@ -154,6 +156,9 @@ class Pool:
                         noted = looked
                         self.wait_for_room(looked - served)
                     late = self.kill_late(calls)
+                    if looked - began > ANSWER:
+                        for actor in self.returning.values():
+                            ray.kill(actor)
                 for ref in self.finished(asked):
                     if ref in asked:
                         self.hear(ref, asked.pop(ref), shares)
@@ -170,6 +175,13 @@ class Pool:
                         else:
                             open_calls -= 1
                             yield index, outcome
+        except OSError as error:
+            if error.errno is not None or isinstance(error, RayTaskError):  # not Ray's own
+                raise
+            raise UserError(
+                f"this machine's Ray node is gone ({first_line(error)}). Once a node runs here again, the same command "
+                "goes on from here"
+            ) from None
         finally:  # whoever stops listening, or an error, leaves work behind that nobody waits for
             for _, actor, _ in self.busy.values():
                 ray.kill(actor)
