@@ -9,6 +9,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }  # before the first import of torch, which reads the thread count once
 
+import signal
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ from raymask.driver.search import Plan
 from raymask.train.model import load_weights
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs us in the background has it ignored
 
 settings.register_profile("raymask", deadline=None, max_examples=50, derandomize="CI" in os.environ)
 settings.load_profile("raymask")

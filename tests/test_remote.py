@@ -267,6 +267,46 @@ def test_a_search_waits_for_a_cluster_to_grow_as_long_as_it_is_told_to(
             list(evaluate(parent, pool))
 
 
+@pytest.mark.faults
+def test_weights_that_are_lost_with_their_node_are_put_again(
+    plan: Plan,
+    parent: Snapshot,
+    pool: tuple[Candidate, ...],
+    undisturbed: dict[int, Evaluation],
+    nodes: Any,
+    short_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One node has the only copy, its owner and the only worker; another has joined when it is killed."""
+
+    class Holder:
+        def hold(self, value: object) -> list[Any]:
+            self.held = ray.put(value)
+            return [self.held]
+
+    nodes.add_node(**NODE, num_cpus=0, temp_dir=str(short_folder / "0"))
+    lost = nodes.add_node(**NODE, num_cpus=1, resources={"holder": 1}, temp_dir=str(short_folder / "1"))
+    puts: list[Any] = []
+    put, ear, found = ray.put, Ear(), {}
+
+    def elsewhere(value: object, *args: Any, **kwargs: Any) -> Any:
+        puts.append(put(value, *args, **kwargs) if puts else ray.get(holder.hold.remote(value))[0])
+        return puts[-1]
+
+    with cluster.connected(plan.job, nodes.address), remote.workers(plan.job, ear, nodes.address) as (evaluate, _):
+        holder = ray.remote(num_cpus=0, resources={"holder": 1})(Holder).remote()
+        monkeypatch.setattr(ray, "put", elsewhere)
+        for evaluation in evaluate(parent, pool):
+            found[evaluation.candidate.index] = result(evaluation)
+            if len(found) == 1:
+                nodes.add_node(**NODE, num_cpus=1, temp_dir=str(short_folder / "2"))
+                [raylet] = [info.process.pid for info in lost.all_processes["raylet"]]
+                os.kill(raylet, signal.SIGKILL)
+    assert len(puts) == 2
+    assert any("its worker was lost" in note for note in ear.troubles)
+    assert found == undisturbed
+
+
 def actors_in_want() -> list[Any]:
     """Resource demands that an autoscaler would read."""
     from ray.autoscaler.v2.sdk import get_cluster_status
@@ -573,40 +613,6 @@ def test_weights_are_put_once_a_snapshot_and_workers_are_kept(
         assert len(puts) == 3
         assert sorted(desks()) == sorted(workers)
     assert {pid_of(evaluation) for evaluation in [*first, *second]} <= set(workers)
-
-
-def test_weights_that_are_lost_are_put_again(
-    ours: None,
-    plan: Plan,
-    parent: Snapshot,
-    pool: tuple[Candidate, ...],
-    undisturbed: dict[int, Evaluation],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The process that holds them is killed between two probes, as it is when its node is lost."""
-
-    class Holder:
-        def hold(self, value: object) -> list[Any]:
-            self.held = ray.put(value)
-            return [self.held]
-
-    puts: list[Any] = []
-    put, holder = ray.put, ray.remote(num_cpus=0)(Holder).remote()
-
-    def elsewhere(value: object, *args: Any, **kwargs: Any) -> Any:
-        puts.append(put(value, *args, **kwargs) if puts else ray.get(holder.hold.remote(value))[0])
-        return puts[-1]
-
-    ear, found = Ear(), {}
-    with hired(job_of(plan, workers={"count": 1}), ear) as (evaluate, _):
-        monkeypatch.setattr(ray, "put", elsewhere)
-        for evaluation in evaluate(parent, pool):
-            found[evaluation.candidate.index] = result(evaluation)
-            if len(found) == 1:
-                ray.kill(holder)
-    assert len(puts) == 2
-    assert any("its worker was lost" in note for note in ear.troubles)
-    assert found == undisturbed
 
 
 def test_what_travels_for_a_candidate_is_small(pool: tuple[Candidate, ...], undisturbed: dict[int, Evaluation]) -> None:
