@@ -391,19 +391,20 @@ def test_the_local_cluster_is_closed_without_its_token(cluster: LocalCluster) ->
 @pytest.mark.faults
 def test_the_local_cluster_runs_jobs_with_a_folder(cluster: LocalCluster, tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(
-        "import pathlib, sys, time, ray\n"
+        "import pathlib, sys, ray\n"
+        "from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy\n"
         "ray.init(logging_level='ERROR')\n"
         "@ray.remote(num_cpus=1)\n"
-        "def where():\n"
-        "    time.sleep(1)\n"
-        "    return ray.get_runtime_context().get_node_id(), pathlib.Path('job.py').exists()\n"
-        "print('seen', len(set(ray.get([where.remote() for _ in range(4)]))), sys.executable)\n"
+        "def has_the_folder():\n"
+        "    return pathlib.Path('job.py').exists()\n"
+        "on = [NodeAffinitySchedulingStrategy(node['NodeID'], soft=False) for node in ray.nodes() if node['Alive']]\n"
+        "print(ray.get([has_the_folder.options(scheduling_strategy=node).remote() for node in on]), sys.prefix)\n"
     )
     for _ in range(2):  # with a session folder in common, the second node would have deleted the first one's files
         submit = ["ray", "job", "submit", "--working-dir", str(tmp_path), "--", "python", "job.py"]
         done = subprocess.run(submit, env=cluster.environ, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert f"seen 2 {sys.executable}" in done.stdout
+        assert f"[True, True] {sys.prefix}" in done.stdout
 
 
 @pytest.mark.faults
