@@ -44,6 +44,16 @@ def test_nth_largest_agrees_with_a_sort(values, data):
     assert nth_largest(torch.tensor(values), n) == sorted(values, reverse=True)[n - 1]
 
 
+@given(seed=st.integers(0, 2**32), spread=st.sampled_from([3, 100, 10**6]), period=st.sampled_from([1, 64, 128]))
+def test_nth_largest_of_a_large_tensor_is_exact_even_where_its_sample_misleads(seed, spread, period):
+    rng = torch.Generator().manual_seed(seed)
+    values = torch.randint(spread, (20_000,), generator=rng).float()
+    values[::period] += spread * int(torch.randint(-1, 2, (), generator=rng))  # what is sampled lies elsewhere
+    ranked = values.sort(descending=True).values
+    for n in (1, 2, 1250, 10_000, 19_999, 20_000):
+        assert nth_largest(values, n) == ranked[n - 1]
+
+
 def test_ties_at_the_boundary_are_kept_from_the_front_in_memory_order():
     scores = torch.tensor([[1.0, 2.0, 1.0], [1.0, 3.0, 1.0]])
     assert unstructured(scores, 4 / 6).tolist() == [[True, True, True], [False, True, False]]

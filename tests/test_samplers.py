@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 
 from raymask.core.patterns import budget, unstructured
 from raymask.core.records import Noise
-from raymask.core.samplers import EXACT, MARGIN, SAMPLERS, histogram, predict, race, rounds, scatter, tally_open, votes
+from raymask.core.samplers import EXACT, MARGIN, SAMPLERS, histogram, predict, race, rounds, tally_open, votes
 
 SIDE = 96
 KEPT = SIDE * SIDE // 16
@@ -179,10 +179,6 @@ def test_ties_are_broken_at_random_and_not_by_position(kind):
     draw = predict(equal, **arguments) if kind == "predicted" else partial(race, **arguments)
     front = masks_of(draw, equal, 40)[:, : SIDE * SIDE // 2].float().mean().item()
     assert front == pytest.approx(1 / 16, abs=4.5 * sqrt(15 / 16 / 16 / (40 * SIDE * SIDE / 2)))
-
-
-def test_a_live_entry_has_a_key_above_zero_even_without_a_vote_and_with_the_lowest_tie_break():
-    assert (scatter(torch.ones(3), torch.tensor([1]), torch.zeros(1)) > 0).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())

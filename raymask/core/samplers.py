@@ -36,6 +36,7 @@ EXACT = 2**20  # entries times votes up to which the race itself is run
 BINS = 2048  # of the log-score histogram: 0.03 in log p over 6 decades of weights at a = 5
 CHUNK = 2**22  # entries at a time: float32 counts are exact below 2^24, and copies stay small
 OPEN = 1e-7  # an entry whose outcome is as sure as this needs no draw
+TINY = torch.finfo(torch.float32).tiny  # above zero, which no mask keeps
 MARGIN = 2  # votes by which the boundary may miss its prediction
 
 
@@ -66,7 +67,9 @@ def race(scores: Tensor, rng: Generator, *, kept: int, exponent: float, count: i
         lateness = torch.empty_like(log_p).exponential_(generator=rng).log_()
         earliness = torch.sub(log_p, lateness, out=lateness)
         tally += earliness >= nth_largest(earliness, kept)
-    return scatter(flat, live, tally).view(scores.shape)
+    keys = torch.zeros_like(flat)
+    keys[live] = tally + TINY
+    return keys.view(scores.shape)
 
 
 def predict(scores: Tensor, kept: int, exponent: float, count: int) -> Draw:
@@ -128,7 +131,7 @@ def tally_open(
     """
     flat = scores.reshape(-1)
     certain = flat >= span[1]
-    opened = ((flat >= span[0]) & (flat > 0) & ~certain).nonzero()[:, 0]
+    opened = ((flat >= max(span[0], TINY)) ^ certain).nonzero()[:, 0]
     q = -torch.expm1(-torch.exp(exponent * flat[opened].log() + shift))
     drawn = torch.binomial(torch.full_like(q, count), q, generator=rng)
     missing = kept - int(certain.count_nonzero())
@@ -139,8 +142,9 @@ def tally_open(
             scores, rng, kept=kept, exponent=exponent, count=count, shift=shift, span=whole, boundary=boundary
         )
     tally = drawn + torch.rand(len(opened), generator=rng, device=flat.device)
-    keys = scatter(flat, opened, tally)
-    return keys.masked_fill_(certain, count + 2.0).view(scores.shape)
+    keys = certain * (count + 2.0)
+    keys[opened] = tally + TINY
+    return keys.view(scores.shape)
 
 
 def histogram(scores: Tensor) -> tuple[float, np.ndarray, np.ndarray]:
@@ -150,12 +154,13 @@ def histogram(scores: Tensor) -> tuple[float, np.ndarray, np.ndarray]:
     """
     flat = scores.reshape(-1)
     top = float(flat.max())
-    bottom = min(float(part[part > 0].min()) for part in chunks(flat) if bool(part.any()))
+    bottom = min(float(torch.where(part > 0, part, top).min()) for part in chunks(flat))
     floor = min(math.log(bottom / top), -1e-6)
     sizes = np.zeros(BINS)
     for part in chunks(flat):
-        logs = (part[part > 0] / top).log_().clamp_(floor, 0.0)
+        logs = (part / top).log_().clamp_(floor, 0.0)  # a score of 0 falls into the lowest bin
         sizes += torch.histc(logs, BINS, floor, 0.0).double().cpu().numpy()
+    sizes[0] -= len(flat) - int(flat.count_nonzero())
     width = -floor / BINS
     return top, floor + width * (np.arange(BINS) + 0.5), sizes
 
@@ -176,11 +181,6 @@ def vote_boundary(q: np.ndarray, sizes: np.ndarray, kept: int, count: int) -> in
         else:
             high = middle - 1
     return low
-
-
-def scatter(flat: Tensor, where: Tensor, values: Tensor) -> Tensor:
-    """Zeros like `flat` with `values`, lifted above zero, at `where`."""
-    return torch.zeros_like(flat).index_put_((where,), values + torch.finfo(torch.float32).tiny)
 
 
 SAMPLERS: dict[str, Sampler] = {"votes": votes}
