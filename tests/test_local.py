@@ -48,7 +48,7 @@ def plan() -> Plan:
 
 
 def result(evaluation: Evaluation) -> Evaluation:
-    return evaluation.model_copy(update={"seconds": 0.0, "worker": ""})
+    return evaluation.model_copy(update={"started": 0.0, "seconds": 0.0, "worker": ""})
 
 
 def evaluate_all(plan: Plan, parent: Snapshot, candidates: tuple[Candidate, ...]) -> dict[int, Evaluation]:

@@ -51,7 +51,7 @@ def settled(level: int, seconds: float) -> Level:
         evaluated=1,
         failed=0,
         gain=None,
-        finetuned=FineTuned(curve=(point,), best=0, seconds=seconds, worker="w"),
+        finetuned=FineTuned(curve=(point,), best=0, started=0.0, seconds=seconds, worker="w"),
         report={},
         digest="",
         parent="",

@@ -1,5 +1,7 @@
 """Does every record come back from JSON exactly as it went?"""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,9 @@ from raymask.core.records import (
     Interval,
     Level,
     Noise,
+    Piece,
     Point,
+    Purpose,
     Record,
     Result,
     Row,
@@ -36,6 +40,7 @@ evaluations = st.builds(
     row_losses=st.binary(max_size=40),
     distance=st.none() | numbers,
     digest=st.none() | words,
+    started=numbers,
     seconds=numbers,
     worker=words,
     error=st.none() | words,
@@ -49,7 +54,7 @@ stages = st.builds(
     warmup=numbers,
     distill=st.booleans(),
 )
-finetunings = st.builds(FineTuned, curve=curves, best=counts, seconds=numbers, worker=words)
+finetunings = st.builds(FineTuned, curve=curves, best=counts, started=numbers, seconds=numbers, worker=words)
 intervals = st.builds(Interval, mean=numbers, low=numbers, high=numbers)
 levels = st.builds(
     Level,
@@ -74,6 +79,9 @@ rows = st.builds(
     report=st.dictionaries(words, numbers, max_size=3),
     sparsity=st.dictionaries(words, numbers, max_size=3),
 )
+pieces = st.builds(
+    Piece, worker=words, kind=st.sampled_from(get_args(Purpose)), level=counts, started=numbers, seconds=numbers
+)
 results = st.builds(
     Result,
     run=words,
@@ -85,6 +93,7 @@ results = st.builds(
     levels=st.lists(levels, max_size=1).map(tuple),
     imp=st.lists(levels, max_size=1).map(tuple),
     seconds=st.dictionaries(words, numbers, max_size=3),
+    timeline=st.lists(pieces, max_size=2).map(tuple),
     export=words,
 )
 RECORDS = {
@@ -97,6 +106,7 @@ RECORDS = {
     Interval: intervals,
     Level: levels,
     Row: rows,
+    Piece: pieces,
     Result: results,
 }
 every_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
@@ -168,7 +178,7 @@ def test_an_evaluation_with_an_error_is_not_ok():
 
 def test_the_kept_point_of_a_fine_tuning_is_the_best_one():
     curve = tuple(Point(step=step, loss=1.0 / step, metric=0.5) for step in (1, 2, 3))
-    assert FineTuned(curve=curve, best=1, seconds=1.0, worker="").kept.step == 2
+    assert FineTuned(curve=curve, best=1, started=0.0, seconds=1.0, worker="").kept.step == 2
 
 
 @given(levels, st.integers(0, 10**12), st.integers(0, 10**12))

@@ -123,7 +123,7 @@ def hired(job: Job, watch: Ear | None = None) -> Iterator[tuple[Evaluate, FineTu
 
 def result(evaluation: Evaluation) -> Evaluation:
     """What must not depend on where and how fast it was computed."""
-    return evaluation.model_copy(update={"seconds": 0.0, "worker": ""})
+    return evaluation.model_copy(update={"started": 0.0, "seconds": 0.0, "worker": ""})
 
 
 def by_index(evaluations: Iterator[Evaluation]) -> dict[int, Evaluation]:

@@ -15,7 +15,7 @@ from raymask.core.errors import UserError
 from raymask.core.masks import digest, pack_bits
 from raymask.core.records import Candidate, Checkpoint, Evaluation, FineTuned, Point, Settling, Snapshot
 from raymask.core.tensors import pack
-from raymask.driver.search import Plan, prepare, prune
+from raymask.driver.search import Plan, conclude, prepare, prune
 from raymask.report.terminal import Silent
 from raymask.store import DENSE, IMP, SEARCH, RunDir, check_run, open_run, sealed
 
@@ -45,7 +45,10 @@ def plan() -> Plan:
 
 @dataclass
 class Fakes:
-    """Both seams, in a few lines: scores are given by candidate index, and everything asked for is written down."""
+    """Both seams, in a few lines: scores are given by candidate index, and everything asked for is written down.
+
+    Level N starts at 10 N seconds, with candidate i at 10 N + i; fine-tunings follow from 10 N + 4. Each takes one.
+    """
 
     plan: Plan
     scores: Sequence[float | None] = (0.1, 0.2, 0.4, 0.3)
@@ -75,6 +78,9 @@ class Fakes:
                 row_losses=losses.tobytes(),
                 distance=0.0,
                 digest=f"{candidate.level}-{candidate.index}",
+                started=10.0 * candidate.level + candidate.index,
+                seconds=1.0,
+                worker="fake/1 cpu",
             )
 
     def fine_tune(self, work: Sequence[tuple[Snapshot, Settling]]) -> Iterator[tuple[int, Checkpoint]]:
@@ -92,7 +98,11 @@ class Fakes:
                     kept=4,
                     total=8,
                     finetuned=FineTuned(
-                        curve=(Point(step=1, loss=0.5, metric=0.5),), best=0, seconds=1.0, worker="fake"
+                        curve=(Point(step=1, loss=0.5, metric=0.5),),
+                        best=0,
+                        started=10.0 * settling.candidate.level + 4 + index,
+                        seconds=1.0,
+                        worker="fake/1 cpu",
                     ),
                     logits=np.zeros((len(self.plan.job.data.report), 2), np.float32),
                 ),
@@ -163,6 +173,30 @@ def test_a_killed_search_continues_and_finds_the_same_without_repeating_anything
     for lineage, level in [(DENSE, 0), (SEARCH, 1), (IMP, 1), (SEARCH, 2), (IMP, 2)]:
         mine, theirs = killed.read_level(lineage, level), whole.read_level(lineage, level)
         assert (mine.winner, mine.gain, mine.digest) == (theirs.winner, theirs.gain, theirs.digest)
+
+
+def test_the_result_says_when_every_piece_of_work_was_done(plan: Plan, tmp_path: Path) -> None:
+    """But for one that no worker finished."""
+    store = RunDir(tmp_path)
+    Fakes(plan, scores=(0.1, 0.2, None, 0.3), machine=True).run(store)
+    result = conclude(plan, store, 7.0)
+    assert [(piece.kind, piece.level, piece.started) for piece in result.timeline] == [
+        ("dense", 0, 4.0),
+        *(("early evaluation", 1, 10.0 + index) for index in (0, 1, 3)),
+        ("fine-tuning", 1, 14.0),
+        ("baseline (IMP)", 1, 15.0),
+        *(("early evaluation", 2, 20.0 + index) for index in (0, 1, 3)),
+        ("fine-tuning", 2, 24.0),
+        ("baseline (IMP)", 2, 25.0),
+    ]
+    assert {(piece.worker, piece.seconds) for piece in result.timeline} == {("fake/1 cpu", 1.0)}
+    assert result.seconds == {
+        "dense": 1.0,
+        "early evaluation": 6.0,
+        "fine-tuning": 2.0,
+        "baseline (IMP)": 2.0,
+        "wall": 7.0,
+    }
 
 
 def test_a_failed_candidate_never_wins_and_is_counted(plan: Plan, tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from test_search import Fakes, Killed, plan_of
 
+from raymask.driver.search import conclude
 from raymask.report.show import show_run
 from raymask.store import RunDir, open_run
 
@@ -45,6 +47,22 @@ def test_a_stopped_search_is_shown_with_its_evaluations(tmp_path: Path) -> None:
         "level 2/2, sparsity 90.00%\n  2 of 4 candidates evaluated\n  candidate 3: score 0.3000",
     ):
         assert part in text
+
+
+def test_a_finished_search_is_shown_with_its_table_and_where_its_time_went(tmp_path: Path) -> None:
+    plan = plan_of()
+    with open_run(RunDir(tmp_path), plan.recipe.spec) as store:
+        Fakes(plan).run(store)
+        conclude(plan, store, 61.0)
+    text = shown(tmp_path)
+    assert "│ selected " in text
+    took, head, bar, legend, where = text.splitlines()[-5:]
+    assert took == "Took 1 min 1 s."
+    assert head == "Workers' time, 0.4 s a letter:"
+    assert "".join(letter for letter, _ in groupby(bar)).startswith("d.pfb.pfb ")
+    assert bar.endswith("b  59%  fake/1")  # 13 of 22 seconds
+    assert legend == "d dense 1.0 s, p early evaluation 8.0 s, f fine-tuning 2.0 s, b baseline (IMP) 2.0 s, . idle"
+    assert where.startswith(f"Everything is in {tmp_path}")
 
 
 def test_a_search_at_work_is_called_running(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def checkpoint() -> Checkpoint:
         digest=digest(bits),
         kept=2,
         total=4,
-        finetuned=FineTuned(curve=(Point(step=1, loss=0.5, metric=0.9),), best=0, seconds=1.0, worker="w"),
+        finetuned=FineTuned(curve=(Point(step=1, loss=0.5, metric=0.9),), best=0, started=0.0, seconds=1.0, worker="w"),
         logits=np.array([[0.25, -1.0]], np.float32),
     )
 

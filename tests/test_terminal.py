@@ -27,7 +27,7 @@ LEVEL = Level(
     evaluated=9,
     failed=1,
     gain=Interval(mean=0.01, low=-0.02, high=0.04),
-    finetuned=FineTuned(curve=(POINT,), best=0, seconds=61.0, worker="w"),
+    finetuned=FineTuned(curve=(POINT,), best=0, started=0.0, seconds=61.0, worker="w"),
     report={"accuracy": 0.9},
     digest="d",
     parent="p",

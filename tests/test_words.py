@@ -10,7 +10,17 @@ from raymask.report.words import duration, verdict
 
 def result(gain: Interval | None, metrics: tuple[str, ...] = ("accuracy",)) -> Result:
     return Result(
-        run="r", model="m", task="t", metrics=metrics, rows=(), gain=gain, levels=(), imp=(), seconds={}, export="e"
+        run="r",
+        model="m",
+        task="t",
+        metrics=metrics,
+        rows=(),
+        gain=gain,
+        levels=(),
+        imp=(),
+        seconds={},
+        timeline=(),
+        export="e",
     )
 
 

@@ -3,6 +3,7 @@
 import os
 import platform
 import random
+import time
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def settling(job, candidate, digest=None):
 
 def findings(evaluation):
     """All of an evaluation but when and where it was made, and whose it is."""
-    return evaluation.model_dump(exclude={"seconds", "worker", "candidate"})
+    return evaluation.model_dump(exclude={"started", "seconds", "worker", "candidate"})
 
 
 def probed(job, snapshot, candidate):
@@ -152,10 +153,12 @@ def test_looks_are_taken_every_so_many_steps_and_at_least_once(dense, every, ste
     assert [point.step for point in probed(job, dense, pool(job)[0]).curve] == steps
 
 
-def test_an_evaluation_says_where_it_was_made_and_how_long_it_took(job, dense):
+def test_an_evaluation_says_where_and_when_it_was_made_and_how_long_it_took(job, dense):
+    before = time.time()
     found = probed(job, dense, pool(job)[0])
     assert found.worker == f"{platform.node()}/{os.getpid()} cpu 1 threads fp32"
     assert found.seconds > 0
+    assert before <= found.started <= time.time() - found.seconds + 0.1  # seconds, for two clocks that may drift
     assert found.candidate == pool(job)[0]
 
 
@@ -397,7 +400,7 @@ def test_auto_is_bf16_where_the_device_has_it(monkeypatch, native):
 
 @pytest.mark.parametrize("distill", [False, True])
 def test_a_regression_is_probed_and_settled(distill):
-    job = tiny_job(regression=True, distill=distill, finetune={"epochs": 6})
+    job = tiny_job(regression=True, distill=distill, finetune={"epochs": 9})
     dense = tiny_snapshot(job)
     found = probed(job, dense, pool(job)[1])
     assert found.losses().mean() == pytest.approx(-found.score, rel=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -62,8 +62,9 @@ class Evaluation(Record):
 
     `score`: larger is better (the negative loss, or the metric). `curve`: every look at `select`.
     `row_losses`: float32 bytes, one loss a row of `select`, averaged over the same looks as the score.
-    `distance`: share in [0, 1] of kept entries that the control prunes. `digest`: the mask's. `machine`: the error
-    was the machine's, not the candidate's, so a continued search tries again.
+    `distance`: share in [0, 1] of kept entries that the control prunes. `digest`: the mask's. `started`: Unix time,
+    seconds; 0 when no worker lived to tell. `machine`: the error was the machine's, not the candidate's, so a
+    continued search tries again.
     """
 
     candidate: Candidate
@@ -72,6 +73,7 @@ class Evaluation(Record):
     row_losses: bytes = b""
     distance: float | None = None
     digest: str | None = None
+    started: float = 0.0
     seconds: float = 0.0
     worker: str = ""
     error: str | None = None
@@ -98,10 +100,14 @@ class Stage(Record):
 
 
 class FineTuned(Record):
-    """How a fine-tuning went: every look at `select`, and which one (`best`, an index) was kept."""
+    """How a fine-tuning went: every look at `select`, and which one (`best`, an index) was kept.
+
+    `started`: Unix time, seconds.
+    """
 
     curve: tuple[Point, ...]
     best: int
+    started: float
     seconds: float
     worker: str
 
@@ -160,11 +166,26 @@ class Row(Record):
     sparsity: dict[str, float]
 
 
+Purpose = Literal["dense", "early evaluation", "fine-tuning", "baseline (IMP)"]
+"""What workers' time goes into; what is dense, distilled or not, is "dense"."""
+
+
+class Piece(Record):
+    """One piece of work, and when it took which worker's time. `started`: Unix time by the worker's clock, seconds."""
+
+    worker: str
+    kind: Purpose
+    level: int
+    started: float
+    seconds: float
+
+
 class Result(Record):
     """What a finished search found. `rows`: dense, the baseline where it ran, selected.
 
     `gain`: by how much the selected model's mean metric on `report` exceeds the baseline's, paired over rows.
-    `seconds`: by purpose, summed over workers, and the `wall` clock of the last start.
+    `seconds`: by purpose, summed over workers, and the `wall` clock of the last start. `timeline`: all work that was
+    finished, in any of its starts.
     """
 
     run: str
@@ -176,6 +197,7 @@ class Result(Record):
     levels: tuple[Level, ...]
     imp: tuple[Level, ...]
     seconds: dict[str, float]
+    timeline: tuple[Piece, ...]
     export: str
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,11 @@ from raymask.core.records import (
     Evaluate,
     Evaluation,
     FineTune,
+    FineTuned,
     Interval,
     Level,
+    Piece,
+    Purpose,
     Result,
     Row,
     Settling,
@@ -41,6 +44,7 @@ from raymask.core.spec import Spec
 from raymask.core.stats import paired_bootstrap, paired_gain
 from raymask.core.tensors import Packed
 from raymask.driver.export import export
+from raymask.report.timeline import by_purpose
 from raymask.store import DENSE, IMP, MODEL, SEARCH, RunDir, check_run, open_run
 from raymask.train.data import Corpus, load_corpus, tokenize
 from raymask.train.metrics import overall
@@ -277,6 +281,7 @@ def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
 
         gain = paired_bootstrap(len(data.report), difference, derive(recipe.spec.seed, "bootstrap"))
     named = [("dense", dense), *([("control (IMP)", imp[-1])] if imp else []), ("selected", levels[-1])]
+    timeline = worked(store, dense, levels, imp)
     result = Result(
         run=store.uri,
         model=Path(recipe.spec.model.name).name if Path(recipe.spec.model.name).is_dir() else recipe.spec.model.name,
@@ -289,7 +294,8 @@ def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
         gain=gain,
         levels=levels,
         imp=imp,
-        seconds=spent(store, last) | {"wall": wall},
+        seconds={**by_purpose(timeline), "wall": wall},
+        timeline=timeline,
         export=store.export_uri,
     )
     export(store, plan.source, result)
@@ -297,19 +303,19 @@ def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
     return result
 
 
-def spent(store: RunDir, last: int) -> dict[str, float]:
-    """Seconds of workers' time by purpose."""
-    lineages = {"dense": (DENSE, 0), "fine-tuning": (SEARCH, last), "baseline (IMP)": (IMP, last)}
-    found = {
-        purpose: sum(
-            store.read_level(lineage, level).finetuned.seconds
-            for level in range(end + 1)
-            if store.has_level(lineage, level) and (lineage, level) != (IMP, 0)
-        )
-        for purpose, (lineage, end) in lineages.items()
-    }
-    probes = (evaluation.seconds for level in range(1, last + 1) for evaluation in store.evaluations(level))
-    return found | {"early evaluation": sum(probes)}
+def worked(store: RunDir, dense: Level, levels: Sequence[Level], imp: Sequence[Level]) -> tuple[Piece, ...]:
+    """Every piece of work that a worker has finished, in the order in which they started."""
+    warm = [store.read_level(SEARCH, 0)] if store.has_level(SEARCH, 0) else []
+    tuned: dict[Purpose, Sequence[Level]] = {"dense": [dense, *warm], "fine-tuning": levels, "baseline (IMP)": imp}
+    work: list[tuple[Purpose, int, FineTuned | Evaluation]] = [
+        (kind, level.level, level.finetuned) for kind, done in tuned.items() for level in done
+    ]
+    for level in levels:
+        work += [("early evaluation", level.level, found) for found in store.evaluations(level.level) if found.started]
+    return tuple(
+        Piece(worker=found.worker, kind=kind, level=number, started=found.started, seconds=found.seconds)
+        for kind, number, found in sorted(work, key=lambda item: item[2].started)
+    )
 
 
 def title(recipe: Recipe, level: int) -> str:

@@ -15,6 +15,7 @@ from rich.text import Text
 from raymask.core.records import Evaluation, Level, Result, Watch
 from raymask.core.spec import Spec
 from raymask.report.progress import Progress
+from raymask.report.timeline import timeline
 from raymask.report.words import duration, evaluated_line, percent, settled_line, verdict
 
 OFTEN, SELDOM = 10.0, 60.0  # seconds between two lines of progress in a log, at its start and in the long run
@@ -126,7 +127,7 @@ def say(console: Console, text: str) -> None:
 
 
 def show_result(console: Console, result: Result) -> None:
-    """The final table, the verdict, and where things are."""
+    """The final table, the verdict, where the time went, and where things are."""
     table = Table(title=Text(f"{result.model} on {result.task}: the report split"), title_justify="left")
     table.add_column("")
     for name in result.metrics:
@@ -140,7 +141,7 @@ def show_result(console: Console, result: Result) -> None:
     console.print(Text(verdict(result)))
     winners = ", ".join(level.winner.candidate.name for level in result.levels)
     console.print(Text(f"Winners by level: {winners}. Mask digest {result.levels[-1].digest}."))
-    wall = duration(result.seconds["wall"])
-    busy = ", ".join(f"{name} {duration(spent)}" for name, spent in result.seconds.items() if name != "wall" and spent)
-    console.print(Text(f"Took {wall} (workers' time: {busy})."))
+    console.print(Text(f"Took {duration(result.seconds['wall'])}."))
+    for line in timeline(result.timeline):
+        say(console, line)
     console.print(Text(f"Everything is in {result.run}; the sparse model, ready to load, in {result.export}."))

@@ -25,6 +25,7 @@ from raymask.core.spec import Spec
 from raymask.core.tensors import load, pack
 from raymask.train import loop
 from raymask.train.data import Data
+from raymask.train.kernels import FasterOnCPU
 from raymask.train.metrics import measure, overall
 from raymask.train.model import build, persistent
 
@@ -99,7 +100,7 @@ class Worker:
 
     def probe(self, snapshot: Snapshot, candidate: Candidate) -> Evaluation:
         """Early evaluation of one candidate. Its own failure is a record; the machine's is raised as MachineFault."""
-        started = time.perf_counter()
+        started, began = time.time(), time.perf_counter()
         with isolated(self.job.spec, self.device):
             try:
                 with faults_told_apart():
@@ -108,7 +109,8 @@ class Worker:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever a candidate dies of is on record; the search goes on
                 found = Evaluation(candidate=candidate, error=f"{type(error).__name__}: {error}"[:2000])
-        return found.model_copy(update={"seconds": time.perf_counter() - started, "worker": self.name})
+        seconds = time.perf_counter() - began
+        return found.model_copy(update={"started": started, "seconds": seconds, "worker": self.name})
 
     def evaluate(self, snapshot: Snapshot, candidate: Candidate) -> Evaluation:
         """Reset, draw, train briefly, and score on `select`."""
@@ -151,7 +153,7 @@ class Worker:
             return self.fine_tune(parent, settling)
 
     def fine_tune(self, parent: Snapshot, settling: Settling) -> Checkpoint:
-        started = time.perf_counter()
+        started, began = time.time(), time.perf_counter()
         spec, data, stage = self.job.spec, self.job.data, settling.stage
         mask = self.reset(parent, settling.candidate)
         bits = masks.pack_bits(mask)
@@ -197,7 +199,11 @@ class Worker:
             kept=masks.kept(mask),
             total=sum(bits.numel() for bits in mask.values()),
             finetuned=FineTuned(
-                curve=tuple(curve), best=index, seconds=time.perf_counter() - started, worker=self.name
+                curve=tuple(curve),
+                best=index,
+                started=started,
+                seconds=time.perf_counter() - began,
+                worker=self.name,
             ),
             # in float32, as whoever loads the export will
             logits=loop.predict(self.module, data.report, padding=data.padding, autocast=nullcontext).numpy(),
@@ -320,12 +326,15 @@ def describe(device: torch.device, spec: Spec) -> str:
 
 @contextmanager
 def isolated(spec: Spec, device: torch.device) -> Iterator[None]:
-    """Run with the spec's threads, on a GPU with deterministic kernels, and without a trace in the caller's torch."""
+    """Run with the spec's threads and without a trace in the caller's torch.
+
+    On a GPU with deterministic kernels, on a CPU with fast ones.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(spec.workers.threads)
     on_gpu = device.type == "cuda"
     try:
-        with torch.random.fork_rng(devices=[device] if on_gpu else []), deterministic() if on_gpu else nullcontext():
+        with torch.random.fork_rng(devices=[device] if on_gpu else []), deterministic() if on_gpu else FasterOnCPU():
             yield
     finally:
         torch.set_num_threads(threads)

@@ -1,0 +1,54 @@
+"""Where does the workers' time go?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from raymask.core.records import Piece, Purpose
+from raymask.report.words import duration
+
+LETTERS: Mapping[Purpose, str] = {"dense": "d", "early evaluation": "p", "fine-tuning": "f", "baseline (IMP)": "b"}
+IDLE = "."
+WIDTH, WORKERS = 60, 16  # letters of a bar, and how many workers get one
+
+
+def timeline(pieces: Sequence[Piece]) -> list[str]:
+    """A bar a worker from the first start to the last end, the share of it that the worker was busy, and a legend.
+
+    Idle is idle: a worker that waits, has not come yet or was lost, with what it had not finished, and a search that
+    was stopped. Every worker's clock is believed.
+    """
+    begin = min((piece.started for piece in pieces), default=0.0)
+    span = max((piece.started - begin + piece.seconds for piece in pieces), default=0.0)
+    if not span:
+        return []
+    workers: dict[str, list[Piece]] = {}
+    for piece in sorted(pieces, key=lambda piece: (piece.started, piece.worker)):
+        workers.setdefault(piece.worker.partition(" ")[0], []).append(piece)
+    rows = [(name, work, sum(piece.seconds for piece in work) / span) for name, work in workers.items()]
+    lines = [f"{bar(work, begin, span)} {share:4.0%}  {name}" for name, work, share in rows[:WORKERS]]
+    rest = [share for _, _, share in rows[WORKERS:]]
+    if rest:
+        lines.append(f"{f'and {len(rest)} more':{WIDTH}} {sum(rest) / len(rest):4.0%}")
+    busy = "".join(f"{LETTERS[kind]} {kind} {duration(spent)}, " for kind, spent in by_purpose(pieces).items() if spent)
+    return [f"Workers' time, {duration(span / WIDTH)} a letter:", *lines, f"{busy}{IDLE} idle"]
+
+
+def bar(work: Sequence[Piece], begin: float, span: float) -> str:
+    """A letter for each of WIDTH equal parts of the `span` seconds from `begin`: what took most of it."""
+    cell = span / WIDTH
+    letters = ""
+    for left in (cell * index for index in range(WIDTH)):
+        taken = {IDLE: cell} | dict.fromkeys(LETTERS.values(), 0.0)
+        for piece in work:
+            start = piece.started - begin
+            inside = max(0.0, min(start + piece.seconds, left + cell) - max(start, left))
+            taken[LETTERS[piece.kind]] += inside
+            taken[IDLE] -= inside
+        letters += max(taken, key=taken.__getitem__)
+    return letters
+
+
+def by_purpose(pieces: Sequence[Piece]) -> dict[Purpose, float]:
+    """Seconds, summed over workers."""
+    return {kind: sum(piece.seconds for piece in pieces if piece.kind == kind) for kind in LETTERS}

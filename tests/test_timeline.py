@@ -1,0 +1,97 @@
+"""Does a timeline show who did what, when, and for how long?"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raymask.core.records import Piece, Purpose
+from raymask.report.timeline import IDLE, LETTERS, WIDTH, WORKERS, bar, by_purpose, timeline
+
+KINDS = {letter: kind for kind, letter in LETTERS.items()}
+NOW = 1.7e9  # seconds, as a clock has them
+
+
+def piece(started: float, seconds: float, kind: Purpose = "dense", worker: str = "host/1 cpu 1 threads fp32") -> Piece:
+    return Piece(worker=worker, kind=kind, level=1, started=started, seconds=seconds)
+
+
+def pieces_of(letters: str, cell: float, worker: str) -> list[Piece]:
+    """The work that a bar of such letters tells of, when each stands for `cell` seconds."""
+    found, start = [], 0
+    for letter, run in groupby(letters):
+        length = len(list(run))
+        if letter != IDLE:
+            found.append(piece(NOW + start * cell, length * cell, KINDS[letter], worker))
+        start += length
+    return found
+
+
+bars = st.text([IDLE, *KINDS], min_size=WIDTH - 1, max_size=WIDTH - 1)
+
+
+@given(first=bars, others=st.lists(bars, max_size=WORKERS - 1), cell=st.floats(0.01, 1e5), data=st.data())
+def test_a_bar_is_read_as_what_was_done(first: str, others: list[str], cell: float, data: st.DataObject) -> None:
+    """Whatever workers do cell by cell, in whatever order it is told."""
+    drawn = [f"d{first[:-1]}f", *(IDLE + letters for letters in others)]
+    work = [pieces_of(letters, cell, f"host/{number} cpu") for number, letters in enumerate(drawn)]
+    lines = timeline(data.draw(st.permutations([one for of_one in work for one in of_one])))
+    expected = {
+        f"{letters} {1 - letters.count(IDLE) / WIDTH:4.0%}  host/{number}"
+        for number, letters in enumerate(drawn)
+        if work[number]
+    }
+    assert set(lines[1:-1]) == expected
+    assert lines[1].endswith("  host/0")  # who starts first
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6), st.sampled_from([*LETTERS])), max_size=30))
+def test_seconds_by_purpose_lose_nothing(work: list[tuple[float, float, Purpose]]) -> None:
+    spent = by_purpose([piece(*one) for one in work])
+    assert sum(spent.values()) == pytest.approx(sum(seconds for _, seconds, _ in work))
+    assert all(spent[kind] == 0 for kind in LETTERS if kind not in {kind for _, _, kind in work})
+
+
+def test_a_timeline_says_what_its_letters_mean_and_how_long_each_purpose_took() -> None:
+    """A worker that was lost and started again is another one."""
+    work = [
+        piece(NOW, 60, "dense", "a/1 cuda H100 bf16"),
+        piece(NOW + 60, 30, "early evaluation", "a/1 cuda H100 bf16"),
+        piece(NOW + 76, 14, "early evaluation", "b/2 cuda H100 bf16"),
+        piece(NOW + 106, 14, "early evaluation", "a/3 cuda H100 bf16"),
+    ]
+    assert timeline(work) == [
+        "Workers' time, 2.0 s a letter:",
+        f"{'d' * 30}{'p' * 15}{IDLE * 15}  75%  a/1",
+        f"{IDLE * 38}{'p' * 7}{IDLE * 15}  12%  b/2",
+        f"{IDLE * 53}{'p' * 7}  12%  a/3",
+        "d dense 1 min 0 s, p early evaluation 58.0 s, . idle",
+    ]
+
+
+def test_a_letter_shows_what_took_most_of_its_time() -> None:
+    work = [piece(0, 40), piece(40, 35, "early evaluation"), piece(101, 49, "fine-tuning"), piece(249, 51)]
+    assert bar(work, 0.0, 100.0 * WIDTH).startswith("d.d.")
+    assert bar([piece(0, 30), piece(30, 20, "fine-tuning")], 0.0, 100.0 * WIDTH)[0] == IDLE
+
+
+def test_who_comes_after_the_first_workers_is_summed_up() -> None:
+    work = [piece(number, 100 - number, worker=f"host/{number} cpu") for number in range(WORKERS)]
+    assert len(timeline(work)) == WORKERS + 2
+    late = [piece(50, seconds, worker=f"late/{seconds} cpu") for seconds in (20, 50)]
+    lines = timeline([*late, *work])
+    assert [line.rpartition("  ")[2] for line in lines[1:-2]] == [f"host/{number}" for number in range(WORKERS)]
+    assert lines[-2] == "and 2 more".ljust(WIDTH) + "  35%"
+    assert lines[0] == "Workers' time, 1.7 s a letter:"
+
+
+@pytest.mark.parametrize("work", [[], [piece(NOW, 0.0)]])
+def test_without_work_there_is_no_timeline(work: list[Piece]) -> None:
+    assert timeline(work) == []
+
+
+def test_an_instant_is_long_enough() -> None:
+    assert timeline([piece(NOW, 1e-9)])[1] == "d" * WIDTH + " 100%  host/1"
