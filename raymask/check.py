@@ -47,8 +47,9 @@ def show_data(console: Console, plan: Plan) -> None:
     kind = f"{len(corpus.classes)} classes" if corpus.classes else "regression"
     say(
         console,
-        f"task     {kind}, {', '.join(data.metrics)}; rows: {len(data.train):,} train, {len(data.select):,} select, "
-        f"{len(data.report):,} report; {data.train.lengths.mean():.0f} tokens a row, up to {data.train.lengths.max()}",
+        f"task     {kind}, {', '.join(data.metrics)}; rows: {len(data.train):,} train, {len(data.select):,} select "
+        f"({len(plan.job.scored):,} of them score candidates), {len(data.report):,} report; "
+        f"{data.train.lengths.mean():.0f} tokens a row, up to {data.train.lengths.max()}",
     )
 
 

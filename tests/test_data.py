@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymask.core.spec import Task
-from raymask.train.data import GLUE_CLASSES, Corpus, Texts, carve, load_corpus, read_file, tokenize
+from raymask.train.data import GLUE_CLASSES, Corpus, Rows, Texts, carve, load_corpus, read_file, tokenize
 
 ENDINGS = (".csv", ".jsonl", ".json", ".parquet")
 TRAIN = {"sentence": [f"row {row}" for row in range(20)], "label": [row % 2 for row in range(20)]}
@@ -550,3 +550,30 @@ def test_an_unreachable_hub_is_answered_with_the_way_around_it():
     assert message.startswith("task.name: glue/rte cannot be loaded from the hub (")
     assert message.endswith("set task.folder to a folder that holds rte/<split>.parquet")
     assert len(message.splitlines()) == 1
+
+
+@given(
+    texts=st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=5), min_size=1, max_size=30),
+    count=st.integers(1, 40),
+    seed=st.integers(0, 99),
+    typed=st.booleans(),
+)
+def test_a_sample_holds_whole_rows_in_their_order(texts, count, seed, typed):
+    def unpacked(rows):
+        ends = rows.offsets
+        return [
+            (rows.ids[a:b].tolist(), None if rows.types is None else rows.types[a:b].tolist(), int(label))
+            for a, b, label in zip(ends, ends[1:], rows.labels, strict=False)
+        ]
+
+    ids = np.array([token for text in texts for token in text], np.int32)
+    rows = Rows(
+        ids,
+        (ids % 2).astype(np.int8) if typed else None,
+        np.cumsum([0, *map(len, texts)]),
+        np.arange(len(texts)),
+    )
+    found = unpacked(rows.sample(count, seed))
+    assert len(found) == min(count, len(texts))
+    assert [row for row in unpacked(rows) if row in found] == found
+    assert unpacked(rows.sample(count, seed)) == found

@@ -93,6 +93,7 @@ results = st.builds(
     levels=st.lists(levels, max_size=1).map(tuple),
     imp=st.lists(levels, max_size=1).map(tuple),
     seconds=st.dictionaries(words, numbers, max_size=3),
+    scored=st.tuples(st.integers(), st.integers()),
     timeline=st.lists(pieces, max_size=2).map(tuple),
     export=words,
 )

@@ -19,6 +19,7 @@ def result(gain: Interval | None, metrics: tuple[str, ...] = ("accuracy",)) -> R
         levels=(),
         imp=(),
         seconds={},
+        scored=(300, 400),
         timeline=(),
         export="e",
     )

@@ -126,16 +126,17 @@ def test_a_probe_leaves_the_snapshot_as_it_was(job):
 
 
 def test_the_score_is_the_negative_mean_loss_of_the_last_looks(dense):
+    all_looks = probed(tiny_job(), dense, pool(tiny_job())[1])
     found = probed(tiny_job(probe={"last": 2}), dense, pool(tiny_job())[1])
-    assert [point.step for point in found.curve] == [1, 2, 3]
-    assert found.score == pytest.approx(-np.mean([point.loss for point in found.curve[-2:]]))
-    assert found.score != pytest.approx(-np.mean([point.loss for point in found.curve]))
+    assert [point.step for point in all_looks.curve] == [1, 2, 3]
+    assert found.curve == all_looks.curve[-2:]
+    assert found.score == pytest.approx(-np.mean([point.loss for point in found.curve]))
 
 
 def test_the_score_is_the_mean_metric_where_that_is_asked_for(dense):
     job = tiny_job(probe={"last": 2, "score": "metric", "epochs": 3})
     found = probed(job, dense, pool(job)[1])
-    assert found.score == pytest.approx(np.mean([point.metric for point in found.curve[-2:]]))
+    assert found.score == pytest.approx(np.mean([point.metric for point in found.curve]))
     assert 0 < found.score <= 1
 
 
@@ -147,10 +148,26 @@ def test_row_losses_average_to_the_score(dense):
     assert found.losses().std() > 0
 
 
-@pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3]), (2, [2]), (3, [3]), (50, [3])])
-def test_looks_are_taken_every_so_many_steps_and_at_least_once(dense, every, steps):
-    job = tiny_job(probe={"eval_every": every})
+@pytest.mark.parametrize(
+    ("every", "last", "steps"),
+    [(1, 10, [1, 2, 3]), (2, 10, [2]), (3, 10, [3]), (50, 10, [3]), (1, 2, [2, 3]), (1, 1, [3]), (2, 1, [2])],
+)
+def test_only_looks_that_count_are_taken_and_at_least_one(dense, every, last, steps):
+    job = tiny_job(probe={"eval_every": every, "last": last})
     assert [point.step for point in probed(job, dense, pool(job)[0]).curve] == steps
+
+
+def test_a_look_is_at_a_fixed_sample_of_a_large_select_split(dense):
+    job, whole = tiny_job(probe={"rows": 5}), tiny_job()
+    few = [probed(job, dense, candidate).losses() for candidate in pool(job)]
+    assert [len(losses) for losses in few] == [5] * len(few)
+    places = [
+        np.isclose(probed(whole, dense, candidate).losses()[:, None], losses, rtol=1e-5).any(1)
+        for candidate, losses in zip(pool(job), few, strict=True)
+    ]
+    assert all(place.sum() == 5 for place in places)
+    assert all((place == places[0]).all() for place in places), "each candidate met other rows"
+    assert len(settled(job, dense, pool(job)[1]).logits) == len(job.data.report)
 
 
 def test_an_evaluation_says_where_and_when_it_was_made_and_how_long_it_took(job, dense):

@@ -60,8 +60,8 @@ class Point(Record):
 class Evaluation(Record):
     """What the early evaluation of one candidate found, or the `error` that ended it.
 
-    `score`: larger is better (the negative loss, or the metric). `curve`: every look at `select`.
-    `row_losses`: float32 bytes, one loss a row of `select`, averaged over the same looks as the score.
+    `score`: larger is better (the negative loss, or the metric), the mean of the looks on the `curve`.
+    `row_losses`: float32 bytes, one loss a row that was looked at, averaged over the same looks.
     `distance`: share in [0, 1] of kept entries that the control prunes. `digest`: the mask's. `started`: Unix time,
     seconds; 0 when no worker lived to tell. `machine`: the error was the machine's, not the candidate's, so a
     continued search tries again.
@@ -84,7 +84,7 @@ class Evaluation(Record):
         return self.error is None
 
     def losses(self) -> np.ndarray:
-        """float32, one a row of `select`."""
+        """float32, one a row of `select` that was looked at."""
         return np.frombuffer(self.row_losses, np.float32)
 
 
@@ -184,8 +184,8 @@ class Result(Record):
     """What a finished search found. `rows`: dense, the baseline where it ran, selected.
 
     `gain`: by how much the selected model's mean metric on `report` exceeds the baseline's, paired over rows.
-    `seconds`: by purpose, summed over workers, and the `wall` clock of the last start. `timeline`: all work that was
-    finished, in any of its starts.
+    `scored`: how many rows of `select` scored the candidates, and how many it has. `seconds`: by purpose, summed over
+    workers, and the `wall` clock of the last start. `timeline`: all work that was finished, in any of its starts.
     """
 
     run: str
@@ -196,6 +196,7 @@ class Result(Record):
     gain: Interval | None
     levels: tuple[Level, ...]
     imp: tuple[Level, ...]
+    scored: tuple[int, int]
     seconds: dict[str, float]
     timeline: tuple[Piece, ...]
     export: str

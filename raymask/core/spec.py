@@ -158,7 +158,10 @@ class Dense(Section):
 
 
 class Probe(Section):
-    """The early evaluation (EMEP). The score is the mean of the `last` looks, one every `eval_every` steps."""
+    """The early evaluation (EMEP). The score is the mean of the `last` looks, one every `eval_every` steps.
+
+    A look is at `rows` rows of `select` at most, the same for all candidates.
+    """
 
     epochs: Positive = 1.0
     batch_size: Count = 64
@@ -166,6 +169,7 @@ class Probe(Section):
     warmup: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.1
     eval_every: Count = 50
     last: Count = 10
+    rows: Annotated[int, Field(ge=2, strict=True)] = 1000
     score: Literal["loss", "metric"] = "loss"
 
 
@@ -253,6 +257,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "warmup": 0.1,
             "eval_every": 50,
             "last": 10,
+            "rows": 2000,
             "score": "metric",
         },
         "finetune": {"epochs": 10.0, "batch_size": 64, "learning_rate": 5e-5, "warmup": 0.1},

@@ -294,6 +294,7 @@ def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
         gain=gain,
         levels=levels,
         imp=imp,
+        scored=(len(plan.job.scored), len(data.select)),
         seconds={**by_purpose(timeline), "wall": wall},
         timeline=timeline,
         export=store.export_uri,

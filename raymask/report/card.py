@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raymask.core.records import Result
-from raymask.report.words import percent, verdict
+from raymask.report.words import percent, scored_line, verdict
 
 
 def model_card(result: Result) -> str:
@@ -45,6 +45,7 @@ Randomized mask search (Li et al., Findings of EMNLP 2023, arXiv 2310.13183) wit
 near the magnitude mask, and the magnitude mask itself, are trained for a short while from the same parent, with the
 same order of rows and the same dropout; the best by the `select` split, which is carved out of train, is fine-tuned
 from the parent and becomes the next one. "control (IMP)" is iterative magnitude pruning through the same code.
+{scored_line(result)}
 
 | level | sparsity | candidates | winner | kept entries that the control prunes | loss on select |
 | --- | --- | --- | --- | --- | --- |

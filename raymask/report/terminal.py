@@ -16,7 +16,7 @@ from raymask.core.records import Evaluation, Level, Result, Watch
 from raymask.core.spec import Spec
 from raymask.report.progress import Progress
 from raymask.report.timeline import timeline
-from raymask.report.words import duration, evaluated_line, percent, settled_line, verdict
+from raymask.report.words import duration, evaluated_line, percent, scored_line, settled_line, verdict
 
 OFTEN, SELDOM = 10.0, 60.0  # seconds between two lines of progress in a log, at its start and in the long run
 PROGRESS = "progress: "
@@ -141,6 +141,8 @@ def show_result(console: Console, result: Result) -> None:
     console.print(Text(verdict(result)))
     winners = ", ".join(level.winner.candidate.name for level in result.levels)
     console.print(Text(f"Winners by level: {winners}. Mask digest {result.levels[-1].digest}."))
+    if result.scored[0] < result.scored[1]:
+        console.print(Text(scored_line(result)))
     console.print(Text(f"Took {duration(result.seconds['wall'])}."))
     for line in timeline(result.timeline):
         say(console, line)

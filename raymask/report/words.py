@@ -43,6 +43,12 @@ def evaluated_line(evaluation: Evaluation) -> str:
     )
 
 
+def scored_line(result: Result) -> str:
+    """How much of `select` the early evaluations looked at."""
+    part, whole = result.scored
+    return f"Candidates were scored on {part:,} of the {whole:,} rows of `select`, the same for all."
+
+
 def settled_line(lineage: str, level: Level) -> str:
     """One finished level."""
     who = (

@@ -108,6 +108,19 @@ class Rows:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    def sample(self, count: int, seed: int) -> Rows:
+        """At most `count` rows, drawn from the seed, in their order."""
+        if count >= len(self):
+            return self
+        chosen = np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False))
+        tokens = np.repeat(np.isin(np.arange(len(self)), chosen), self.lengths)
+        return Rows(
+            self.ids[tokens],
+            None if self.types is None else self.types[tokens],
+            np.concatenate([[0], np.cumsum(self.lengths[chosen])]),
+            self.labels[chosen],
+        )
+
 
 @dataclass(frozen=True)
 class Data:

@@ -24,7 +24,7 @@ from raymask.core.seeds import derive
 from raymask.core.spec import Spec
 from raymask.core.tensors import load, pack
 from raymask.train import loop
-from raymask.train.data import Data
+from raymask.train.data import Data, Rows
 from raymask.train.kernels import FasterOnCPU
 from raymask.train.metrics import measure, overall
 from raymask.train.model import build, persistent
@@ -47,6 +47,11 @@ class Job:
     data: Data
     prunable: tuple[str, ...]
     parameters: int
+
+    @property
+    def scored(self) -> Rows:
+        """The rows of `select` by which candidates are scored."""
+        return self.data.select.sample(self.spec.probe.rows, derive(self.spec.seed, "look"))
 
     def memory(self, *, on_gpu: bool) -> int:
         """Bytes of the machine's memory that one worker needs, about.
@@ -92,6 +97,7 @@ class Worker:
         self.teacher: torch.nn.Module | None = None
         self.name = describe(self.device, job.spec)
         self.level: Shared | None = None
+        self.scored = job.scored
 
     def new_module(self) -> torch.nn.Module:
         spec = self.job.spec
@@ -120,12 +126,12 @@ class Worker:
         assert self.level is not None, "candidates of a search are sparse"
         stray = masks.distance(mask, self.level.control)
         total = loop.steps_in(stage, len(data.train))
-        looks = list(range(spec.probe.eval_every, total + 1, spec.probe.eval_every)) or [total]
+        looks = list(range(spec.probe.eval_every, total + 1, spec.probe.eval_every))[-spec.probe.last :] or [total]
         curve: list[Point] = []
         losses: list[Tensor] = []
 
         def look(step: int) -> None:
-            point, rows = self.look(step)
+            point, rows = self.look(step, self.scored)
             if not np.isfinite(point.loss):
                 raise FloatingPointError(f"the loss on select is {point.loss} after {step} steps")
             curve.append(point)
@@ -133,13 +139,12 @@ class Worker:
 
         seed = derive(spec.seed, "probe", candidate.level)
         self.train(snapshot, stage, mask, seed, looks, look, self.optimizer(snapshot))
-        last = curve[-spec.probe.last :]
-        score = float(np.mean([-point.loss if spec.probe.score == "loss" else point.metric for point in last]))
+        score = float(np.mean([-point.loss if spec.probe.score == "loss" else point.metric for point in curve]))
         return Evaluation(
             candidate=candidate,
             score=score,
             curve=tuple(curve),
-            row_losses=torch.stack(losses[-spec.probe.last :]).mean(0).numpy().tobytes(),
+            row_losses=torch.stack(losses).mean(0).numpy().tobytes(),
             distance=stray,
             digest=masks.digest(masks.pack_bits(mask)),
         )
@@ -170,7 +175,7 @@ class Worker:
         best: list[Any] = []
 
         def look(step: int) -> None:
-            point, _ = self.look(step)
+            point, _ = self.look(step, data.select)
             curve.append(point)
             rank = (point.metric, -point.loss)
             if np.isfinite(point.loss) and (not best or rank > best[0]):
@@ -274,14 +279,14 @@ class Worker:
             load(snapshot.teacher, persistent(self.teacher))
         return self.teacher
 
-    def look(self, step: int) -> tuple[Point, Tensor]:
-        """Measure on `select`: the point, and the loss of every row, float32 (rows,)."""
+    def look(self, step: int, rows: Rows) -> tuple[Point, Tensor]:
+        """Measure on rows of `select`: the point, and the loss of every row, float32 (rows,)."""
         data = self.job.data
-        logits = loop.predict(self.module, data.select, padding=data.padding, autocast=self.autocast)
-        losses = loop.row_losses(logits, torch.from_numpy(data.select.labels), data.regression)
+        logits = loop.predict(self.module, rows, padding=data.padding, autocast=self.autocast)
+        losses = loop.row_losses(logits, torch.from_numpy(rows.labels), data.regression)
         loss = float(losses.double().mean())
         finite = bool(torch.isfinite(logits).all())
-        metric = overall(measure(data.metrics, logits.numpy(), data.select.labels)) if finite else 0.0
+        metric = overall(measure(data.metrics, logits.numpy(), rows.labels)) if finite else 0.0
         return Point(step=step, loss=loss, metric=metric), losses
 
 
