@@ -252,7 +252,7 @@ def scripted(monkeypatch, points):
     """Let the looks find (loss, metric) of `points` in turn; returns a list that gets the weights at each look."""
     seen, script = [], iter(points)
 
-    def look(self, step):
+    def look(self, step, rows):
         seen.append(pack(self.live).buffer)
         loss, metric = next(script)
         return Point(step=step, loss=loss, metric=metric), torch.zeros(1)
