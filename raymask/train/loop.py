@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
     autocast: Autocast,
-    teacher: nn.Module | None,
+    teacher: Callable[..., Any] | None,
     regression: bool,
     looks: Container[int],
     look: Callable[[int], None],
@@ -154,7 +155,7 @@ def task_loss(module: nn.Module, batch: Batch, regression: bool) -> Tensor:
     return row_losses(module(**inputs).logits, batch["labels"], regression).mean()
 
 
-def distillation(module: nn.Module, teacher: nn.Module, batch: Batch, regression: bool) -> Tensor:
+def distillation(module: nn.Module, teacher: Callable[..., Any], batch: Batch, regression: bool) -> Tensor:
     """Sum over layers of MSE of attention probabilities and of hidden states, plus soft cross-entropy at
     temperature 1 (a regression: MSE to the labels). Means are over real tokens only, so padding changes nothing.
     """

@@ -28,6 +28,8 @@ from raymask.train.data import Data, Rows
 from raymask.train.kernels import FasterOnCPU
 from raymask.train.metrics import measure, overall
 from raymask.train.model import build, persistent
+from raymask.train.teacher import Teacher
+from raymask.train.teacher import memory as teacher_memory
 
 
 class MachineFault(Exception):  # noqa: N818 - a fault is what it is called everywhere
@@ -57,10 +59,13 @@ class Job:
         """Bytes of the machine's memory that one worker needs, about.
 
         Everywhere Python, torch, and what comes and goes: the best weights and moments, packed. On a CPU also weights,
-        gradients, masks, moments and a teacher, and as much again as all of these for activations.
+        gradients, masks, moments, a teacher with what is kept of its answers, and as much again for activations.
         """
         passing, living = 3 * 4 * self.parameters, (5 + self.spec.distill) * 4 * self.parameters
-        return 2**30 * 3 + passing if on_gpu else 2**29 + 2 * (passing + living)
+        if on_gpu:
+            return 2**30 * 3 + passing
+        rows = int(self.spec.probe.epochs * len(self.data.train)) if self.spec.distill else 0
+        return 2**29 + 2 * (passing + living) + teacher_memory(rows, self.data.train.lengths, self.config)
 
     @property
     def shared_memory(self) -> int:
@@ -94,7 +99,7 @@ class Worker:
         with isolated(job.spec, self.device):
             self.module = self.new_module()
         self.live = persistent(self.module)
-        self.teacher: torch.nn.Module | None = None
+        self.teacher: Teacher | None = None
         self.name = describe(self.device, job.spec)
         self.level: Shared | None = None
         self.scored = job.scored
@@ -138,7 +143,7 @@ class Worker:
             losses.append(rows)
 
         seed = derive(spec.seed, "probe", candidate.level)
-        self.train(snapshot, stage, mask, seed, looks, look, self.optimizer(snapshot))
+        self.train(snapshot, stage, mask, seed, looks, look, self.optimizer(snapshot), shared=True)
         score = float(np.mean([-point.loss if spec.probe.score == "loss" else point.metric for point in curve]))
         return Evaluation(
             candidate=candidate,
@@ -252,8 +257,10 @@ class Worker:
         looks: list[int],
         look: Callable[[int], None],
         optimizer: torch.optim.AdamW,
+        *,
+        shared: bool = False,
     ) -> None:
-        """One stage from the snapshot, on the live model."""
+        """One stage from the snapshot, on the live model; `shared`: other candidates will train on the same batches."""
         loop.train(
             self.module,
             self.job.data.train,
@@ -264,19 +271,20 @@ class Worker:
             optimizer=optimizer,
             max_grad_norm=self.job.spec.optimizer.max_grad_norm,
             autocast=self.autocast,
-            teacher=self.taught_by(snapshot) if stage.distill else None,
+            teacher=self.taught_by(snapshot).begin(seed, keep=shared) if stage.distill else None,
             regression=self.job.data.regression,
             looks=frozenset(looks),
             look=look,
             tell=self.tell,
         )
 
-    def taught_by(self, snapshot: Snapshot) -> torch.nn.Module:
+    def taught_by(self, snapshot: Snapshot) -> Teacher:
         """The teacher with the snapshot's teacher weights; they are the same for a whole search."""
         assert snapshot.teacher is not None
         if self.teacher is None:
-            self.teacher = self.new_module().requires_grad_(False)
-            load(snapshot.teacher, persistent(self.teacher))
+            module = self.new_module().requires_grad_(False)
+            load(snapshot.teacher, persistent(module))
+            self.teacher = Teacher(module)
         return self.teacher
 
     def look(self, step: int, rows: Rows) -> tuple[Point, Tensor]:
