@@ -17,7 +17,7 @@ from raymask.core.tensors import pack
 from raymask.train import loop, worker
 from raymask.train.metrics import measure
 from raymask.train.model import build, persistent
-from raymask.train.worker import Job, MachineFault, Worker, autocasting
+from raymask.train.worker import Job, MachineFault, Worker, autocasting, deterministic
 
 CPU = torch.device("cpu")
 
@@ -484,3 +484,18 @@ def test_memory_counts_the_weights_and_the_teacher(job):
 def test_a_worker_s_live_tensors_are_its_module_s(job):
     fresh = Worker(job, "cpu")
     assert all(fresh.live[name] is tensor for name, tensor in persistent(fresh.module).items())
+
+
+def test_deterministic_kernels_are_for_the_block_alone():
+    def settings():
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+            torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
+        )
+
+    before = settings()
+    with pytest.raises(KeyError), deterministic():
+        assert settings() == (True, False, True)
+        raise KeyError
+    assert settings() == before == (False, True, False)

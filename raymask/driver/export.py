@@ -8,7 +8,7 @@ from raymask.core.records import Result
 from raymask.core.tensors import load
 from raymask.report.card import model_card
 from raymask.store import EXPORT, MASK, SEARCH, RunDir, write_tensors
-from raymask.train.model import Source, build, persistent
+from raymask.train.model import Source, build, persistent, quiet
 
 
 def export(store: RunDir, source: Source, result: Result) -> None:
@@ -19,7 +19,8 @@ def export(store: RunDir, source: Source, result: Result) -> None:
     mask = store.read_tensors(SEARCH, last, MASK)
     with store.storage.writing_folder(EXPORT) as folder:
         try:
-            module.save_pretrained(folder)  # type: ignore[operator]
+            with quiet():
+                module.save_pretrained(folder)  # type: ignore[operator]
         except SafetensorError as error:  # a full disk, to safetensors
             raise OSError(str(error)) from None
         source.tokenizer.save_pretrained(folder)

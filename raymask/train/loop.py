@@ -70,7 +70,7 @@ def train(
     for step in range(1, total + 1):
         for group in optimizer.param_groups:
             group["lr"] = stage.learning_rate * pace(stage, step, total)
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+        batch = moved(next(batches), device)
         with autocast():
             loss = distillation(module, teacher, batch, regression) if teacher else task_loss(module, batch, regression)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -142,6 +142,13 @@ def collate(rows: Rows, chosen: np.ndarray, padding: int) -> Batch:
     return batch
 
 
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on its device; to a GPU from pinned memory, so that the host need not wait."""
+    if device.type != "cuda":
+        return batch
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
 def row_losses(logits: Tensor, labels: Tensor, regression: bool) -> Tensor:
     """float32 (rows,): cross-entropy, or squared error of the one output."""
     if regression:
@@ -186,7 +193,7 @@ def predict(module: nn.Module, rows: Rows, *, padding: int, autocast: Autocast) 
     found = []
     for start in range(0, len(rows), EVAL_BATCH):
         batch = collate(rows, sorted_rows[start : start + EVAL_BATCH], padding)
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items() if name != "labels"}
+        inputs = {name: tensor for name, tensor in moved(batch, device).items() if name != "labels"}
         with autocast():
             found.append(module(**inputs).logits.float())
     logits = torch.cat(found).cpu()

@@ -355,11 +355,21 @@ def isolated(spec: Spec, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Deterministic kernels where there are any; of attention's, only the plain one has a deterministic backward."""
+    """Deterministic kernels where there are any; of attention's, only the plain one has a deterministic backward.
+
+    That one may multiply in bf16 as everything else does, and what torch allocates need not be filled first.
+    """
+    filling: Any = torch.utils.deterministic
+    attention: Any = torch.backends.cuda
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled, halved = filling.fill_uninitialized_memory, attention.fp16_bf16_reduction_math_sdp_allowed()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    filling.fill_uninitialized_memory = False
+    attention.allow_fp16_bf16_reduction_math_sdp(True)
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        filling.fill_uninitialized_memory = filled
+        attention.allow_fp16_bf16_reduction_math_sdp(halved)
