@@ -1,10 +1,12 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymask.train.kernels import FasterOnCPU, attention, dropout
+from raymask.train.kernels import FasterOnCPU, attention, dropout, kernels_for
 
 NEVER = 1e-9  # rounds to no dropout at all, but takes the way of one
 
@@ -109,3 +111,11 @@ def test_within_the_block_modules_and_functions_take_the_faster_way_and_elsewher
         assert float(ones.sum()) == 1000
     assert not torch.equal(torchs, expected)
     assert torch.equal(seeded(lambda: module.train()(ones)), torchs)
+
+
+@pytest.mark.parametrize(
+    ("p", "device", "expected"), [(0.1, "cpu", FasterOnCPU), (0.0, "cpu", nullcontext), (0.1, "cuda", nullcontext)]
+)
+def test_the_block_is_entered_where_it_pays(p, device, expected):
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(p))
+    assert kernels_for(module, torch.device(device)) is expected

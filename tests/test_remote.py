@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -684,3 +685,32 @@ def test_memory_that_no_node_has_is_said_with_what_there_is() -> None:
     ):
         cluster.require_room(need, nodes)
     assert cluster.slots(need | {"memory": 2.0**33}, nodes) == 2 + 4
+
+
+def test_of_many_busy_workers_a_few_are_asked_at_a_time_and_all_in_turn():
+    asked_workers = Counter()
+
+    class Actor:
+        def __init__(self, index):
+            self.progress = self
+            self.index = index
+
+        def options(self, concurrency_group):
+            return self
+
+        def remote(self):
+            asked_workers[self.index] += 1
+            return object()
+
+    pool = remote.Pool.__new__(remote.Pool)
+    pool.busy = {f"work {index}": (index, Actor(index), 0.0) for index in range(20)}
+    asked = {}
+    for _ in range(5):
+        pool.ask(asked)
+        asked.clear()  # all have answered
+    assert dict(asked_workers) == dict.fromkeys(range(20), 2)
+    asked = {"owed": 3}
+    for _ in range(5):
+        pool.ask(asked)
+    assert sorted(asked.values()) == list(range(20)), "a worker that owes an answer was asked again"
+    assert {index for index, _, _ in pool.busy.values()} == set(range(20))

@@ -37,7 +37,7 @@ BINS = 2048  # of the log-score histogram: 0.03 in log p over 6 decades of weigh
 CHUNK = 2**22  # entries at a time: float32 counts are exact below 2^24, and copies stay small
 OPEN = 1e-7  # an entry whose outcome is as sure as this needs no draw
 TINY = torch.finfo(torch.float32).tiny  # above zero, which no mask keeps
-MARGIN = 2  # votes by which the boundary may miss its prediction
+MARGIN = 2  # votes by which the boundary may miss its prediction, beside what half a bin is worth
 
 
 def rounds(entries: int, kept: int, ratio: float) -> int:
@@ -90,7 +90,9 @@ def predict(scores: Tensor, kept: int, exponent: float, count: int) -> Draw:
 
     q = -np.expm1(-np.exp(np.minimum(log_p + log_l, 700.0)))
     boundary = vote_boundary(q, sizes, kept, count)
-    lowest, highest = max(boundary - MARGIN, 0), min(boundary + MARGIN, count)
+    # dq / dlog p = (1 - q) log(1 / (1 - q)) <= 1 / e: the entries of a bin lie within so many votes of its center.
+    margin = MARGIN + math.ceil(count * exponent * float(centers[1] - centers[0]) / 2 / math.e)
+    lowest, highest = max(boundary - margin, 0), min(boundary + margin, count)
 
     def score_at(probability: float) -> float:
         """The score whose entry is drawn with `probability` in one vote."""

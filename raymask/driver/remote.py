@@ -36,6 +36,7 @@ from raymask.train.worker import Job, MachineFault, Worker
 
 INFRA = (RayActorError, ObjectLostError, OutOfMemoryError, MachineFault)
 POLL = 0.5  # seconds between looks at progress, deadlines and new nodes
+QUESTIONS = 8  # workers asked at one look how far they are: to ask costs about as much as to send a candidate
 STARTS = 5  # workers that may fail to start, one after another, before the search gives up
 PATIENCE = 15.0  # seconds without any worker after which the wait is worth a line
 ANSWER = 60.0  # seconds in which a worker of an earlier stage must say that it is still there
@@ -212,9 +213,10 @@ class Pool:
         return list(ready)
 
     def ask(self, asked: dict[Any, int]) -> None:
-        """Ask every busy worker how far it is, unless it still owes an answer."""
+        """Ask the busy workers that come next how far they are, except those that still owe an answer."""
         owing = set(asked.values())
-        for index, actor, _ in self.busy.values():
+        for ref, (index, actor, _) in list(self.busy.items())[:QUESTIONS]:
+            self.busy[ref] = self.busy.pop(ref)  # to the end of the line
             if index not in owing:
                 asked[actor.progress.options(concurrency_group="aside").remote()] = index
 

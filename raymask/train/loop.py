@@ -17,6 +17,7 @@ from raymask.core.records import Stage
 from raymask.core.seeds import derive
 from raymask.core.spec import Optimizer
 from raymask.train.data import Rows
+from raymask.train.kernels import kernels_for
 
 BUCKET = 50  # batches that are sorted by length together: little padding, still a new mix every epoch
 EVAL_BATCH = 128
@@ -67,11 +68,12 @@ def train(
     torch.manual_seed(derive(seed, "dropout"))
     multiply(pruned, masks)
     module.train()
+    kernels = kernels_for(module, device)
     for step in range(1, total + 1):
         for group in optimizer.param_groups:
             group["lr"] = stage.learning_rate * pace(stage, step, total)
         batch = moved(next(batches), device)
-        with autocast():
+        with autocast(), kernels():
             loss = distillation(module, teacher, batch, regression) if teacher else task_loss(module, batch, regression)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)

@@ -25,7 +25,6 @@ from raymask.core.spec import Spec
 from raymask.core.tensors import load, pack
 from raymask.train import loop
 from raymask.train.data import Data, Rows
-from raymask.train.kernels import FasterOnCPU
 from raymask.train.metrics import measure, overall
 from raymask.train.model import build, persistent
 from raymask.train.teacher import Teacher
@@ -339,15 +338,12 @@ def describe(device: torch.device, spec: Spec) -> str:
 
 @contextmanager
 def isolated(spec: Spec, device: torch.device) -> Iterator[None]:
-    """Run with the spec's threads and without a trace in the caller's torch.
-
-    On a GPU with deterministic kernels, on a CPU with fast ones.
-    """
+    """Run with the spec's threads, on a GPU with deterministic kernels, and without a trace in the caller's torch."""
     threads = torch.get_num_threads()
     torch.set_num_threads(spec.workers.threads)
     on_gpu = device.type == "cuda"
     try:
-        with torch.random.fork_rng(devices=[device] if on_gpu else []), deterministic() if on_gpu else FasterOnCPU():
+        with torch.random.fork_rng(devices=[device] if on_gpu else []), deterministic() if on_gpu else nullcontext():
             yield
     finally:
         torch.set_num_threads(threads)
