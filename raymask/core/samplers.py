@@ -144,7 +144,7 @@ def tally_open(
             scores, rng, kept=kept, exponent=exponent, count=count, shift=shift, span=whole, boundary=boundary
         )
     tally = drawn + torch.rand(len(opened), generator=rng, device=flat.device)
-    keys = certain * (count + 2.0)
+    keys = torch.where(certain, count + 2.0, 0.0)
     keys[opened] = tally + TINY
     return keys.view(scores.shape)
 
