@@ -4,6 +4,7 @@ import os
 import platform
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -499,3 +500,9 @@ def test_deterministic_kernels_are_for_the_block_alone():
         assert settings() == (True, False, True)
         raise KeyError
     assert settings() == before == (False, True, False)
+
+
+def test_a_worker_that_has_no_teacher_asks_for_no_memory_for_its_answers():
+    job = tiny_job()
+    unknown = replace(job, config=object())  # tells nothing of its layers
+    assert unknown.memory(on_gpu=False) == job.memory(on_gpu=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from run import number
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -34,8 +35,8 @@ class Finding:
 
 def tell(finding: Finding) -> None:
     """Print a finding in words, then as a JSON line."""
-    ours, theirs = (number(value) for value in (finding.ours, finding.theirs))
-    sides = f"{ours} {finding.unit}" + (f" against {theirs} {finding.unit}" if finding.theirs is not None else "")
+    ours, theirs = (number(value, finding.unit) for value in (finding.ours, finding.theirs))
+    sides = f"{ours} against {theirs}" if theirs else ours
     ratio = f", {number(finding.ratio)} x" if finding.ratio is not None else ""
     print(
         f"{finding.what} | {finding.against}: {sides}{ratio} (bar: {finding.bar}; {'met' if finding.met else 'MISSED'})"
@@ -43,11 +44,6 @@ def tell(finding: Finding) -> None:
     if finding.note:
         print(f"  {finding.note}")
     print(json.dumps(asdict(finding) | {"machine": machine()}), flush=True)
-
-
-def number(value: float | None) -> str:
-    """Three digits that count."""
-    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def machine() -> str:

@@ -146,9 +146,9 @@ def collate(rows: Rows, chosen: np.ndarray, padding: int) -> Batch:
 
 def moved(batch: Batch, device: torch.device) -> Batch:
     """The batch on its device; to a GPU from pinned memory, so that the host need not wait."""
-    if device.type != "cuda":
-        return batch
-    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+    if device.type == "cuda":
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def row_losses(logits: Tensor, labels: Tensor, regression: bool) -> Tensor:

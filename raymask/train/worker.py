@@ -63,8 +63,9 @@ class Job:
         passing, living = 3 * 4 * self.parameters, (5 + self.spec.distill) * 4 * self.parameters
         if on_gpu:
             return 2**30 * 3 + passing
-        rows = int(self.spec.probe.epochs * len(self.data.train)) if self.spec.distill else 0
-        return 2**29 + 2 * (passing + living) + teacher_memory(rows, self.data.train.lengths, self.config)
+        rows = int(self.spec.probe.epochs * len(self.data.train))
+        answers = teacher_memory(rows, self.data.train.lengths, self.config) if self.spec.distill else 0
+        return 2**29 + 2 * (passing + living) + answers
 
     @property
     def shared_memory(self) -> int:
