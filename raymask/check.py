@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from raymask.core.patterns import budget
-from raymask.core.recipe import epochs, propose
+from raymask.core.recipe import epochs, parents_of
+from raymask.core.rungs import places
 from raymask.core.seeds import derive
 from raymask.core.spec import Spec
 from raymask.driver.search import Plan, prepare
@@ -28,6 +29,7 @@ def show_check(console: Console, spec: Spec, address: str | None) -> None:
     show_model(console, plan)
     show_data(console, plan)
     console.print(level_table(plan))
+    show_rungs(console, plan)
     show_cost(console, plan)
     show_offer(console, plan, address)
     say(console, "Everything is readable.")
@@ -61,8 +63,10 @@ def level_table(plan: Plan) -> Table:
     for level, density in enumerate(plan.recipe.densities, 1):
         kept = sum(budget(count, density) for count in plan.source.entries.values())
         shares = plan.source.sizes.sparsities(plan.source.sizes.prunable - kept)
-        random = len(propose(plan.recipe, level)) - 1
+        random, parents = plan.recipe.spec.candidates.count, parents_of(plan.recipe.spec, level)
         pool = f"control + {random}" if random else "control"
+        if parents > 1:
+            pool = f"{parents} x ({pool})"
         table.add_row(
             str(level),
             percent(shares["prunable"]),
@@ -72,6 +76,19 @@ def level_table(plan: Plan) -> Table:
             pool,
         )
     return table
+
+
+def show_rungs(console: Console, plan: Plan) -> None:
+    """How many of a level's random masks are evaluated how far, where there are rungs."""
+    spec = plan.recipe.spec
+    rungs = spec.probe.rungs
+    if len(rungs) > 1:
+        seats = zip(places(spec.candidates.count, rungs), rungs, strict=True)
+        parts = ", ".join(f"{count} to {share:.0%}" for count, share in seats)
+        say(
+            console,
+            f"rungs    of {spec.candidates.count} random masks {parts} of the early evaluation, and every control",
+        )
 
 
 def show_cost(console: Console, plan: Plan) -> None:

@@ -6,6 +6,7 @@
                   mask.safetensors model.safetensors optimizer.safetensors report.safetensors
                   level.json          written last: it exists, so the level is done
           level-0/                    the dense model after distillation, where there is any
+          branch-2/level-N/ ...       the same for a level's other masks, where more than one is kept
           imp/level-N/                the same for the baseline
           export/ result.json
 
@@ -43,7 +44,7 @@ SPEC, ENV, RESULT, EXPORT = "spec.yaml", "env.json", "result.json", "export"
 JOURNAL, LEVEL = "evaluations.jsonl", "level.json"
 MASK, MODEL, OPTIMIZER, REPORT = "mask.safetensors", "model.safetensors", "optimizer.safetensors", "report.safetensors"
 DENSE, SEARCH, IMP = "dense", "", "imp"
-"""The lineages: the dense model alone, the search, and the baseline."""
+"""The lineages: the dense model alone, the search (its first branch), and the baseline."""
 SEAL = re.compile(rb'(.*),\s*"sha256":\s*"([0-9a-f]{64})"\s*}\s*', re.DOTALL)
 R = TypeVar("R", bound=Record)
 
@@ -87,7 +88,7 @@ class RunDir:
             *lines, _torn = self.storage.read(name).split(b"\n")
         except FileNotFoundError:
             return []
-        found: dict[int, Evaluation] = {}
+        found: dict[tuple[int, int], Evaluation] = {}
         for number, line in enumerate(lines, 1):
             try:
                 evaluation = unsealed(Evaluation, line)
@@ -95,7 +96,7 @@ class RunDir:
                 raise UserError(
                     f"{self.storage.at(name)}: line {number} is damaged. Delete the file to evaluate this level again"
                 ) from None
-            found[evaluation.candidate.index] = evaluation
+            found[evaluation.candidate.index, evaluation.rung] = evaluation
         return list(found.values())
 
     # --- levels --------------------------------------------------------------------------------------------------
@@ -204,6 +205,16 @@ class RunDir:
             raise UserError(f"{self.storage.at()}: is not a run directory: it has no {SPEC}") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError):
             raise UserError(f"{self.storage.at(SPEC)}: is damaged; it must be the file that raymask wrote") from None
+
+
+def branch(number: int) -> str:
+    """The lineage of the search's branches, counted from 1."""
+    return SEARCH if number == 1 else f"branch-{number}"
+
+
+def branches(spec: Spec) -> list[str]:
+    """The lineages of all branches that a search may have."""
+    return [branch(number) for number in range(1, spec.select.keep + 1)]
 
 
 def level_name(lineage: str, level: int) -> str:

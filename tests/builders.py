@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from raymask.core.errors import UserError
-from raymask.core.records import Snapshot
+from raymask.core.records import Candidate, Evaluate, Evaluation, Snapshot
+from raymask.core.rungs import Ladder
 from raymask.core.spec import QUICKSTART, Model, Spec
 from raymask.core.tensors import Packed, pack
 from raymask.train import quickstart
@@ -118,8 +119,15 @@ def random_weights(config: Any, seed: int) -> Packed:
 
 def tiny_snapshot(job: Job, seed: int = 0) -> Snapshot:
     """Random weights to start from, and others to learn from when the job distils."""
-    teacher = random_weights(job.config, 100) if job.spec.distill else None
+    teacher = random_weights(job.config, 100) if job.spec.taught else None
     return Snapshot(f"random {seed}", random_weights(job.config, seed), teacher=teacher)
+
+
+def climbed(
+    evaluate: Evaluate, parent: Snapshot, pool: Sequence[Candidate], rungs: Sequence[float] = (1.0,)
+) -> Iterator[Evaluation]:
+    """Early evaluation of a pool whose candidates have one parent."""
+    return Ladder(pool, rungs).climb(evaluate, {1: parent})
 
 
 def write_table(path: Path, columns: dict[str, Any]) -> Path:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,20 +204,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Result:
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_9_and_the_same_command_find_the_same_mask(tmp_path: Path, undisturbed: Result, moment: str) -> None:
     """Killed on Ray, continued on Ray, compared with a search that ran undisturbed in one process."""
-    command = [RAYMASK, "search", "--run", str(tmp_path / "run"), *SHORT]
-    victim = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert victim.stdout is not None
-    for line in victim.stdout:
-        if MOMENTS[moment] in line:
-            break
-    else:
-        pytest.fail(f"the search ended before it said {MOMENTS[moment]!r}")
-    time.sleep(0.3)
-    os.kill(victim.pid, signal.SIGKILL)
-    victim.communicate()
+    killed(tmp_path / "run", SHORT, MOMENTS[moment])
     known = lines(tmp_path / "run")
-
-    done = raymask(*command[1:])
+    done = raymask("search", "--run", tmp_path / "run", *SHORT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert lines(tmp_path / "run")[: len(known)] == known
     result = result_of(tmp_path / "run")
@@ -225,10 +215,62 @@ def test_kill_9_and_the_same_command_find_the_same_mask(tmp_path: Path, undistur
     assert result.rows == undisturbed.rows
 
 
+TREE = (*SHORT, "--set", "probe.rungs=[0.5, 1.0]", "--set", "select={keep: 2, beam: true}")
+MOMENTS_OF_A_TREE = {
+    "in the middle of a rung": "after 50%: score",
+    "while branches are fine-tuned": "level 1/2, sparsity 50.00%: fine-tuning",
+    "in the middle of a beam's level": "of branch 2 after 50%: score",
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed_tree(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    folder = tmp_path_factory.mktemp("tree")
+    done = raymask("search", "--in-process", "--run", folder / "run", *TREE)
+    assert done.returncode == 0, done.stderr
+    return result_of(folder / "run")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("moment", MOMENTS_OF_A_TREE)
+def test_kill_9_of_a_tree_of_rungs_and_the_same_command_find_the_same_tree(
+    tmp_path: Path, undisturbed_tree: Result, moment: str
+) -> None:
+    killed(tmp_path / "run", TREE, MOMENTS_OF_A_TREE[moment])
+    known = lines(tmp_path / "run")
+    done = raymask("search", "--run", tmp_path / "run", *TREE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert lines(tmp_path / "run")[: len(known)] == known
+    assert tree_of(result_of(tmp_path / "run")) == tree_of(undisturbed_tree)
+
+
+def tree_of(result: Result) -> list[Any]:
+    """What must be the same in every search of a spec."""
+    levels = [*result.levels, *result.others, *result.imp]
+    winners = [level.winner.model_copy(update={"started": 0.0, "seconds": 0.0, "worker": ""}) for level in levels]
+    return [*winners, *((level.digest, level.gain, level.confidence) for level in levels), result.rows]
+
+
+def killed(run: Path, settings: tuple[str, ...], moment: str) -> None:
+    """A search on Ray that ended by kill -9 soon after it said something."""
+    command = [RAYMASK, "search", "--run", str(run), *settings]
+    victim = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert victim.stdout is not None
+    for line in victim.stdout:
+        if moment in line:
+            break
+    else:
+        pytest.fail(f"the search ended before it said {moment!r}")
+    time.sleep(0.3)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.communicate()
+
+
 def lines(run: Path) -> list[str]:
     """The journals' lines, level after level: none is ever written twice."""
     found = [line for path in sorted(run.glob("level-*/evaluations.jsonl")) for line in path.read_text().splitlines()]
-    keys = [(json.loads(line)["candidate"]["level"], json.loads(line)["candidate"]["index"]) for line in found]
+    records = [json.loads(line) for line in found]
+    keys = [(record["candidate"]["level"], record["candidate"]["index"], record["rung"]) for record in records]
     assert len(keys) == len(set(keys))
     return found
 

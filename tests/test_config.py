@@ -265,7 +265,7 @@ def test_an_unknown_key_inside_a_long_form_is_answered_alike():
         ("candidates: {exponent: 1001}", "candidates.exponent", "less than or equal to 1000", "1001"),
         ("candidates: {exponent: .inf}", "candidates.exponent", "finite number", "inf"),
         ("probe: {epochs: .nan}", "probe.epochs", "finite number", "nan"),
-        ("probe: {score: f1}", "probe.score", "'loss' or 'metric'", "'f1'"),
+        ("probe: {score: f1}", "probe.score", "'loss', 'metric' or 'agreement'", "'f1'"),
         ("imp: {run: perhaps}", "imp.run", "valid boolean", "'perhaps'"),
         ("precision: fp8", "precision", "'auto', 'fp32' or 'bf16'", "'fp8'"),
         ("workers: 4", "workers", "valid dictionary", "4"),

@@ -6,14 +6,16 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from builders import climbed
 
 from raymask.config import make_spec
 from raymask.core.recipe import finetune_stage, resolve
-from raymask.core.records import Candidate, Evaluation, Settling, Snapshot
+from raymask.core.records import Candidate, Climb, Evaluation, Settling, Snapshot
 from raymask.driver import local
 from raymask.driver.search import Plan, prepare
 from raymask.report.terminal import Silent
@@ -53,7 +55,7 @@ def result(evaluation: Evaluation) -> Evaluation:
 
 def evaluate_all(plan: Plan, parent: Snapshot, candidates: tuple[Candidate, ...]) -> dict[int, Evaluation]:
     with local.workers(plan.job, Silent()) as (evaluate, _):
-        return {evaluation.candidate.index: result(evaluation) for evaluation in evaluate(parent, candidates)}
+        return {evaluation.candidate.index: result(evaluation) for evaluation in climbed(evaluate, parent, candidates)}
 
 
 def test_every_candidate_is_evaluated_once_and_the_order_does_not_matter(
@@ -89,7 +91,7 @@ def test_results_arrive_while_others_are_still_to_come(
 ) -> None:
     ear = Ear()
     with local.workers(plan.job, ear) as (evaluate, _):
-        first = next(iter(evaluate(parent, pool)))
+        first = next(iter(climbed(evaluate, parent, pool)))
     assert first.candidate == pool[0]
     assert set(ear.shares) == {"control"}
 
@@ -100,10 +102,10 @@ def test_memory_that_runs_out_is_a_failed_record_and_the_others_go_on(
     expected = evaluate_all(plan, parent, pool)
     probe = Worker.probe
 
-    def hungry(self: Worker, snapshot: Snapshot, candidate: Candidate) -> Evaluation:
-        if candidate.index == 1:
+    def hungry(self: Worker, parent: Snapshot, climb: Climb, paused: Snapshot | None) -> Any:
+        if climb.candidate.index == 1:
             raise MachineFault("out of memory: no room for 3 tensors")
-        return probe(self, snapshot, candidate)
+        return probe(self, parent, climb, paused)
 
     monkeypatch.setattr(Worker, "probe", hungry)
     found = evaluate_all(plan, parent, pool)
@@ -117,7 +119,7 @@ def test_progress_is_told_and_rises_to_the_end(plan: Plan, parent: Snapshot, poo
     ear = Ear()
     stage = finetune_stage(resolve(plan.job.spec), 1)
     with local.workers(plan.job, ear) as (evaluate, fine_tune):
-        list(evaluate(parent, pool))
+        list(climbed(evaluate, parent, pool))
         list(fine_tune([(parent, Settling("selected (candidate 1)", pool[1], stage, None))]))
     assert list(ear.shares) == ["control", "candidate 1", "candidate 2", "selected (candidate 1)"]
     for told in ear.shares.values():
@@ -135,7 +137,7 @@ def test_the_callers_threads_and_random_numbers_are_untouched(
     try:
         state, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()
         with local.workers(plan.job, Silent()) as (evaluate, fine_tune):
-            for evaluation in evaluate(parent, pool):
+            for evaluation in climbed(evaluate, parent, pool):
                 assert "1 threads" in evaluation.worker
                 assert torch.get_num_threads() == 3
             list(fine_tune([(parent, Settling("control", pool[0], stage, None))]))
@@ -154,13 +156,14 @@ assert not [name for name in sys.modules if name.split(".")[0] == "ray"]
 from raymask.config import make_spec
 from raymask.core.recipe import propose, resolve
 from raymask.core.records import Snapshot
+from raymask.core.rungs import Ladder
 from raymask.report.terminal import Silent
 from raymask.driver.search import prepare, seams
 from raymask.train.model import load_weights
 plan = prepare(make_spec({SPEC!r}))
 parent = Snapshot("initial", load_weights(plan.job.spec.model, plan.source.config, 0, False))
 with seams(plan.job, Silent(), None, in_process=True) as (evaluate, _, _):
-    print(*(evaluation.ok for evaluation in evaluate(parent, propose(resolve(plan.job.spec), 1))))
+    print(*(found.ok for found in Ladder(propose(resolve(plan.job.spec), 1), [1.0]).climb(evaluate, {{1: parent}})))
 assert not [name for name in sys.modules if name.split(".")[0] == "ray"]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -87,7 +87,9 @@ def test_the_defaults_in_the_readme_are_the_real_ones() -> None:
     assert numbers(rows["`levels`"]) == list(spec.levels.sparsities or ())
     assert numbers(rows["`candidates`"]) == [spec.candidates.count, spec.candidates.exponent, *spec.candidates.ratios]
     assert numbers(rows["`dense`"]) == list(dense.model_dump().values())
-    assert numbers(rows["`probe`"]) == [value for value in probe.model_dump().values() if value != "loss"]
+    flat = probe.model_dump(exclude={"score", "rungs"})
+    assert numbers(rows["`probe`"]) == [*flat.values(), *probe.rungs]
+    assert rows["`select`"] == f"{spec.select.keep}, {str(spec.select.beam).lower()}"
     assert numbers(rows["`finetune`"]) == list(finetune.model_dump().values())
     assert numbers(rows["`workers`"]) == [
         spec.workers.cpus,

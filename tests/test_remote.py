@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from builders import climbed
 
 from raymask.config import make_spec
 from raymask.core.errors import UserError
 from raymask.core.recipe import finetune_stage, propose, resolve
 from raymask.core.records import Candidate, Checkpoint, Evaluate, Evaluation, FineTune, Settling, Snapshot
+from raymask.core.rungs import Ladder
 from raymask.core.tensors import pack
 from raymask.driver import cluster, local, remote
 from raymask.driver.search import Plan, prepare
@@ -161,7 +163,7 @@ def plan() -> Plan:
 def undisturbed(plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]) -> dict[int, Evaluation]:
     """What one process finds, alone."""
     with local.workers(plan.job, Silent()) as (evaluate, _):
-        return by_index(evaluate(parent, pool))
+        return by_index(climbed(evaluate, parent, pool))
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +219,7 @@ def test_a_late_node_gets_work_and_its_loss_is_survived(
     pool, ear, found = propose(resolve(job.spec), 1), Ear(), {}
     head = elsewhere = late = killed = None
     with cluster.connected(job, nodes.address), remote.workers(job, ear, nodes.address) as (evaluate, _):
-        for evaluation in evaluate(parent, pool):
+        for evaluation in climbed(evaluate, parent, pool):
             found[evaluation.candidate.index] = evaluation
             pid = pid_of(evaluation)
             if late is None:
@@ -257,7 +259,7 @@ def test_a_search_waits_for_a_cluster_to_grow_as_long_as_it_is_told_to(
         with pytest.raises(UserError, match=r"no node can hold a worker.*the nodes have 0 CPUs.*workers\.wait"):
             remote.workers(plan.job, Ear(), nodes.address).__enter__()
         with remote.workers(job_of(plan, workers={"wait": 60}), ear, nodes.address) as (evaluate, _):
-            assert all(evaluation.ok for evaluation in evaluate(parent, pool))
+            assert all(evaluation.ok for evaluation in climbed(evaluate, parent, pool))
         note, *_ = [text for text in ear.notes if text.startswith("waiting for the cluster")]
         assert "a worker asks for 1 CPUs, 0 GPUs" in note
         assert len(demand) == len(pool), "an autoscaler sees no demand"
@@ -265,7 +267,7 @@ def test_a_search_waits_for_a_cluster_to_grow_as_long_as_it_is_told_to(
             remote.workers(job_of(plan, workers={"wait": 2, "cpus": 8}), Ear(), nodes.address) as (evaluate, _),
             pytest.raises(UserError, match=r"no node can hold a worker: one asks for 8 CPUs"),
         ):
-            list(evaluate(parent, pool))
+            list(climbed(evaluate, parent, pool))
 
 
 @pytest.mark.faults
@@ -297,7 +299,7 @@ def test_weights_that_are_lost_with_their_node_are_put_again(
     with cluster.connected(plan.job, nodes.address), remote.workers(plan.job, ear, nodes.address) as (evaluate, _):
         holder = ray.remote(num_cpus=0, resources={"holder": 1})(Holder).remote()
         monkeypatch.setattr(ray, "put", elsewhere)
-        for evaluation in evaluate(parent, pool):
+        for evaluation in climbed(evaluate, parent, pool):
             found[evaluation.candidate.index] = result(evaluation)
             if len(found) == 1:
                 nodes.add_node(**NODE, num_cpus=1, temp_dir=str(short_folder / "2"))
@@ -413,8 +415,8 @@ def test_workers_on_ray_find_bitwise_what_one_process_finds(
     with local.workers(plan.job, Silent()) as (_, fine_tune):
         alone = dict(fine_tune(work))
     with hired(job_of(plan, workers={"count": count})) as (evaluate, fine_tune):
-        assert by_index(evaluate(parent, pool)) == undisturbed
-        assert by_index(evaluate(parent, pool[::-1])) == undisturbed
+        assert by_index(climbed(evaluate, parent, pool)) == undisturbed
+        assert by_index(climbed(evaluate, parent, pool[::-1])) == undisturbed
         tuned = dict(fine_tune(work))
         backwards = dict(fine_tune(work[::-1]))
     assert all(evaluation.ok for evaluation in undisturbed.values())
@@ -423,14 +425,50 @@ def test_workers_on_ray_find_bitwise_what_one_process_finds(
         assert_same(backwards[1 - index], alone[index])
 
 
+def test_rungs_are_climbed_on_ray_as_in_one_process_also_when_a_worker_dies(
+    ours: None, attentive: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]
+) -> None:
+    rungs = [0.25, 0.5, 1.0]
+
+    def finalists(job: Job, evaluate: Evaluate) -> list[Evaluation]:
+        ladder = Ladder(pool, job.spec.probe.rungs)
+        done = list(ladder.climb(evaluate, {1: parent}))
+        assert len({(evaluation.candidate, evaluation.rung) for evaluation in done}) == len(done)
+        return [result(evaluation) for evaluation in ladder.finalists()]
+
+    job = job_of(plan, workers={"count": 2}, probe=LONG | {"rungs": rungs})
+    with local.workers(job, Silent()) as (evaluate, _):
+        expected = finalists(job, evaluate)
+    assert {evaluation.rung for evaluation in expected} == {2}
+    with hired(job) as (evaluate, _):
+        assert finalists(job, evaluate) == expected
+    killer = Killer(name="control", times=2)
+    with hired(job_of(plan, workers={"count": 1}, probe=LONG | {"rungs": rungs}), killer) as (evaluate, _):
+        assert finalists(job, evaluate) == expected
+    assert len(killer.hit) == 2
+
+
+def test_what_is_lost_with_its_node_is_done_again_from_the_parent(ours: None) -> None:
+    class Owner:
+        def put(self) -> list[Any]:
+            return [ray.put(np.zeros(10**6))]
+
+    owner = ray.remote(num_cpus=0)(Owner).remote()
+    kept, [lost] = ray.put("paused"), ray.get(owner.put.remote())
+    ray.kill(owner)
+    assert remote.still_there([]) is None
+    assert remote.still_there([kept]) == "paused"
+    wait_until(lambda: remote.still_there([lost]) is None)
+
+
 def test_a_worker_killed_in_the_middle_of_a_probe_is_replaced_and_the_probe_repeated(
     ours: None, attentive: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
     job, killer = job_of(plan, workers={"count": 1}, probe=LONG), Killer()
     with local.workers(job, Silent()) as (evaluate, _):
-        expected = by_index(evaluate(parent, pool[:3]))
+        expected = by_index(climbed(evaluate, parent, pool[:3]))
     with hired(job, killer) as (evaluate, _):
-        assert by_index(evaluate(parent, pool[:3])) == expected
+        assert by_index(climbed(evaluate, parent, pool[:3])) == expected
     assert len(killer.hit) == 1
     [note] = killer.troubles
     assert note.startswith("candidate 1: its worker was lost")
@@ -446,7 +484,7 @@ def test_a_candidate_whose_workers_die_again_and_again_is_recorded_and_the_other
 ) -> None:
     killer = Killer(times=2)
     with hired(job_of(plan, workers={"count": 1, "retries": 1}, probe=LONG), killer) as (evaluate, _):
-        found = by_index(evaluate(parent, pool[:3]))
+        found = by_index(climbed(evaluate, parent, pool[:3]))
     assert len(killer.hit) == 2
     assert sorted(found) == [0, 1, 2]
     assert (found[0].ok, found[1].ok, found[2].ok) == (True, False, True)
@@ -490,14 +528,14 @@ def test_workers_that_died_while_idle_are_nobodys_fault(
     ours: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...], undisturbed: dict[int, Evaluation]
 ) -> None:
     with hired(job_of(plan, workers={"count": 2, "retries": 1})) as (evaluate, _):
-        pids = {pid_of(evaluation) for evaluation in evaluate(parent, pool)}
+        pids = {pid_of(evaluation) for evaluation in climbed(evaluate, parent, pool)}
         wait_until(lambda: len(desks()) == 2)
         idle = desks()
         assert pids <= set(idle)
         for pid in idle:
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not set(idle) & set(desks()))
-        assert by_index(evaluate(parent, pool[:1])) == {0: undisturbed[0]}
+        assert by_index(climbed(evaluate, parent, pool[:1])) == {0: undisturbed[0]}
 
 
 def test_a_candidate_past_its_deadline_is_recorded_and_the_others_get_a_fresh_worker(
@@ -511,7 +549,7 @@ def test_a_candidate_past_its_deadline_is_recorded_and_the_others_get_a_fresh_wo
     job = job_of(plan, workers={"count": 1, "deadline": 10}, probe=LONG)
     try:
         with hired(job, killer) as (evaluate, _):
-            evaluations = list(evaluate(parent, pool[:3]))
+            evaluations = list(climbed(evaluate, parent, pool[:3]))
     finally:
         for pid in killer.hit:
             if psutil.pid_exists(pid):
@@ -531,7 +569,7 @@ def test_every_candidate_has_its_own_deadline(
 ) -> None:
     endless = job_of(plan, workers={"count": 2, "deadline": 0.5}, probe=SHORT | {"epochs": 1000.0})
     with hired(endless) as (evaluate, _):
-        found = by_index(evaluate(parent, pool[:3]))
+        found = by_index(climbed(evaluate, parent, pool[:3]))
     assert {evaluation.error for evaluation in found.values()} == {
         "took longer than the deadline of 0.5 s (workers.deadline)"
     }
@@ -545,10 +583,10 @@ def test_a_candidates_own_failure_is_recorded_and_not_repeated(
     tensors["classifier.bias"][0] = float("nan")
     ear = Ear()
     with hired(job_of(plan, workers={"count": 1}), ear) as (evaluate, _):
-        broken = list(evaluate(Snapshot("poisoned", pack(tensors)), pool[:2]))
+        broken = list(climbed(evaluate, Snapshot("poisoned", pack(tensors)), pool[:2]))
         assert all("the loss on select is nan" in str(evaluation.error) for evaluation in broken)
         assert len({pid_of(evaluation) for evaluation in broken}) == 1
-        good = list(evaluate(parent, pool[:1]))
+        good = list(climbed(evaluate, parent, pool[:1]))
     assert result(good[0]) == undisturbed[0]
     assert pid_of(good[0]) == pid_of(broken[0])
     assert ear.troubles == []
@@ -578,7 +616,7 @@ def test_workers_that_cannot_start_end_the_search_with_the_last_reason(
         hired(nothing_known, ear) as (evaluate, _),
         pytest.raises(UserError, match=r"2 workers in a row did not start; the last one said: .*"),
     ):
-        list(evaluate(parent, pool))
+        list(climbed(evaluate, parent, pool))
     assert len(ear.troubles) == 2
     assert all("nrecognized configuration class" in note for note in ear.troubles), ear.troubles
 
@@ -600,17 +638,17 @@ def test_weights_are_put_once_a_snapshot_and_workers_are_kept(
 
     with hired(plan.job) as (evaluate, fine_tune):
         monkeypatch.setattr(ray, "put", counting)
-        first = list(evaluate(parent, pool))
+        first = list(climbed(evaluate, parent, pool))
         assert sum(value is parent.weights for value in puts) == len(puts) == 1
         wait_until(lambda: len(desks()) == 2)
         workers = desks()
         checkpoints = dict(fine_tune(work))
-        list(evaluate(parent, pool))
+        list(climbed(evaluate, parent, pool))
         assert len(puts) == 1
         child = Snapshot("search-1", checkpoints[0].weights, checkpoints[0].optimizer)
-        second = list(evaluate(child, propose(resolve(plan.job.spec), 2)))
+        second = list(climbed(evaluate, child, propose(resolve(plan.job.spec), 2)))
         assert len(puts) == 3
-        list(evaluate(child, pool[:1]))
+        list(climbed(evaluate, child, pool[:1]))
         assert len(puts) == 3
         assert sorted(desks()) == sorted(workers)
     assert {pid_of(evaluation) for evaluation in [*first, *second]} <= set(workers)
@@ -627,7 +665,7 @@ def test_half_a_cpu_makes_twice_as_many_workers_of_one_thread(
     expected = min(len(pool), int(2 * ray.cluster_resources()["CPU"]))
     most, evaluations = 0, []
     with hired(job_of(plan, workers={"cpus": 0.5})) as (evaluate, _):
-        for evaluation in evaluate(parent, pool):
+        for evaluation in climbed(evaluate, parent, pool):
             evaluations.append(evaluation)
             most = max(most, len(desks()))
         wait_until(lambda: len(desks()) == expected)
@@ -641,7 +679,7 @@ def test_the_watch_sees_every_probe_rise(
 ) -> None:
     ear = Ear()
     with hired(job_of(plan, workers={"count": 1}, probe=LONG), ear) as (evaluate, _):
-        list(evaluate(parent, pool[:2]))
+        list(climbed(evaluate, parent, pool[:2]))
     for name in ("control", "candidate 1"):
         told = [shares[name] for shares in ear.shares if name in shares]
         assert told == sorted(told)
@@ -703,7 +741,8 @@ def test_of_many_busy_workers_a_few_are_asked_at_a_time_and_all_in_turn():
             return object()
 
     pool = remote.Pool.__new__(remote.Pool)
-    pool.busy = {f"work {index}": (index, Actor(index), 0.0) for index in range(20)}
+    calls = [remote.Call(index, "", 0.0, lambda actor: None) for index in range(20)]
+    pool.busy = {f"work {call.key}": (call, Actor(call.key), 0.0) for call in calls}
     asked = {}
     for _ in range(5):
         pool.ask(asked)
@@ -713,4 +752,4 @@ def test_of_many_busy_workers_a_few_are_asked_at_a_time_and_all_in_turn():
     for _ in range(5):
         pool.ask(asked)
     assert sorted(asked.values()) == list(range(20)), "a worker that owes an answer was asked again"
-    assert {index for index, _, _ in pool.busy.values()} == set(range(20))
+    assert {call.key for call, _, _ in pool.busy.values()} == set(range(20))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from raymask.config import make_spec
 from raymask.core.errors import UserError
 from raymask.core.masks import digest, pack_bits
-from raymask.core.records import Candidate, Checkpoint, Evaluation, FineTuned, Point, Settling, Snapshot
+from raymask.core.records import Candidate, Checkpoint, Climb, Evaluation, FineTuned, Point, Settling, Snapshot
 from raymask.core.tensors import pack
 from raymask.driver.search import Plan, conclude, prepare, prune
 from raymask.report.terminal import Silent
@@ -47,12 +48,15 @@ def plan() -> Plan:
 class Fakes:
     """Both seams, in a few lines: scores are given by candidate index, and everything asked for is written down.
 
+    `metrics`: after fine-tuning, by the candidate's index; 0.5 where there is none.
+
     Level N starts at 10 N seconds, with candidate i at 10 N + i; fine-tunings follow from 10 N + 4. Each takes one.
     """
 
     plan: Plan
     scores: Sequence[float | None] = (0.1, 0.2, 0.4, 0.3)
     machine: bool = False
+    metrics: Sequence[float] = ()
     lives: int = 10**6
     evaluated: list[tuple[str, Candidate]] = field(default_factory=list)
     tuned: list[tuple[Snapshot, Settling]] = field(default_factory=list)
@@ -62,17 +66,20 @@ class Fakes:
         if self.lives < 0:
             raise Killed
 
-    def evaluate(self, parent: Snapshot, candidates: Sequence[Candidate]) -> Iterator[Evaluation]:
-        for candidate in reversed(candidates):
+    def evaluate(self, parents: Mapping[int, Snapshot], wanted: Callable[[], Iterable[Climb]]) -> Iterator[Evaluation]:
+        """The least worthwhile first, which must make no difference."""
+        while climbs := list(wanted()):
             self.spend_a_life()
-            self.evaluated.append((parent.key, candidate))
+            candidate, rung = climbs[-1].candidate, climbs[-1].rung
+            self.evaluated.append((parents[candidate.parent].key, candidate))
             score = self.scores[candidate.index]
             if score is None:
-                yield Evaluation(candidate=candidate, error="it broke", machine=self.machine)
+                yield Evaluation(candidate=candidate, rung=rung, error="it broke", machine=self.machine)
                 continue
             losses = np.full(len(self.plan.job.data.select), 1 - score, np.float32)
             yield Evaluation(
                 candidate=candidate,
+                rung=rung,
                 score=score,
                 curve=(Point(step=1, loss=1 - score, metric=score),),
                 row_losses=losses.tobytes(),
@@ -87,6 +94,8 @@ class Fakes:
         for index, (parent, settling) in reversed(list(enumerate(work))):
             self.spend_a_life()
             self.tuned.append((parent, settling))
+            index_of = settling.candidate.index
+            metric = self.metrics[index_of] if index_of < len(self.metrics) else 0.5
             bits = pack_bits({"w": torch.arange(8) < 8 * settling.candidate.density})
             yield (
                 index,
@@ -98,7 +107,7 @@ class Fakes:
                     kept=4,
                     total=8,
                     finetuned=FineTuned(
-                        curve=(Point(step=1, loss=0.5, metric=0.5),),
+                        curve=(Point(step=1, loss=0.5, metric=metric),),
                         best=0,
                         started=10.0 * settling.candidate.level + 4 + index,
                         seconds=1.0,
@@ -197,6 +206,85 @@ def test_the_result_says_when_every_piece_of_work_was_done(plan: Plan, tmp_path:
         "baseline (IMP)": 2.0,
         "wall": 7.0,
     }
+
+
+# --- rungs, and several winners --------------------------------------------------------------------------------------
+
+TREE = {"levels": [0.5, 0.75, 0.9], "imp": {"run": False}}
+SCORES = (0.1, 0.2, 0.4, 0.3, 0.15, 0.35, 0.6, 0.25)  # the last four: of a second parent's candidates
+
+
+def test_only_the_best_and_the_control_are_evaluated_to_the_end(tmp_path: Path) -> None:
+    plan = plan_of(candidates={"count": 7}, probe={"rungs": [0.25, 1.0]})
+    fakes = Fakes(plan, scores=SCORES)
+    store = RunDir(tmp_path)
+    fakes.run(store)
+    found = store.evaluations(1)
+    assert sorted(e.candidate.index for e in found if e.rung == 0) == list(range(8))
+    assert {e.candidate.index for e in found if e.rung == 1} >= {0, 2, 6}
+    level = store.read_level(SEARCH, 1)
+    assert (level.winner.candidate.index, level.winner.rung, level.evaluated) == (6, 1, 8)
+    assert level.confidence == 1.0
+
+
+def test_a_beam_draws_from_every_branch_and_the_result_is_one_path_of_the_tree(tmp_path: Path) -> None:
+    """Branch 1 of level 1 is candidate 2, branch 2 is 3; at the later levels 6, of branch 2, and 2, of branch 1."""
+    plan = plan_of(**TREE, select={"keep": 2, "beam": True})
+    fakes = Fakes(plan, scores=SCORES)
+    store = RunDir(tmp_path)
+    fakes.run(store)
+    assert sorted((origin(key), candidate.index) for key, candidate in fakes.evaluated if candidate.level == 2) == [
+        *(("branch-2-1", index) for index in range(4, 8)),
+        *(("search-1", index) for index in range(4)),
+    ]
+    tuned = [(parent.key, settling.candidate) for parent, settling in fakes.tuned if settling.candidate.level]
+    assert sorted((candidate.level, candidate.index, origin(key)) for key, candidate in tuned) == [
+        (1, 2, "dense-0"),
+        (1, 3, "dense-0"),
+        (2, 2, "search-1"),
+        (2, 6, "branch-2-1"),
+        (3, 2, "search-2"),
+        (3, 6, "branch-2-2"),
+    ]
+    result = conclude(plan, store, 1.0)
+    assert [level.winner.candidate.index for level in result.levels] == [2, 2, 6]
+    assert [level.winner.candidate.index for level in result.others] == [3, 6, 2]
+
+
+def test_without_a_beam_the_best_after_fine_tuning_is_the_only_parent(tmp_path: Path) -> None:
+    plan = plan_of(**TREE, select={"keep": 2})
+    fakes = Fakes(plan, scores=SCORES, metrics=(0.5, 0.5, 0.5, 0.9))
+    store = RunDir(tmp_path)
+    fakes.run(store)
+    assert {(candidate.level, origin(key)) for key, candidate in fakes.evaluated} == {
+        (1, "dense-0"),
+        (2, "branch-2-1"),
+        (3, "branch-2-2"),
+    }
+    result = conclude(plan, store, 1.0)
+    assert [level.winner.candidate.index for level in result.levels] == [3, 3, 3]
+    assert [level.winner.candidate.index for level in result.others] == [2, 2, 2]
+    assert result.export
+    assert len([piece for piece in result.timeline if piece.kind == "fine-tuning"]) == 6
+
+
+@pytest.mark.parametrize("beam", [False, True])
+@pytest.mark.parametrize("lives", range(0, 34, 6))
+def test_a_killed_tree_grows_on_to_the_same_tree(tmp_path: Path, lives: int, beam: bool) -> None:
+    plan = plan_of(**TREE, select={"keep": 2, "beam": beam}, probe={"rungs": [0.5, 1.0]})
+
+    def fakes(**changes: int) -> Fakes:
+        return Fakes(plan, scores=SCORES, metrics=(0.5, 0.5, 0.5, 0.9, 0.5, 0.6), **changes)
+
+    whole, killed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
+    fakes().run(whole)
+    with suppress(Killed):
+        fakes(lives=lives).run(killed)
+    fakes().run(killed)
+    ours, theirs = conclude(plan, killed, 1.0), conclude(plan, whole, 1.0)
+    for mine, other in zip([*ours.levels, *ours.others], [*theirs.levels, *theirs.others], strict=True):
+        assert (mine.winner, mine.gain, mine.confidence) == (other.winner, other.gain, other.confidence)
+        assert origin(mine.parent) == origin(other.parent)
 
 
 def test_a_failed_candidate_never_wins_and_is_counted(plan: Plan, tmp_path: Path) -> None:

@@ -41,10 +41,10 @@ def test_a_stopped_search_is_shown_with_its_evaluations(tmp_path: Path) -> None:
     text = shown(tmp_path)
     for part in (
         "\ndense, sparsity ",
-        "level 1/2, sparsity 50.00%\n  4 of 4 candidates evaluated",
+        "level 1/2, sparsity 50.00%\n  4 of 4 early evaluations done",
         "selected (candidate 2), sparsity 50.00%",
         "control (IMP), sparsity 50.00%",
-        "level 2/2, sparsity 90.00%\n  2 of 4 candidates evaluated\n  candidate 3: score 0.3000",
+        "level 2/2, sparsity 90.00%\n  2 of 4 early evaluations done\n  candidate 3: score 0.3000",
     ):
         assert part in text
 

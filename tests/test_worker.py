@@ -13,7 +13,7 @@ from builders import FAMILIES, refused, tiny_job, tiny_snapshot
 
 from raymask.core.masks import kept, unpack_bits
 from raymask.core.recipe import control, dense_stage, finetune_stage, propose, resolve
-from raymask.core.records import Point, Settling, Snapshot
+from raymask.core.records import Climb, Point, Settling, Snapshot
 from raymask.core.tensors import pack
 from raymask.train import loop, worker
 from raymask.train.metrics import measure
@@ -49,9 +49,16 @@ def findings(evaluation):
 
 def probed(job, snapshot, candidate):
     """A fresh worker's evaluation, which must have gone well."""
-    found = Worker(job, "cpu").probe(snapshot, candidate)
+    found = probe(Worker(job, "cpu"), snapshot, candidate)
     assert found.ok, found.error
     return found
+
+
+def probe(worker, snapshot, candidate):
+    """An early evaluation in one go."""
+    evaluation, paused = worker.probe(snapshot, Climb(candidate))
+    assert paused is None
+    return evaluation
 
 
 def settled(job, snapshot, candidate):
@@ -83,7 +90,7 @@ def test_a_probe_is_the_same_on_any_worker_in_any_order_and_after_any_work(disti
     work = [(later, candidate) for candidate in pool(job, 2)] + [(dense, candidate) for candidate in pool(job)]
     random.Random(0).shuffle(work)
     work += [(dense, pool(job)[1]), (later, pool(job)[1]), (dense, pool(job)[1])]
-    found = [(snapshot, candidate, findings(busy.probe(snapshot, candidate))) for snapshot, candidate in work]
+    found = [(snapshot, candidate, findings(probe(busy, snapshot, candidate))) for snapshot, candidate in work]
     for snapshot, candidate, again in found:
         expected = first[candidate] if snapshot is dense else findings(probed(job, later, candidate))
         assert again == expected
@@ -185,7 +192,7 @@ def test_an_evaluation_says_where_and_when_it_was_made_and_how_long_it_took(job,
 
 def test_training_that_diverges_is_a_record_and_no_exception(dense):
     job = tiny_job(probe={"learning_rate": 1e30})
-    found = Worker(job, "cpu").probe(dense, pool(job)[1])
+    found = probe(Worker(job, "cpu"), dense, pool(job)[1])
     assert not found.ok
     assert found.error.startswith("FloatingPointError: the loss on select is ")
     assert found.error.endswith(" steps")
@@ -204,8 +211,8 @@ def test_training_that_diverges_is_a_record_and_no_exception(dense):
 def test_a_broken_snapshot_fails_its_candidates_and_nobody_after_them(job, dense, name, error, index):
     busy, candidate, matrix = Worker(job, "cpu"), pool(job)[index], job.prunable[-1]
     broken = with_nan(dense, name.format(matrix=matrix))
-    assert busy.probe(broken, candidate).error == error.format(matrix=matrix)
-    assert findings(busy.probe(dense, candidate)) == findings(probed(job, dense, candidate))
+    assert probe(busy, broken, candidate).error == error.format(matrix=matrix)
+    assert findings(probe(busy, dense, candidate)) == findings(probed(job, dense, candidate))
 
 
 def test_any_other_error_of_a_candidate_is_recorded_by_kind_and_cut(job, dense, monkeypatch):
@@ -213,7 +220,7 @@ def test_any_other_error_of_a_candidate_is_recorded_by_kind_and_cut(job, dense, 
         raise ZeroDivisionError("x" * 5000)
 
     monkeypatch.setattr(Worker, "look", fail)
-    found = Worker(job, "cpu").probe(dense, pool(job)[0])
+    found = probe(Worker(job, "cpu"), dense, pool(job)[0])
     assert found.error.startswith("ZeroDivisionError: xxx")
     assert len(found.error) == 2000
 
@@ -237,13 +244,13 @@ def test_the_machine_s_own_faults_are_raised(job, dense, monkeypatch, fault, wor
     candidate = pool(job)[0]
     busy = Worker(job, "cpu")
     with pytest.raises(MachineFault, match="no room"):
-        busy.probe(dense, candidate) if work == "probe" else busy.settle(dense, settling(job, candidate))
+        probe(busy, dense, candidate) if work == "probe" else busy.settle(dense, settling(job, candidate))
 
 
 def test_memory_that_really_runs_out_is_the_machine_s_fault(job, dense, monkeypatch):
     monkeypatch.setattr(Worker, "look", lambda *_: torch.empty(2**60, dtype=torch.uint8))
     with pytest.raises(MachineFault, match="allocate"):
-        Worker(job, "cpu").probe(dense, pool(job)[0])
+        probe(Worker(job, "cpu"), dense, pool(job)[0])
 
 
 # Fine-tuning.
@@ -450,7 +457,7 @@ def test_neither_random_state_nor_threads_of_the_caller_change(job, dense, fails
     snapshot = with_nan(dense, "classifier.weight") if fails else dense
     torch.manual_seed(1)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), torch.get_num_threads()
-    assert busy.probe(snapshot, pool(job)[1]).ok is not fails
+    assert probe(busy, snapshot, pool(job)[1]).ok is not fails
     if fails:
         refused(busy.settle, snapshot, settling(job, pool(job)[1]))
     else:
@@ -465,7 +472,7 @@ def test_the_share_that_is_done_rises_to_one(job, dense, work):
     shares = []
     busy = Worker(job, "cpu", shares.append)
     if work == "probe":
-        busy.probe(dense, pool(job)[1])
+        probe(busy, dense, pool(job)[1])
     else:
         busy.settle(dense, settling(job, pool(job)[1]))
     steps = 3 if work == "probe" else 6
@@ -506,3 +513,70 @@ def test_a_worker_that_has_no_teacher_asks_for_no_memory_for_its_answers():
     job = tiny_job()
     unknown = replace(job, config=object())  # tells nothing of its layers
     assert unknown.memory(on_gpu=False) == job.memory(on_gpu=False)
+
+
+# --- rungs -----------------------------------------------------------------------------------------------------------
+
+
+def climbing(**changes):
+    return tiny_job(probe={"rungs": [0.3, 0.6, 1.0], "epochs": 3.0} | changes)
+
+
+def climb(job, snapshot, candidate, *, forget=False):
+    """The evaluations of a candidate at each rung, every one on another worker; `forget`: what was paused is lost."""
+    found, paused = [], None
+    for rung in range(len(job.spec.probe.rungs)):
+        evaluation, paused = Worker(job, "cpu").probe(snapshot, Climb(candidate, rung), None if forget else paused)
+        assert evaluation.ok, evaluation.error
+        found.append(evaluation)
+    assert paused is None
+    return found
+
+
+@pytest.mark.parametrize("distill", [False, True])
+def test_a_candidate_goes_on_where_it_paused_or_from_its_parent_with_the_same_result(distill):
+    job = tiny_job(probe={"rungs": [0.3, 0.6, 1.0], "epochs": 3.0}, distill=distill)
+    snapshot = tiny_snapshot(job)
+    paused, forgotten = (climb(job, snapshot, pool(job)[1], forget=forget) for forget in (False, True))
+    assert [findings(evaluation) for evaluation in paused] == [findings(evaluation) for evaluation in forgotten]
+    assert [point.step for evaluation in paused for point in evaluation.curve] == list(range(1, 10))
+    assert [evaluation.rung for evaluation in paused] == [0, 1, 2]
+
+
+def test_without_dropout_rungs_change_nothing_but_where_it_pauses(monkeypatch):
+    """Neither order, rate, moments nor mask: the last looks are those of an evaluation in one go."""
+    monkeypatch.setitem(FAMILIES["bert"], "hidden_dropout_prob", 0.0)
+    monkeypatch.setitem(FAMILIES["bert"], "attention_probs_dropout_prob", 0.0)
+    job, whole = climbing(), climbing(rungs=[1.0])
+    snapshot = tiny_snapshot(job)
+    expected = probed(whole, snapshot, pool(job)[1])
+    found = climb(job, snapshot, pool(job)[1])
+    assert [point for evaluation in found for point in evaluation.curve] == list(expected.curve)
+
+
+def test_a_rung_too_short_for_a_look_is_looked_at_where_it_ends(dense):
+    job = climbing(eval_every=100)
+    found = climb(job, dense, pool(job)[1])
+    assert [[point.step for point in evaluation.curve] for evaluation in found] == [[3], [5], [9]]
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_agreement_with_the_dense_model_is_a_score(regression):
+    job = tiny_job(regression=regression, probe={"score": "agreement", "last": 1})
+    snapshot = tiny_snapshot(job)
+    assert snapshot.teacher is not None
+    found = probed(job, snapshot, pool(job)[1])
+    assert found.score == found.curve[-1].agreement
+    assert found.score < 0
+    itself = Worker(job, "cpu")
+    probe(itself, snapshot, pool(job)[0])
+    with torch.no_grad():
+        assert loop.agreement(itself.standard, itself.standard, regression) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_agreement_is_minus_the_divergence_of_the_probabilities():
+    ours, theirs = torch.tensor([[0.0, 1.0], [2.0, -1.0]]), torch.tensor([[1.0, 0.0], [2.0, -1.0]])
+    p, q = theirs.softmax(-1), ours.softmax(-1)
+    expected = -float((p * (p / q).log()).sum(-1).mean())
+    assert loop.agreement(ours, theirs, False) == pytest.approx(expected, rel=1e-6)
+    assert loop.agreement(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]]), True) == -2.0

@@ -15,11 +15,11 @@ from unittest import mock
 
 import numpy as np
 import ray
-from harness import Finding, options, tell
+from harness import Finding, climbed, options, tell
 from ray import tune
 
 from raymask.config import make_spec
-from raymask.core.records import Candidate, Evaluation, Noise, Point, Snapshot
+from raymask.core.records import Candidate, Climb, Evaluation, Noise, Point, Snapshot
 from raymask.core.tensors import Packed
 from raymask.driver import cluster, remote
 from raymask.report.terminal import Silent
@@ -65,8 +65,8 @@ class Clerk:
     def progress(self) -> float:
         return 0.0
 
-    def probe(self, key: str, refs: Mapping[str, Any], candidate: Candidate) -> Evaluation:
-        return evaluation(candidate.index)
+    def probe(self, key: str, refs: Mapping[str, Any], climb: Climb, paused: Any) -> tuple[Any, None]:
+        return evaluation(climb.candidate.index), None
 
 
 class Sleeper(Clerk):
@@ -79,10 +79,10 @@ class Sleeper(Clerk):
         vars(tensors)["Packed"] = object
         sys.modules[tensors.__name__] = tensors
 
-    def probe(self, key: str, refs: Mapping[str, Any], candidate: Candidate) -> Any:
+    def probe(self, key: str, refs: Mapping[str, Any], climb: Climb, paused: Any) -> tuple[Any, None]:
         from raymask.core.records import Evaluation  # here: this class must be unpickled without it
 
-        started = time.perf_counter()
+        started, candidate = time.perf_counter(), climb.candidate
         if candidate.is_control:
             (self.job.gate / str(os.getpid())).touch()
             while len(list(self.job.gate.iterdir())) < self.job.spec.workers.count:
@@ -90,7 +90,8 @@ class Sleeper(Clerk):
         else:
             time.sleep(self.job.seconds)
         seconds = time.perf_counter() - started
-        return Evaluation(candidate=candidate, row_losses=bytes(4 * ROWS), seconds=seconds, worker=str(os.getpid()))
+        worker = str(os.getpid())
+        return Evaluation(candidate=candidate, row_losses=bytes(4 * ROWS), seconds=seconds, worker=worker), None
 
 
 def trial(config: dict[str, Any]) -> dict[str, Any]:
@@ -126,12 +127,12 @@ def costs(count: int, trials: int, pause: float) -> None:
     """Time and bytes of `count` candidates, and the time of Tune's trials, `trials` of them when each is a process."""
     with mock.patch.object(remote, "Desk", Clerk), TemporaryDirectory() as folder:
         with remote.workers(stand_in(2), Silent(), None) as (evaluate, _):
-            list(evaluate(PARENT, [candidate(index) for index in range(10)]))
+            list(climbed(evaluate, PARENT, [candidate(index) for index in range(10)]))
             before = loopback()
             time.sleep(pause)  # which also lets the second worker start
             idle = (loopback() - before) / pause
             journal, before, started = RunDir(folder), loopback(), time.perf_counter()
-            for found in evaluate(PARENT, [candidate(index) for index in range(count)]):
+            for found in climbed(evaluate, PARENT, [candidate(index) for index in range(count)]):
                 journal.append(found)  # as a search does
             ours = time.perf_counter() - started
             wire = (loopback() - before - idle * ours) / count
@@ -209,9 +210,9 @@ def busy(count: int, probes: int, seconds: float) -> None:
     with TemporaryDirectory() as gate, mock.patch.object(remote, "Desk", Sleeper):
         job = stand_in(count, gate=Path(gate), seconds=seconds)
         with remote.workers(job, Silent(), None) as (evaluate, _):
-            list(evaluate(PARENT, [candidate(index, None) for index in range(count)]))
+            list(climbed(evaluate, PARENT, [candidate(index, None) for index in range(count)]))
             started, computing = time.perf_counter(), time.process_time()
-            found = list(evaluate(PARENT, [candidate(index) for index in range(probes)]))
+            found = list(climbed(evaluate, PARENT, [candidate(index) for index in range(probes)]))
             wall, computing = time.perf_counter() - started, time.process_time() - computing
     assert len(found) == probes
     assert len({one.worker for one in found}) == count

@@ -7,13 +7,16 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from run import number
+
+from raymask.core.records import Candidate, Evaluate, Evaluation, Snapshot
+from raymask.core.rungs import Ladder
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -44,6 +47,11 @@ def tell(finding: Finding) -> None:
     if finding.note:
         print(f"  {finding.note}")
     print(json.dumps(asdict(finding) | {"machine": machine()}), flush=True)
+
+
+def climbed(evaluate: Evaluate, parent: Snapshot, pool: Sequence[Candidate]) -> Iterator[Evaluation]:
+    """Early evaluation of a pool in one go each."""
+    return Ladder(pool, [1.0]).climb(evaluate, {1: parent})
 
 
 def machine() -> str:

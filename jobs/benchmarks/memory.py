@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import torch
-from harness import Finding, options, tell
+from harness import Finding, climbed, options, tell
 
 from raymask.config import make_spec
 from raymask.core.records import Candidate, Noise, Snapshot
@@ -73,7 +73,7 @@ def measure(job: Job, parent: Snapshot) -> Memory:
     ]
     with remote.workers(job, Silent(), None) as (evaluate, _):
         while len(seen) < count:
-            for found in evaluate(parent, pool):
+            for found in climbed(evaluate, parent, pool):
                 assert found.ok, found.error
                 seen.add(found.worker)
         return look()

@@ -6,10 +6,10 @@ import multiprocessing
 import time
 from typing import Any
 
-from harness import Finding, options, task, tell
+from harness import Finding, climbed, options, task, tell
 
 from raymask.core.recipe import propose, resolve
-from raymask.core.records import Candidate, Snapshot
+from raymask.core.records import Candidate, Climb, Snapshot
 from raymask.core.spec import Spec
 from raymask.driver import remote
 from raymask.driver.search import prepare
@@ -42,9 +42,9 @@ def stage(chosen: Any, workers: int, candidates: int, epochs: float) -> float:
     """Seconds of a level's early evaluation on so many workers that have started and evaluated before."""
     job, parent, pool = job_of(chosen, workers, candidates, epochs)
     with remote.workers(job, Silent(), None) as (evaluate, _):
-        list(evaluate(parent, pool[:workers]))
+        list(climbed(evaluate, parent, pool[:workers]))
         started = time.perf_counter()
-        found = list(evaluate(parent, pool))
+        found = list(climbed(evaluate, parent, pool))
         assert all(evaluation.ok for evaluation in found)
         return time.perf_counter() - started
 
@@ -53,11 +53,11 @@ def alone(chosen: Any, candidates: int, epochs: float, start: Any, seconds: Any)
     """The same work in a process that shares nothing with another."""
     job, parent, pool = job_of(chosen, 1, candidates, epochs)
     worker = Worker(job, "cpu")
-    worker.probe(parent, pool[0])
+    worker.probe(parent, Climb(pool[0]))
     start.wait()
     began = time.perf_counter()
     for candidate in pool:
-        worker.probe(parent, candidate)
+        worker.probe(parent, Climb(candidate))
     seconds.put(time.perf_counter() - began)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raymask.core.patterns import PATTERNS, Pattern
 from raymask.core.records import Candidate, Noise, Stage
 from raymask.core.rules import RULES, Rule
+from raymask.core.rungs import climbs, cost
 from raymask.core.samplers import SAMPLERS, Sampler
 from raymask.core.scorers import SCORERS, Scorer
 from raymask.core.seeds import derive
@@ -45,19 +47,17 @@ def control(recipe: Recipe, level: int) -> Candidate:
     return Candidate(level=level, index=0, seed=derive(recipe.spec.seed, "candidate", level, 0), density=density)
 
 
-def propose(recipe: Recipe, level: int) -> tuple[Candidate, ...]:
-    """The level's pool: the control, then as many random masks as asked for, sampling ratios in turn."""
+def propose(recipe: Recipe, level: int, parents: Sequence[int] = (1,)) -> tuple[Candidate, ...]:
+    """The level's pool, for each of its `parents`, branches of the level before: the control, then as many random masks
+    as asked for, sampling ratios in turn."""
     first, asked = control(recipe, level), recipe.spec.candidates
-    return first, *(
-        first.model_copy(
-            update={
-                "index": index,
-                "seed": derive(recipe.spec.seed, "candidate", level, index),
-                "noise": Noise(exponent=asked.exponent, ratio=asked.ratios[(index - 1) % len(asked.ratios)]),
-            }
-        )
-        for index in range(1, asked.count + 1)
-    )
+    found = []
+    for index in range(len(parents) * (asked.count + 1)):
+        turn, drawn = divmod(index, asked.count + 1)
+        noise = Noise(exponent=asked.exponent, ratio=asked.ratios[(drawn - 1) % len(asked.ratios)]) if drawn else None
+        seed = derive(recipe.spec.seed, "candidate", level, index)
+        found.append(first.model_copy(update={"index": index, "seed": seed, "noise": noise, "parent": parents[turn]}))
+    return tuple(found)
 
 
 def stage(section: Dense | Probe | Finetune, *, schedule: str = "linear", distill: bool) -> Stage:
@@ -102,14 +102,33 @@ def runs_imp(spec: Spec) -> bool:
     return spec.imp.run and spec.candidates.count > 0
 
 
+def parents_of(spec: Spec, level: int) -> int:
+    """How many parents a level's candidates are drawn from, at most."""
+    return spec.select.keep if spec.select.beam and level > 1 else 1
+
+
+def probe_epochs(recipe: Recipe, level: int) -> float:
+    """Epochs of a level's early evaluations."""
+    spec, parents = recipe.spec, parents_of(recipe.spec, level)
+    if spec.candidates.count == 0:
+        return 0.0
+    return spec.probe.epochs * cost(parents * spec.candidates.count, parents, spec.probe.rungs)
+
+
+def climbs_of(recipe: Recipe, level: int) -> int:
+    """How many early evaluations, each from one rung to the next, a level has."""
+    spec, parents = recipe.spec, parents_of(recipe.spec, level)
+    return climbs(parents * spec.candidates.count, parents, spec.probe.rungs) if spec.candidates.count else 0
+
+
 def epochs(recipe: Recipe) -> dict[str, float]:
     """Epochs by purpose that the whole search will train."""
     spec, levels = recipe.spec, len(recipe.densities)
     warm = warm_stage(spec)
-    probes = levels * len(propose(recipe, 1)) * spec.probe.epochs if spec.candidates.count else 0.0
+    probes = sum(probe_epochs(recipe, level) for level in range(1, levels + 1))
     return {
         "dense": spec.dense.epochs + (warm.epochs if warm else 0.0),
         "early evaluation": probes,
-        "fine-tuning": levels * finetune_stage(recipe, 1).epochs,
+        "fine-tuning": levels * spec.select.keep * finetune_stage(recipe, 1).epochs,
         "baseline (IMP)": levels * finetune_stage(recipe, 1, imp=True).epochs if runs_imp(spec) else 0.0,
     }

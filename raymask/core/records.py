@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -31,7 +31,8 @@ class Candidate(Record):
     """Everything about one mask, given a snapshot: never the mask itself.
 
     `level` counts from 1 (0 is dense), `density` in (0, 1] is the share of every prunable matrix that is kept.
-    Without `noise` it is the control: the deterministic magnitude mask.
+    Without `noise` it is the control: the deterministic magnitude mask. `parent`: the branch of the level before that
+    it is drawn from, counted from 1.
     """
 
     level: int
@@ -39,6 +40,7 @@ class Candidate(Record):
     seed: int
     density: float
     noise: Noise | None = None
+    parent: int = 1
 
     @property
     def is_control(self) -> bool:
@@ -46,21 +48,35 @@ class Candidate(Record):
 
     @property
     def name(self) -> str:
-        return "control" if self.is_control else f"candidate {self.index}"
+        name = "control" if self.is_control else f"candidate {self.index}"
+        return name if self.parent == 1 else f"{name} of branch {self.parent}"
+
+
+@dataclass(frozen=True)
+class Climb:
+    """A candidate's early evaluation from one rung to the next; to rung 0 it starts from its parent."""
+
+    candidate: Candidate
+    rung: int = 0
 
 
 class Point(Record):
-    """One look at the `select` split after `step` optimizer steps: mean `loss`, mean of the task's metrics."""
+    """One look at the `select` split after `step` optimizer steps: mean `loss`, mean of the task's metrics.
+
+    `agreement` with the dense model, where that is known to the worker: minus the mean Kullback-Leibler divergence of
+    its class probabilities from the dense model's, for a regression minus the mean squared difference.
+    """
 
     step: int
     loss: float
     metric: float
+    agreement: float | None = None
 
 
 class Evaluation(Record):
-    """What the early evaluation of one candidate found, or the `error` that ended it.
+    """What the early evaluation of one candidate found at a `rung`, or the `error` that ended it.
 
-    `score`: larger is better (the negative loss, or the metric), the mean of the looks on the `curve`.
+    `score`: larger is better (the negative loss, the metric, or the agreement), the mean of the looks on the `curve`.
     `row_losses`: float32 bytes, one loss a row that was looked at, averaged over the same looks.
     `distance`: share in [0, 1] of kept entries that the control prunes. `digest`: the mask's. `started`: Unix time,
     seconds; 0 when no worker lived to tell. `machine`: the error was the machine's, not the candidate's, so a
@@ -68,6 +84,7 @@ class Evaluation(Record):
     """
 
     candidate: Candidate
+    rung: int = 0
     score: float | None = None
     curve: tuple[Point, ...] = ()
     row_losses: bytes = b""
@@ -132,9 +149,9 @@ class Level(Record):
     """A finished level of one lineage; written last, so its existence means that the level is done.
 
     `winner` has no score when it was the only candidate. `gain`: by how much the winner's loss on `select`
-    undercuts the control's, positive is better. `report`: the task's metrics on the split that no choice
-    ever sees. `parent`: key of the snapshot that it was made from. `data`: digest of the rows that it all rests on.
-    `files`: SHA-256 by file name.
+    undercuts the control's, positive is better. `confidence`: the probability that no other candidate's is lower, by
+    the bootstrap over rows. `report`: the task's metrics on the split that no choice ever sees. `parent`: key of the
+    snapshot that it was made from. `data`: digest of the rows that it all rests on. `files`: SHA-256 by file name.
     """
 
     level: int
@@ -145,6 +162,7 @@ class Level(Record):
     evaluated: int
     failed: int
     gain: Interval | None
+    confidence: float | None = None
     finetuned: FineTuned
     report: dict[str, float]
     digest: str
@@ -184,6 +202,7 @@ class Result(Record):
     """What a finished search found. `rows`: dense, the baseline where it ran, selected.
 
     `gain`: by how much the selected model's mean metric on `report` exceeds the baseline's, paired over rows.
+    `levels`: from the dense model to the selected one. `others`: masks that were fine-tuned too, and led elsewhere.
     `scored`: how many rows of `select` scored the candidates, and how many it has. `seconds`: by purpose, summed over
     workers, and the `wall` clock of the last start. `timeline`: all work that was finished, in any of its starts.
     """
@@ -195,6 +214,7 @@ class Result(Record):
     rows: tuple[Row, ...]
     gain: Interval | None
     levels: tuple[Level, ...]
+    others: tuple[Level, ...] = ()
     imp: tuple[Level, ...]
     scored: tuple[int, int]
     seconds: dict[str, float]
@@ -267,8 +287,9 @@ class Settling:
     digest: str | None = None
 
 
-Evaluate = Callable[[Snapshot, Sequence[Candidate]], Iterator[Evaluation]]
-"""The first seam: early evaluation of candidates, yielded in the order in which they finish."""
+Evaluate = Callable[[Mapping[int, Snapshot], Callable[[], Iterable[Climb]]], Iterator[Evaluation]]
+"""The first seam: (parents by branch, what is worth doing now, best first) -> evaluations in the order in which they
+finish. It asks again whenever one has been taken from it, and ends when there is nothing worth doing."""
 
 FineTune = Callable[[Sequence[tuple[Snapshot, Settling]]], Iterator[tuple[int, Checkpoint]]]
 """The second seam: fine-tunings from their parents, yielded with their index in the order in which they finish."""

@@ -6,24 +6,30 @@ from collections.abc import Callable, Sequence
 from raymask.core.errors import UserError
 from raymask.core.records import Evaluation
 
-Rule = Callable[[Sequence[Evaluation]], Evaluation]
-"""Evaluations of one level, in any order -> the winner."""
+Rule = Callable[[Sequence[Evaluation], int], Sequence[Evaluation]]
+"""(evaluations of one level, in any order; how many to keep) -> the winners, at least one, the first one first."""
 
 
-def best(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The highest finite score; on a tie the lowest index, so that the order of arrival never matters.
+def ranked(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Those with a finite score, the highest first; on a tie the lowest index, so that the order never matters."""
+    alive = [e for e in evaluations if e.ok and e.score is not None and math.isfinite(e.score)]
+    return sorted(alive, key=lambda evaluation: (-(evaluation.score or 0.0), evaluation.candidate.index))
+
+
+def best(evaluations: Sequence[Evaluation], keep: int = 1) -> list[Evaluation]:
+    """The highest scores.
 
     Raises UserError when every candidate failed.
     """
-    alive = [e for e in evaluations if e.ok and e.score is not None and math.isfinite(e.score)]
-    if not alive:
+    found = ranked(evaluations)
+    if not found:
         first = min(evaluations, key=lambda evaluation: evaluation.candidate.index)
         reason = first.error or f"its score is {first.score}"
         raise UserError(
             f"level {first.candidate.level}: all {len(evaluations)} candidates failed; the first one said: {reason}. "
             "Mend the cause, such as too high a learning rate or too little memory, and start in a new run directory"
         )
-    return max(alive, key=lambda evaluation: (evaluation.score, -evaluation.candidate.index))
+    return found[:keep]
 
 
 RULES: dict[str, Rule] = {"best": best}

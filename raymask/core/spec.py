@@ -7,6 +7,7 @@ Mistakes inside it are pydantic's to find; `config` turns them into one message.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
@@ -16,6 +17,7 @@ from raymask.core.schedules import SCHEDULES
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
 QUICKSTART = "quickstart"
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+Score = Literal["loss", "metric", "agreement"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
@@ -120,7 +122,7 @@ class Levels(Section):
         if self.sparsities is not None:
             if not self.sparsities:
                 raise ValueError("at least one sparsity is needed")
-            if any(b <= a for a, b in zip(self.sparsities, self.sparsities[1:], strict=False)):
+            if any(b <= a for a, b in pairwise(self.sparsities)):
                 raise ValueError(f"sparsities must increase from level to level, not {list(self.sparsities)}")
         return self
 
@@ -160,7 +162,8 @@ class Dense(Section):
 class Probe(Section):
     """The early evaluation (EMEP). The score is the mean of the `last` looks, one every `eval_every` steps.
 
-    A look is at `rows` rows of `select` at most, the same for all candidates.
+    A look is at `rows` rows of `select` at most, the same for all candidates. `rungs`: shares of the epochs at which
+    the best go on and the others end (successive halving), as many that every rung costs about the same.
     """
 
     epochs: Positive = 1.0
@@ -170,7 +173,24 @@ class Probe(Section):
     eval_every: Count = 50
     last: Count = 10
     rows: Annotated[int, Field(ge=2, strict=True)] = 1000
-    score: Literal["loss", "metric"] = "loss"
+    rungs: Annotated[tuple[Annotated[float, Field(gt=0, le=1, strict=True)], ...], Field(min_length=1)] = (1.0,)
+    score: Score = "loss"
+
+    @model_validator(mode="after")
+    def rungs_rise_to_one(self) -> Probe:
+        if self.rungs[-1] != 1.0 or any(b <= a for a, b in pairwise(self.rungs)):
+            raise ValueError(f"rungs must increase and end at 1.0, not {list(self.rungs)}")
+        return self
+
+
+class Select(Section):
+    """How many of a level's masks are fine-tuned side by side, and what comes of them.
+
+    The best of the `keep` after fine-tuning is the parent of the next level's candidates; with `beam` each of them is.
+    """
+
+    keep: Count = 1
+    beam: bool = False
 
 
 class Finetune(Section):
@@ -229,6 +249,7 @@ class Spec(Section):
     candidates: Candidates = Candidates()
     dense: Dense = Dense()
     probe: Probe = Probe()
+    select: Select = Select()
     finetune: Finetune = Finetune()
     imp: Imp = Imp()
     distill: bool = True
@@ -236,6 +257,22 @@ class Spec(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     workers: Workers = Workers()
     seed: Seed = 0
+
+    @property
+    def taught(self) -> bool:
+        """Whether candidates are held against the dense model."""
+        return self.distill or self.probe.score == "agreement"
+
+    @model_validator(mode="after")
+    def there_are_as_many_as_are_kept(self) -> Spec:
+        if self.select.keep > self.candidates.count + 1:
+            raise ValueError(
+                f"select.keep: {self.select.keep} is more than the {self.candidates.count + 1} masks of a level "
+                "(candidates.count and the control)"
+            )
+        if self.select.beam and self.select.keep == 1:
+            raise ValueError("select.beam: one mask makes no beam, set select.keep to 2 or more")
+        return self
 
     @model_validator(mode="after")
     def quickstart_is_whole(self) -> Spec:
@@ -258,8 +295,10 @@ PRESETS: dict[str, dict[str, Any]] = {
             "eval_every": 50,
             "last": 10,
             "rows": 2000,
+            "rungs": [1.0],
             "score": "metric",
         },
+        "select": {"keep": 1, "beam": False},
         "finetune": {"epochs": 10.0, "batch_size": 64, "learning_rate": 5e-5, "warmup": 0.1},
         "imp": {"run": True, "epochs": 15.0},
         "dense": {"distill_epochs": 1.0},

@@ -17,6 +17,20 @@ def paired_gain(baseline: np.ndarray, winner: np.ndarray, seed: int) -> Interval
     return paired_bootstrap(len(gains), lambda rows: float(gains[rows].mean()), seed)
 
 
+def confidence(losses: np.ndarray, winner: int, seed: int) -> float:
+    """The share of resamples of the rows in which no candidate's mean loss is below the winner's.
+
+    `losses`: float (candidates, rows), all on the same rows; `winner`: a row number of it.
+    """
+    rng = np.random.default_rng(seed)
+    rows = losses.shape[1]
+    wins = 0
+    for _ in range(RESAMPLES):
+        means = losses @ (np.bincount(rng.integers(0, rows, rows), minlength=rows) / rows)
+        wins += bool(means[winner] <= means.min())
+    return wins / RESAMPLES
+
+
 def paired_bootstrap(count: int, difference: Callable[[np.ndarray], float], seed: int) -> Interval:
     """The difference on all rows, with the 2.5 % and 97.5 % quantiles over resampled rows (percentile bootstrap,
     Efron 1979). `difference` takes row numbers (int64, in [0, count)) and compares both sides on just those rows.

@@ -7,16 +7,16 @@ from safetensors import SafetensorError
 from raymask.core.records import Result
 from raymask.core.tensors import load
 from raymask.report.card import model_card
-from raymask.store import EXPORT, MASK, SEARCH, RunDir, write_tensors
+from raymask.store import EXPORT, MASK, RunDir, write_tensors
 from raymask.train.model import Source, build, persistent, quiet
 
 
-def export(store: RunDir, source: Source, result: Result) -> None:
-    """Write `export/` from the last level; it appears whole or not at all."""
+def export(store: RunDir, source: Source, result: Result, lineage: str) -> None:
+    """Write `export/` from a lineage's last level; it appears whole or not at all."""
     last = result.levels[-1].level
     module = build(source.config)
-    load(store.read_weights(SEARCH, last), persistent(module))
-    mask = store.read_tensors(SEARCH, last, MASK)
+    load(store.read_weights(lineage, last), persistent(module))
+    mask = store.read_tensors(lineage, last, MASK)
     with store.storage.writing_folder(EXPORT) as folder:
         try:
             with quiet():

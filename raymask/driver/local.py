@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 
 from raymask.core.errors import UserError
-from raymask.core.records import Candidate, Checkpoint, Evaluate, Evaluation, FineTune, Settling, Snapshot, Watch
+from raymask.core.records import Checkpoint, Climb, Evaluate, Evaluation, FineTune, Settling, Snapshot, Watch
 from raymask.train.worker import Job, MachineFault, Worker
 
 
@@ -25,13 +25,21 @@ def workers(job: Job, watch: Watch) -> Iterator[tuple[Evaluate, FineTune]]:
     def show(name: str, share: float) -> None:
         watch.running({name: share})
 
-    def evaluate(snapshot: Snapshot, candidates: Sequence[Candidate]) -> Iterator[Evaluation]:
-        for candidate in candidates:
+    def evaluate(parents: Mapping[int, Snapshot], wanted: Callable[[], Iterable[Climb]]) -> Iterator[Evaluation]:
+        paused: dict[tuple[int, int], Snapshot | None] = {}
+        while climb := next(iter(wanted()), None):
+            candidate, rung = climb.candidate, climb.rung
             worker.tell = partial(show, candidate.name)
             try:
-                yield worker.probe(snapshot, candidate)
+                below = paused.pop((candidate.index, rung - 1), None)
+                evaluation, paused[candidate.index, rung] = worker.probe(parents[candidate.parent], climb, below)
             except MachineFault as error:  # there is no other machine to try
-                yield Evaluation(candidate=candidate, error=str(error), machine=True, worker=worker.name)
+                evaluation = Evaluation(
+                    candidate=candidate, rung=rung, error=str(error), machine=True, worker=worker.name
+                )
+            yield evaluation
+            useful = {(above.candidate.index, above.rung - 1) for above in wanted()}
+            paused = {place: state for place, state in paused.items() if place in useful}
 
     def fine_tune(work: Sequence[tuple[Snapshot, Settling]]) -> Iterator[tuple[int, Checkpoint]]:
         for index, (parent, settling) in enumerate(work):

@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import ray
@@ -21,8 +22,8 @@ from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, Ray
 
 from raymask.core.errors import UserError, first_line
 from raymask.core.records import (
-    Candidate,
     Checkpoint,
+    Climb,
     Evaluate,
     Evaluation,
     FineTune,
@@ -57,9 +58,12 @@ class Desk:
     def progress(self) -> float:
         return self.share
 
-    def probe(self, key: str, refs: Mapping[str, Any], candidate: Candidate) -> Evaluation:
+    def probe(
+        self, key: str, refs: Mapping[str, Any], climb: Climb, paused: Sequence[Any]
+    ) -> tuple[Evaluation, Snapshot | None]:
+        """`paused`: a reference to where the candidate paused, if there is one; it may be lost."""
         try:
-            return self.worker.probe(snapshot(key, refs), candidate)
+            return self.worker.probe(snapshot(key, refs), climb, still_there(paused))
         finally:
             self.share = 0.0  # here, not at the next start: who asks in between must not hear of the last work
 
@@ -75,10 +79,19 @@ def snapshot(key: str, refs: Mapping[str, Any]) -> Snapshot:
     return Snapshot(key, **dict(zip(refs, ray.get(list(refs.values())), strict=True)))
 
 
+def still_there(paused: Sequence[Any]) -> Snapshot | None:
+    """What a reference stands for; None when there is none, or when it went with its node."""
+    try:
+        return next(iter(ray.get(list(paused))), None)
+    except RayError:
+        return None
+
+
 @dataclass(frozen=True)
 class Call:
     """One piece of work: `send` starts it on an actor; it is given up after `deadline` seconds."""
 
+    key: Any
     name: str
     deadline: float
     send: Callable[[Any], Any]
@@ -101,7 +114,7 @@ class Pool:
         self.idle: list[Any] = []
         self.starting: dict[Any, Any] = {}
         self.returning: dict[Any, Any] = {}
-        self.busy: dict[Any, tuple[int, Any, float]] = {}
+        self.busy: dict[Any, tuple[Call, Any, float]] = {}
         self.shelf: dict[int, tuple[Packed, Any]] = {}
         self.grown = 0.0
         self.broken = 0
@@ -127,36 +140,35 @@ class Pool:
         waiting = [*self.idle, *self.starting.values(), *self.returning.values()]
         return [*waiting, *(actor for _, actor, _ in self.busy.values())]
 
-    def run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
-        """Every call's result, or a Failed, with the call's index, in the order in which they finish.
+    def run(self, wanted: Callable[[], Iterable[Call]]) -> Iterator[tuple[Any, Any]]:
+        """Every wanted call's result, or a Failed, with the call's key, in the order in which they finish.
 
-        An error that is neither the machine's nor a deadline is raised.
+        `wanted`: the calls worth doing now, those that run included, the most worthwhile first; it is asked again and
+        again until there are none. An error that is neither the machine's nor a deadline is raised.
         """
-        todo, faults = deque(range(len(calls))), Counter[int]()
-        shares: dict[int, float] = {}
-        asked: dict[Any, int] = {}
-        late: set[int] = set()
-        open_calls, looked = len(calls), 0.0
+        faults = Counter[Any]()
+        shares: dict[Any, float] = {}
+        asked: dict[Any, Any] = {}
+        late: set[Any] = set()
+        looked = 0.0
         began = noted = served = time.monotonic()
         self.returning = {actor.__ray_ready__.remote(): actor for actor in self.idle}  # some may have died since
         self.idle = []
         try:
-            while open_calls:
-                self.grow(open_calls)
-                while self.idle and todo:
-                    actor, index = self.idle.pop(), todo.popleft()
-                    self.busy[calls[index].send(actor)] = (index, actor, time.monotonic())
-                    shares[index] = 0.0
+            while any(True for _ in wanted()):
+                self.grow(wanted)
+                self.hand_out(wanted, shares)
                 if time.monotonic() - looked > POLL:
                     looked = time.monotonic()
-                    self.watch.running({calls[index].name: share for index, share in sorted(shares.items())})
+                    names = {call.key: call.name for call, _, _ in self.busy.values()}
+                    self.watch.running({name: shares[key] for key, name in sorted(names.items())})
                     self.ask(asked)
                     if self.busy:
                         served = noted = looked
                     elif looked - noted > PATIENCE:
                         noted = looked
                         self.wait_for_room(looked - served)
-                    late = self.kill_late(calls)
+                    late = self.kill_late()
                     if looked - began > ANSWER:
                         for actor in self.returning.values():
                             ray.kill(actor)
@@ -168,14 +180,11 @@ class Pool:
                     elif ref in self.starting:
                         self.welcome(ref)
                     else:
-                        index, actor, _ = self.busy.pop(ref)
-                        shares.pop(index, None)
-                        outcome = self.collect(ref, actor, calls[index], faults, index, late)
-                        if outcome is None:
-                            todo.appendleft(index)
-                        else:
-                            open_calls -= 1
-                            yield index, outcome
+                        call, actor, _ = self.busy.pop(ref)
+                        shares.pop(call.key, None)
+                        outcome = self.collect(ref, actor, call, faults, late)
+                        if outcome is not None:
+                            yield call.key, outcome
         except OSError as error:
             if error.errno is not None or isinstance(error, RayTaskError):  # not Ray's own
                 raise
@@ -203,7 +212,7 @@ class Pool:
             f"is free: {free}"
         )
 
-    def finished(self, asked: Mapping[Any, int]) -> list[Any]:
+    def finished(self, asked: Iterable[Any]) -> list[Any]:
         """References that have become ready, waited for no longer than POLL seconds."""
         refs = [*self.busy, *self.returning, *self.starting, *asked]
         if not refs:
@@ -212,22 +221,38 @@ class Pool:
         ready, _ = ray.wait(refs, num_returns=1, timeout=POLL)
         return list(ready)
 
-    def ask(self, asked: dict[Any, int]) -> None:
+    def hand_out(self, wanted: Callable[[], Iterable[Call]], shares: dict[Any, float]) -> None:
+        """Send what nobody works on to whoever is idle."""
+        if not self.idle:
+            return
+        running = {call.key for call, _, _ in self.busy.values()}
+        free = (call for call in wanted() if call.key not in running)
+        for call in islice(free, len(self.idle)):
+            actor = self.idle.pop()
+            self.busy[call.send(actor)] = (call, actor, time.monotonic())
+            shares[call.key] = 0.0
+
+    def ask(self, asked: dict[Any, Any]) -> None:
         """Ask the busy workers that come next how far they are, except those that still owe an answer."""
         owing = set(asked.values())
-        for ref, (index, actor, _) in list(self.busy.items())[:QUESTIONS]:
+        for ref, (call, actor, _) in list(self.busy.items())[:QUESTIONS]:
             self.busy[ref] = self.busy.pop(ref)  # to the end of the line
-            if index not in owing:
-                asked[actor.progress.options(concurrency_group="aside").remote()] = index
+            if call.key not in owing:
+                asked[actor.progress.options(concurrency_group="aside").remote()] = call.key
 
-    def grow(self, open_calls: int) -> None:
+    def grow(self, wanted: Callable[[], Iterable[Call]]) -> None:
         """Start actors for the work that is open where the cluster has room: also on nodes that came late."""
         if time.monotonic() - self.grown < POLL:
             return
         self.grown = time.monotonic()
-        room = open_calls if self.workers.wait else slots(self.need, alive())  # waiting actors make a cluster grow
-        wanted = min(room, open_calls, self.workers.count or room)
-        for _ in range(wanted - len(self.actors())):
+        # On a cluster that grows, waiting actors are what makes it.
+        room = (
+            self.workers.count
+            if self.workers.wait
+            else min(slots(self.need, alive()), self.workers.count or sys.maxsize)
+        )
+        work = sum(1 for _ in islice(wanted(), room))
+        for _ in range(work - len(self.actors())):
             actor = self.actor.remote(self.job, self.need["GPU"] > 0)
             self.starting[actor.__ray_ready__.remote()] = actor
 
@@ -259,25 +284,25 @@ class Pool:
             self.broken = 0
             self.idle.append(actor)
 
-    def hear(self, ref: Any, index: int, shares: dict[int, float]) -> None:
+    def hear(self, ref: Any, key: Any, shares: dict[Any, float]) -> None:
         """A worker says how far it is; one that has died is found out elsewhere."""
         try:
             share = ray.get(ref)
         except RayError:
             return
-        if index in shares:
-            shares[index] = max(shares[index], share)  # it falls back to zero when the work is done
+        if key in shares:
+            shares[key] = max(shares[key], share)  # it falls back to zero when the work is done
 
-    def kill_late(self, calls: Sequence[Call]) -> set[int]:
+    def kill_late(self) -> set[Any]:
         """End what is past its deadline."""
         late = set()
-        for index, actor, since in self.busy.values():
-            if time.monotonic() - since > calls[index].deadline:
-                late.add(index)
+        for call, actor, since in self.busy.values():
+            if time.monotonic() - since > call.deadline:
+                late.add(call.key)
                 ray.kill(actor)
         return late
 
-    def collect(self, ref: Any, actor: Any, call: Call, faults: Counter[int], index: int, late: set[int]) -> Any | None:
+    def collect(self, ref: Any, actor: Any, call: Call, faults: Counter[Any], late: Container[Any]) -> Any | None:
         """A finished call's result; None when it is to be tried again."""
         try:
             result = ray.get(ref)
@@ -285,19 +310,19 @@ class Pool:
             ray.kill(actor)
             if isinstance(error, ObjectLostError):
                 self.shelf.clear()
-            if index in late:
+            if call.key in late:
                 return Failed(f"took longer than the deadline of {call.deadline:g} s (workers.deadline)")
-            faults[index] += 1
-            if faults[index] <= self.workers.retries:
+            faults[call.key] += 1
+            if faults[call.key] <= self.workers.retries:
                 self.watch.note(f"{call.name}: its worker was lost: {brief(error)}; trying again elsewhere")
                 return None
-            return Failed(f"its workers failed {faults[index]} times; the last one: {brief(error)}")
+            return Failed(f"its workers failed {faults[call.key]} times; the last one: {brief(error)}")
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
             raise
         self.broken = 0
-        if index not in late:  # it finished while it was being ended
+        if call.key not in late:  # it finished while it was being ended
             self.idle.append(actor)
         return result
 
@@ -327,33 +352,55 @@ def workers(job: Job, watch: Watch, address: str | None) -> Iterator[tuple[Evalu
         pool = Pool(job, watch)
         watch.note(f"room for {slots(pool.need, alive())} workers; each has {offer(pool.need)}")
 
-        def evaluate(parent: Snapshot, candidates: Sequence[Candidate]) -> Iterator[Evaluation]:
-            pool.keep([parent])
+        def evaluate(parents: Mapping[int, Snapshot], wanted: Callable[[], Iterable[Climb]]) -> Iterator[Evaluation]:
+            pool.keep(list(parents.values()))
+            paused: dict[tuple[int, int], Any] = {}
+            climbs: dict[tuple[int, int], Climb] = {}
+            top = len(job.spec.probe.rungs) - 1
 
-            def call(candidate: Candidate) -> Call:
-                return Call(
-                    candidate.name,
-                    pool.workers.deadline,
-                    lambda actor: actor.probe.remote(parent.key, pool.put(parent), candidate),
-                )
+            def call(climb: Climb) -> Call:
+                candidate, rung = climb.candidate, climb.rung
+                parent = parents[candidate.parent]
 
-            for index, outcome in pool.run([call(candidate) for candidate in candidates]):
-                failed = isinstance(outcome, Failed)
-                yield Evaluation(candidate=candidates[index], error=outcome.why, machine=True) if failed else outcome
+                def send(actor: Any) -> Any:
+                    climbs[candidate.index, rung] = climb
+                    below = [paused[place]] if (place := (candidate.index, rung - 1)) in paused else []
+                    probe = actor.probe.options(num_returns=2).remote
+                    ref, pause = probe(parent.key, pool.put(parent), climb, below)
+                    if rung < top:
+                        paused[candidate.index, rung] = pause
+                    return ref
+
+                return Call((candidate.index, rung), candidate.name, pool.workers.deadline, send)
+
+            for place, outcome in pool.run(lambda: map(call, wanted())):
+                climb = climbs[place]
+                if isinstance(outcome, Failed):
+                    outcome = Evaluation(candidate=climb.candidate, rung=climb.rung, error=outcome.why, machine=True)
+                yield outcome
+                if paused:
+                    useful = {(above.candidate.index, above.rung - 1) for above in wanted()}
+                    useful |= {running.key for running, _, _ in pool.busy.values()}
+                    for place in paused.keys() - useful:
+                        del paused[place]
 
         def fine_tune(work: Sequence[tuple[Snapshot, Settling]]) -> Iterator[tuple[int, Checkpoint]]:
             pool.keep([parent for parent, _ in work])
 
-            def call(parent: Snapshot, settling: Settling) -> Call:
+            def call(index: int) -> Call:
+                parent, settling = work[index]
                 return Call(
+                    index,
                     settling.name,
                     pool.workers.deadline * max(1.0, settling.stage.epochs),
                     lambda actor: actor.settle.remote(parent.key, pool.put(parent), settling),
                 )
 
-            for index, outcome in pool.run([call(parent, settling) for parent, settling in work]):
+            missing = dict.fromkeys(range(len(work)))
+            for index, outcome in pool.run(lambda: map(call, missing)):
                 if isinstance(outcome, Failed):
                     raise UserError(f"{work[index][1].name}: {outcome.why}. The same command goes on from here")
+                del missing[index]
                 yield index, outcome
 
         try:

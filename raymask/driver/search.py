@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from raymask.core.recipe import (
     warm_stage,
 )
 from raymask.core.records import (
+    Candidate,
     Checkpoint,
     Evaluate,
     Evaluation,
@@ -39,13 +40,14 @@ from raymask.core.records import (
     Stage,
     Watch,
 )
+from raymask.core.rungs import Ladder, climbs
 from raymask.core.seeds import derive
 from raymask.core.spec import Spec
-from raymask.core.stats import paired_bootstrap, paired_gain
+from raymask.core.stats import confidence, paired_bootstrap, paired_gain
 from raymask.core.tensors import Packed
 from raymask.driver.export import export
 from raymask.report.timeline import by_purpose
-from raymask.store import DENSE, IMP, MODEL, SEARCH, RunDir, check_run, open_run
+from raymask.store import DENSE, IMP, MODEL, SEARCH, RunDir, branch, branches, check_run, open_run
 from raymask.train.data import Corpus, load_corpus, tokenize
 from raymask.train.metrics import overall
 from raymask.train.model import Source, class_names, describe, load_weights, positions, read_config, vocabulary
@@ -127,39 +129,89 @@ def prune(plan: Plan, store: RunDir, evaluate: Evaluate, fine_tune: FineTune, wa
     """
     recipe = plan.recipe
     teacher = make_dense(plan, store, fine_tune, watch)
-    lineages = [SEARCH, IMP] if runs_imp(recipe.spec) else [SEARCH]
     for level in range(1, len(recipe.densities) + 1):
-        work = []
-        for lineage in lineages:
-            if store.has_level(lineage, level):
-                require_parent(store, lineage, level)
-            else:
-                parent = read_parent(store, lineage, level, teacher)
-                chosen = (
-                    choose(recipe, store, level, parent, evaluate, watch) if lineage == SEARCH else alone(recipe, level)
-                )
-                work.append(Work(lineage, parent, finetune_stage(recipe, level, imp=lineage == IMP), chosen))
+        work = selected(recipe, store, level, teacher, evaluate, watch)
+        if runs_imp(recipe.spec) and not made(store, IMP, level):
+            parent = read_parent(store, IMP, level, teacher)
+            work.append(Work(IMP, parent, finetune_stage(recipe, level, imp=True), alone(control(recipe, level))))
         settle(plan, store, work, fine_tune, watch)
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What a level's early evaluation came to: the winners, those they were up against at the last rung, themselves
+    included, and how many candidates were evaluated and failed."""
+
+    winners: Sequence[Evaluation]
+    finalists: Sequence[Evaluation] = ()
+    evaluated: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True)
 class Work:
-    """One lineage's fine-tuning at one level: its parent, how to train, and the evaluation that won."""
+    """One lineage's fine-tuning at one level: its parent, how to train, and the winner of which outcome it is."""
 
     lineage: str
     parent: Snapshot
     stage: Stage
-    winner: Evaluation
+    outcome: Outcome
+    place: int = 0
+
+    @property
+    def winner(self) -> Evaluation:
+        return self.outcome.winners[self.place]
+
+
+def selected(
+    recipe: Recipe, store: RunDir, level: int, teacher: Packed | None, evaluate: Evaluate, watch: Watch
+) -> list[Work]:
+    """The search's fine-tunings at a level that are still to be done, one a branch."""
+    lineages = branches(recipe.spec)
+    if all(made(store, lineage, level) for lineage in lineages):
+        return []
+    parents = {number: read_parent(store, branch(number), level, teacher) for number in bearing(recipe, store, level)}
+    outcome = choose(recipe, store, level, parents, evaluate, watch)
+    stage = finetune_stage(recipe, level)
+    return [
+        Work(lineage, parents[winner.candidate.parent], stage, outcome, place)
+        for place, (lineage, winner) in enumerate(zip(lineages, outcome.winners, strict=False))
+        if not made(store, lineage, level)
+    ]
+
+
+def bearing(recipe: Recipe, store: RunDir, level: int) -> list[int]:
+    """The branches of the level before that a level's candidates are drawn from: all in a beam, else the best one."""
+    if level == 1:
+        return [1]
+    if not recipe.spec.select.beam:
+        return [best_branch(recipe, store, level - 1)]
+    return [n for n, lineage in enumerate(branches(recipe.spec), 1) if store.has_level(lineage, level - 1)]
+
+
+def best_branch(recipe: Recipe, store: RunDir, level: int) -> int:
+    """The branch that is best on `select` after fine-tuning; on a tie that with the better early score."""
+    done = [n for n, lineage in enumerate(branches(recipe.spec), 1) if store.has_level(lineage, level)]
+    kept = {number: store.read_level(branch(number), level).finetuned.kept for number in done}
+    return max(done, key=lambda number: (kept[number].metric, -kept[number].loss, -number))
+
+
+def made(store: RunDir, lineage: str, level: int) -> bool:
+    """Whether a level of a lineage is done. Raises UserError when it was made from another parent."""
+    found = store.has_level(lineage, level)
+    if found:
+        require_parent(store, lineage, level)
+    return found
 
 
 def make_dense(plan: Plan, store: RunDir, fine_tune: FineTune, watch: Watch) -> Packed | None:
     """Fine-tune the dense model, then distil it into the parent of level 1; returns the teacher, if there is one."""
-    spec, unmasked = plan.recipe.spec, alone(plan.recipe, 0)
+    spec, unmasked = plan.recipe.spec, alone(control(plan.recipe, 0))
     if not store.has_level(DENSE, 0):
         weights = load_weights(spec.model, plan.source.config, derive(spec.seed, "head"), spec.dense.epochs == 0)
         settle(plan, store, [Work(DENSE, Snapshot("initial", weights), dense_stage(spec), unmasked)], fine_tune, watch)
     require_same_data(plan, store)
-    teacher = store.read_weights(DENSE, 0) if spec.distill else None
+    teacher = store.read_weights(DENSE, 0) if spec.taught else None
     warm = warm_stage(spec)
     if warm and not store.has_level(SEARCH, 0):
         parent = Snapshot("teacher", store.read_weights(DENSE, 0), None, teacher)
@@ -167,26 +219,29 @@ def make_dense(plan: Plan, store: RunDir, fine_tune: FineTune, watch: Watch) -> 
     return teacher
 
 
-def alone(recipe: Recipe, level: int) -> Evaluation:
-    """The control without a competitor: it needs no score."""
-    return Evaluation(candidate=control(recipe, level))
+def alone(candidate: Candidate) -> Outcome:
+    """A candidate without a competitor: it needs no score."""
+    return Outcome([Evaluation(candidate=candidate)])
 
 
-def choose(recipe: Recipe, store: RunDir, level: int, parent: Snapshot, evaluate: Evaluate, watch: Watch) -> Evaluation:
-    """Evaluate the level's candidates that the journal does not know yet, and let the rule pick the winner."""
-    proposed = propose(recipe, level)
+def choose(
+    recipe: Recipe, store: RunDir, level: int, parents: Mapping[int, Snapshot], evaluate: Evaluate, watch: Watch
+) -> Outcome:
+    """Evaluate the level's candidates where the journal does not know them yet, and let the rule pick the winners."""
+    proposed, rungs = propose(recipe, level, list(parents)), recipe.spec.probe.rungs
     if len(proposed) == 1:
-        return alone(recipe, level)
-    done = store.evaluations(level)
-    known = {evaluation.candidate for evaluation in done if not evaluation.machine}
-    done = [evaluation for evaluation in done if evaluation.candidate in known]
-    todo = [candidate for candidate in proposed if candidate not in known]
-    watch.begins(f"{title(recipe, level)}: early evaluation", level, len(proposed), done)
-    for evaluation in evaluate(parent, todo):
+        return alone(proposed[0])
+    known = [evaluation for evaluation in store.evaluations(level) if not evaluation.machine]
+    ladder = Ladder(proposed, rungs, known)
+    total = climbs(len(proposed) - len(parents), len(parents), rungs)
+    watch.begins(f"{title(recipe, level)}: early evaluation", level, total, known)
+    for evaluation in ladder.climb(evaluate, parents):
         store.append(evaluation)
-        done.append(evaluation)
         watch.evaluated(evaluation)
-    return recipe.rule(done)
+    finalists = ladder.finalists()
+    winners = recipe.rule(finalists, recipe.spec.select.keep)
+    failed = sum(not evaluation.ok for evaluation in ladder.found.values())
+    return Outcome(winners, finalists, len(proposed), failed)
 
 
 def settle(plan: Plan, store: RunDir, work: list[Work], fine_tune: FineTune, watch: Watch) -> None:
@@ -200,14 +255,13 @@ def settle(plan: Plan, store: RunDir, work: list[Work], fine_tune: FineTune, wat
     ]
     for index, checkpoint in fine_tune(settlings):
         item = work[index]
-        pool = store.evaluations(level) if item.lineage == SEARCH and level else []
-        record = describe_level(plan, item, pool, checkpoint)
+        record = describe_level(plan, item, checkpoint)
         watch.settled(item.lineage, store.write_level(item.lineage, level, checkpoint, record))
 
 
-def describe_level(plan: Plan, item: Work, pool: list[Evaluation], checkpoint: Checkpoint) -> Level:
-    """The record of a level; `report` is measured here, when nothing is left to choose."""
-    data = plan.job.data
+def describe_level(plan: Plan, item: Work, checkpoint: Checkpoint) -> Level:
+    """The record of a level; `report` is measured here, and no choice looks at it."""
+    data, seed = plan.job.data, plan.recipe.spec.seed
     candidate = item.winner.candidate
     return Level(
         level=candidate.level,
@@ -215,9 +269,10 @@ def describe_level(plan: Plan, item: Work, pool: list[Evaluation], checkpoint: C
         kept=checkpoint.kept,
         total=checkpoint.total,
         winner=item.winner,
-        evaluated=len(pool),
-        failed=sum(not evaluation.ok for evaluation in pool),
-        gain=gain_on_select(plan.recipe.spec, item.winner, pool),
+        evaluated=item.outcome.evaluated,
+        failed=item.outcome.failed,
+        gain=gain_on_select(item.winner, item.outcome.finalists, derive(seed, "bootstrap", candidate.level)),
+        confidence=confidence_of(item.winner, item.outcome.finalists, derive(seed, "confidence", candidate.level)),
         finetuned=checkpoint.finetuned,
         report=data.measure_report(checkpoint.logits),
         digest=checkpoint.digest,
@@ -226,22 +281,31 @@ def describe_level(plan: Plan, item: Work, pool: list[Evaluation], checkpoint: C
     )
 
 
-def gain_on_select(spec: Spec, winner: Evaluation, pool: list[Evaluation]) -> Interval | None:
-    """The winner's early loss against the control's, row by row; None when there is nothing to compare."""
-    rival = next((evaluation for evaluation in pool if evaluation.candidate.is_control and evaluation.ok), None)
+def gain_on_select(winner: Evaluation, finalists: Sequence[Evaluation], seed: int) -> Interval | None:
+    """The winner's early loss against its control's, row by row; None when there is nothing to compare."""
+    controls = [each for each in finalists if each.candidate.is_control and each.ok]
+    rival = next((each for each in controls if each.candidate.parent == winner.candidate.parent), None)
     if rival is None or winner.candidate.is_control:
         return None
-    return paired_gain(rival.losses(), winner.losses(), derive(spec.seed, "bootstrap", winner.candidate.level))
+    return paired_gain(rival.losses(), winner.losses(), seed)
+
+
+def confidence_of(winner: Evaluation, finalists: Sequence[Evaluation], seed: int) -> float | None:
+    """How sure it is that no finalist's early loss is below the winner's; None when there is nothing to compare."""
+    alive = [evaluation for evaluation in finalists if evaluation.ok]
+    if len(alive) < 2:
+        return None
+    return confidence(np.stack([evaluation.losses() for evaluation in alive]), alive.index(winner), seed)
 
 
 def read_parent(store: RunDir, lineage: str, level: int, teacher: Packed | None) -> Snapshot:
-    """What a level of a lineage starts from: the level before, which for level 1 is the dense model."""
+    """What a level starts from: the one before of a lineage, which for level 1 is the dense model."""
     origin, key = origin_of(store, lineage, level)
     return Snapshot(key, store.read_weights(origin, level - 1), store.read_optimizer(origin, level - 1), teacher)
 
 
 def origin_of(store: RunDir, lineage: str, level: int) -> tuple[str, str]:
-    """The lineage that a level's parent is in, and the parent's key: its lineage, level and contents."""
+    """Where the level before of a lineage is, and its key: where it is, level and contents."""
     origin = lineage if level > 1 else SEARCH if store.has_level(SEARCH, 0) else DENSE
     contents = store.read_level(origin, level - 1).files[MODEL]
     return origin, f"{origin or 'search'}-{level - 1}-{contents[:16]}"
@@ -249,7 +313,9 @@ def origin_of(store: RunDir, lineage: str, level: int) -> tuple[str, str]:
 
 def require_parent(store: RunDir, lineage: str, level: int) -> None:
     """Raise UserError when a finished level was made from another parent than the one that is there."""
-    if store.read_level(lineage, level).parent != origin_of(store, lineage, level)[1]:
+    record = store.read_level(lineage, level)
+    above = lineage if lineage == IMP else branch(record.winner.candidate.parent)
+    if record.parent != origin_of(store, above, level)[1]:
         raise UserError(
             f"{store.level_uri(lineage, level)}: was made from another parent than the level before it. Delete it to "
             "do the level again"
@@ -269,19 +335,29 @@ def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
     """Put the models side by side on `report`, export the selected one, and write the result."""
     recipe, data = plan.recipe, plan.job.data
     last = len(recipe.densities)
-    levels = tuple(store.read_level(SEARCH, level) for level in range(1, last + 1))
+    tree = {
+        (lineage, level): store.read_level(lineage, level)
+        for level in range(1, last + 1)
+        for lineage in branches(recipe.spec)
+        if store.has_level(lineage, level)
+    }
+    chosen = [branch(best_branch(recipe, store, last))]
+    for level in range(last, 1, -1):
+        chosen.insert(0, branch(tree[chosen[0], level].winner.candidate.parent))
+    levels = tuple(tree.pop((lineage, level)) for level, lineage in enumerate(chosen, 1))
+    others = tuple(tree.values())
     imp = tuple(store.read_level(IMP, level) for level in range(1, last + 1)) if runs_imp(recipe.spec) else ()
     dense = store.read_level(DENSE, 0)
     gain = None
     if imp:
-        ours, theirs = store.read_logits(SEARCH, last), store.read_logits(IMP, last)
+        ours, theirs = store.read_logits(chosen[-1], last), store.read_logits(IMP, last)
 
         def difference(rows: np.ndarray) -> float:
             return overall(data.measure_report(ours, rows)) - overall(data.measure_report(theirs, rows))
 
         gain = paired_bootstrap(len(data.report), difference, derive(recipe.spec.seed, "bootstrap"))
     named = [("dense", dense), *([("control (IMP)", imp[-1])] if imp else []), ("selected", levels[-1])]
-    timeline = worked(store, dense, levels, imp)
+    timeline = worked(store, dense, [*levels, *others], imp)
     result = Result(
         run=store.uri,
         model=Path(recipe.spec.model.name).name if Path(recipe.spec.model.name).is_dir() else recipe.spec.model.name,
@@ -293,13 +369,14 @@ def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
         ),
         gain=gain,
         levels=levels,
+        others=others,
         imp=imp,
         scored=(len(plan.job.scored), len(data.select)),
         seconds={**by_purpose(timeline), "wall": wall},
         timeline=timeline,
         export=store.export_uri,
     )
-    export(store, plan.source, result)
+    export(store, plan.source, result, chosen[-1])
     store.write_result(result)
     return result
 
@@ -311,8 +388,8 @@ def worked(store: RunDir, dense: Level, levels: Sequence[Level], imp: Sequence[L
     work: list[tuple[Purpose, int, FineTuned | Evaluation]] = [
         (kind, level.level, level.finetuned) for kind, done in tuned.items() for level in done
     ]
-    for level in levels:
-        work += [("early evaluation", level.level, found) for found in store.evaluations(level.level) if found.started]
+    for level in sorted({level.level for level in levels}):
+        work += [("early evaluation", level, found) for found in store.evaluations(level) if found.started]
     return tuple(
         Piece(worker=found.worker, kind=kind, level=number, started=found.started, seconds=found.seconds)
         for kind, number, found in sorted(work, key=lambda item: item[2].started)

@@ -7,11 +7,11 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 
-from raymask.core.recipe import finetune_stage, propose, resolve, runs_imp, warm_stage
+from raymask.core.recipe import climbs_of, finetune_stage, probe_epochs, resolve, runs_imp, warm_stage
 from raymask.core.records import Evaluation, Level
 from raymask.core.spec import Spec
 from raymask.report.words import duration
-from raymask.store import DENSE, IMP, SEARCH
+from raymask.store import DENSE, IMP, SEARCH, branches
 
 FIRST = 0.02  # the share of a stage that must be done before it tells how long an epoch takes
 
@@ -45,9 +45,9 @@ class Progress:
 
     def count(self, evaluation: Evaluation) -> None:
         self.done += 1
+        self.total = max(self.total, self.done)  # guesses come on top
         self.failed += not evaluation.ok
-        before = -math.inf if self.best is None or self.best.score is None else self.best.score
-        if evaluation.score is not None and math.isfinite(evaluation.score) and evaluation.score > before:
+        if height(evaluation) > height(self.best):
             self.best = evaluation
 
     def running(self, shares: Mapping[str, float]) -> None:
@@ -64,7 +64,9 @@ class Progress:
         self.count(evaluation)
         self.shares.pop(evaluation.candidate.name, None)
         if evaluation.ok:
-            self.measure(evaluation.seconds, self.recipe.spec.probe.epochs)
+            rungs = (0.0, *self.recipe.spec.probe.rungs)
+            share = rungs[evaluation.rung + 1] - rungs[evaluation.rung]
+            self.measure(evaluation.seconds, share * self.recipe.spec.probe.epochs)
 
     def settled(self, lineage: str, level: Level) -> None:
         self.done += 1
@@ -86,7 +88,7 @@ class Progress:
     def lineages(self, level: int) -> list[str]:
         """What is fine-tuned at a level, in this order."""
         if level:
-            return [SEARCH, IMP] if runs_imp(self.recipe.spec) else [SEARCH]
+            return [*branches(self.recipe.spec), *([IMP] if runs_imp(self.recipe.spec) else [])]
         return [DENSE, SEARCH] if warm_stage(self.recipe.spec) else [DENSE]
 
     def tuning(self, level: int, lineage: str) -> float:
@@ -103,11 +105,11 @@ class Progress:
         """
         epochs = [self.tuning(level, lineage) for lineage in lineages] or [0.0]
         if self.at_once > 1:
-            return max(epochs) * (1 - share)
+            return max(max(epochs), sum(epochs) / self.at_once) * (1 - share)
         return sum(epochs) - epochs[0] * share
 
     def probes(self, open_probes: int) -> float:
-        """Probes one after another until those that run and `open_probes` others are done."""
+        """Climbs one after another until those that run and `open_probes` others are done."""
         loads = [1 - share for share in self.shares.values()] if self.probing else []
         loads += [0.0] * (self.at_once - len(loads))
         heapq.heapify(loads)
@@ -115,14 +117,24 @@ class Progress:
             heapq.heapreplace(loads, loads[0] + 1)
         return max(loads)
 
+    def climb(self, level: int) -> float:
+        """Epochs of one of a level's climbs, on the average."""
+        count = climbs_of(self.recipe, level)
+        return probe_epochs(self.recipe, level) / count if count else 0.0
+
+    def rounds(self, level: int) -> int:
+        """A level's climbs one after another."""
+        return math.ceil(climbs_of(self.recipe, level) / self.at_once)
+
     def ahead(self) -> float:
         """Epochs one after another until the end, were all workers to go on as they do now."""
-        probe, pool = self.recipe.spec.probe.epochs, len(propose(self.recipe, 1))
-        rounds = math.ceil(pool / self.at_once) if pool > 1 else 0
         later = range(self.level + 1, len(self.recipe.densities) + 1)
-        rest = sum(rounds * probe + self.settling(level, self.lineages(level)) for level in later)
+        rest = sum(
+            self.rounds(level) * self.climb(level) + self.settling(level, self.lineages(level)) for level in later
+        )
         if self.probing:
-            return rest + self.probes(self.waiting) * probe + self.settling(self.level, self.unsettled)
+            ours = self.probes(self.waiting) * self.climb(self.level)
+            return rest + ours + self.settling(self.level, self.unsettled)
         return rest + self.settling(self.level, self.unsettled, min(self.shares.values(), default=0.0))
 
     def left(self) -> float | None:
@@ -133,7 +145,7 @@ class Progress:
         if share < FIRST:
             return None
         first = self.settling(self.level, self.unsettled[:1])
-        epochs = share * (self.recipe.spec.probe.epochs if self.probing else first)
+        epochs = share * (self.climb(self.level) if self.probing else first)
         return self.ahead() * (time.monotonic() - self.began) / epochs if epochs else None
 
     def line(self) -> str:
@@ -151,3 +163,10 @@ class Progress:
         if left is not None:
             parts.append(f"about {duration(left)} left")
         return "".join(f", {part}" for part in parts)
+
+
+def height(evaluation: Evaluation | None) -> tuple[int, float]:
+    """How far a candidate has come: its rung, then its score."""
+    if evaluation is None or evaluation.score is None or not math.isfinite(evaluation.score):
+        return -1, 0.0
+    return evaluation.rung, evaluation.score

@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from raymask.core.recipe import propose, resolve
+from raymask.core.recipe import climbs_of, resolve
 from raymask.report.terminal import show_result
 from raymask.report.words import evaluated_line, settled_line
-from raymask.store import DENSE, IMP, SEARCH, RunDir
+from raymask.store import DENSE, IMP, RunDir, branches
 
 
 def show_run(console: Console, run: str, as_json: bool) -> None:
@@ -33,13 +33,13 @@ def show_run(console: Console, run: str, as_json: bool) -> None:
     console.print(Text(settled_line(DENSE, store.read_level(DENSE, 0))))
     for level, density in enumerate(recipe.densities, 1):
         found = store.evaluations(level)
-        if not found and not store.has_level(SEARCH, level):
+        if not found and not any(store.has_level(lineage, level) for lineage in branches(recipe.spec)):
             break
         console.print(Text(f"level {level}/{len(recipe.densities)}, sparsity {1 - density:.2%}"))
-        console.print(Text(f"  {len(found)} of {len(propose(recipe, level))} candidates evaluated"))
+        console.print(Text(f"  {len(found)} of {climbs_of(recipe, level)} early evaluations done"))
         for evaluation in found:
-            console.print(Text(f"  {evaluated_line(evaluation)}"))
-        for lineage in (SEARCH, IMP):
+            console.print(Text(f"  {evaluated_line(evaluation, recipe.spec.probe.rungs)}"))
+        for lineage in (*branches(recipe.spec), IMP):
             if store.has_level(lineage, level):
                 console.print(Text(f"  {settled_line(lineage, store.read_level(lineage, level))}"))
 
@@ -54,10 +54,11 @@ def summary(store: RunDir) -> dict[str, Any]:
     records = {
         name: [
             store.read_level(lineage, level).model_dump(mode="json")
-            for level in ([0] if lineage == DENSE else levels)
+            for level in ([0] if name == "dense" else levels)
+            for lineage in lineages
             if store.has_level(lineage, level)
         ]
-        for name, lineage in (("dense", DENSE), ("levels", SEARCH), ("imp", IMP))
+        for name, lineages in (("dense", [DENSE]), ("levels", branches(recipe.spec)), ("imp", [IMP]))
     }
     return {
         "state": "running" if store.storage.busy() else "stopped",

@@ -69,7 +69,7 @@ class Lines(Silent):
 
     def evaluated(self, evaluation: Evaluation) -> None:
         self.progress.evaluated(evaluation)
-        self.say("  " + evaluated_line(evaluation))
+        self.say("  " + evaluated_line(evaluation, self.progress.recipe.spec.probe.rungs))
 
     def settled(self, lineage: str, level: Level) -> None:
         self.progress.settled(lineage, level)
@@ -141,6 +141,9 @@ def show_result(console: Console, result: Result) -> None:
     console.print(Text(verdict(result)))
     winners = ", ".join(level.winner.candidate.name for level in result.levels)
     console.print(Text(f"Winners by level: {winners}. Mask digest {result.levels[-1].digest}."))
+    if result.others:
+        others = ", ".join(f"{level.winner.candidate.name} at level {level.level}" for level in result.others)
+        console.print(Text(f"Fine-tuned as well: {others}."))
     if result.scored[0] < result.scored[1]:
         console.print(Text(scored_line(result)))
     console.print(Text(f"Took {duration(result.seconds['wall'])}."))

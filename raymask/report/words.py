@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from raymask.core.records import Evaluation, Interval, Level, Result
 from raymask.store import IMP
 
@@ -31,14 +33,15 @@ def verdict(result: Result) -> str:
     return f"Selected against control on `report`, {metric}: {interval(result.gain)}, {finding}."
 
 
-def evaluated_line(evaluation: Evaluation) -> str:
-    """One early evaluation."""
+def evaluated_line(evaluation: Evaluation, rungs: Sequence[float] = (1.0,)) -> str:
+    """One early evaluation; `rungs`: the spec's."""
     if not evaluation.ok:
         return f"{evaluation.candidate.name}: failed: {evaluation.error}"
     last = evaluation.curve[-1]
     stray = "" if evaluation.candidate.is_control else f", {percent(evaluation.distance or 0.0)} from control"
+    part = f" after {rungs[evaluation.rung]:.0%}" if len(rungs) > 1 else ""
     return (
-        f"{evaluation.candidate.name}: score {evaluation.score:.4f}, last loss {last.loss:.4f}, last metric "
+        f"{evaluation.candidate.name}{part}: score {evaluation.score:.4f}, last loss {last.loss:.4f}, last metric "
         f"{last.metric:.4f}{stray}, {duration(evaluation.seconds)}"
     )
 
@@ -63,6 +66,8 @@ def settled_line(lineage: str, level: Level) -> str:
     if level.gain:
         noise = ", within noise" if level.gain.within_noise else ""
         gain = f"; early loss below the control's by {interval(level.gain)}{noise}, the best of {level.evaluated}"
+    if level.confidence is not None:
+        gain += f", truly so with a probability of {level.confidence:.0%}"
     return (
         f"{who}, sparsity {percent(level.sparsity)}: select loss {kept.loss:.4f}, metric {kept.metric:.4f}, "
         f"{duration(level.finetuned.seconds)}{gain}"

@@ -53,23 +53,26 @@ def train(
     looks: Container[int],
     look: Callable[[int], None],
     tell: Callable[[float], None],
+    steps: tuple[int, int] | None = None,
 ) -> None:
     """Train in place, the mask applied before the first and after every optimizer step.
 
-    `seed` fixes the order of rows and the dropout, so two masks see the same of both. After each step in `looks`
-    `look(step)` is called, in evaluation mode; `tell` gets the share of steps done.
+    `seed` fixes the order of rows and the dropout, so two
+    masks see the same of both. After each step in `looks` `look(step)` is called, in evaluation mode; `tell` gets the
+    share of them that is done. `steps`: only those after so many, until so many are done.
     """
     parameters = dict(module.named_parameters())
     pruned = [parameters[name].data for name in mask]
     masks = [mask[name].to(weight.dtype) for name, weight in zip(mask, pruned, strict=True)]
     device = next(module.parameters()).device
     total = steps_in(stage, len(rows))
-    batches = endless(rows, stage.batch_size, padding, seed)
-    torch.manual_seed(derive(seed, "dropout"))
+    begin, end = steps or (0, total)
+    batches = endless(rows, stage.batch_size, padding, seed, begin)
+    torch.manual_seed(derive(seed, "dropout", *([begin] if begin else [])))
     multiply(pruned, masks)
     module.train()
     kernels = kernels_for(module, device)
-    for step in range(1, total + 1):
+    for step in range(begin + 1, end + 1):
         for group in optimizer.param_groups:
             group["lr"] = stage.learning_rate * pace(stage, step, total)
         batch = moved(next(batches), device)
@@ -84,7 +87,7 @@ def train(
             module.eval()
             look(step)
             module.train()
-        tell(step / total)
+        tell((step - begin) / (end - begin))
     module.eval()
 
 
@@ -102,14 +105,14 @@ def pace(stage: Stage, step: int, total: int) -> float:
     return 1.0 if stage.schedule == "constant" else (total - step + 1) / (total - warm)
 
 
-def endless(rows: Rows, size: int, padding: int, seed: int) -> Iterator[Batch]:
-    """Training batches, epoch after epoch, every row once an epoch, rows of like length together."""
-    epoch = 0
+def endless(rows: Rows, size: int, padding: int, seed: int, begin: int = 0) -> Iterator[Batch]:
+    """Training batches after the first `begin`, epoch after epoch, every row once an epoch, like lengths together."""
+    epoch, skipped = divmod(begin, math.ceil(len(rows) / size))
     while True:
         rng = np.random.default_rng(derive(seed, "order", epoch))
-        for chosen in order(rows.lengths, size, rng):
+        for chosen in order(rows.lengths, size, rng)[skipped:]:
             yield collate(rows, chosen, padding)
-        epoch += 1
+        epoch, skipped = epoch + 1, 0
 
 
 def order(lengths: np.ndarray, size: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -156,6 +159,15 @@ def row_losses(logits: Tensor, labels: Tensor, regression: bool) -> Tensor:
     if regression:
         return F.mse_loss(logits[:, 0].float(), labels.float(), reduction="none")
     return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def agreement(logits: Tensor, standard: Tensor, regression: bool) -> float:
+    """Minus the mean Kullback-Leibler divergence of the logits' probabilities from the standard's; float32 (rows,
+    outputs) both. A regression: minus the mean squared difference."""
+    if regression:
+        return -float(F.mse_loss(logits.double(), standard.double()))
+    ours, theirs = logits.double().log_softmax(-1), standard.double().log_softmax(-1)
+    return -float(F.kl_div(ours, theirs, reduction="batchmean", log_target=True))
 
 
 def task_loss(module: nn.Module, batch: Batch, regression: bool) -> Tensor:

@@ -38,11 +38,11 @@ class Teacher:
         self.room = 0
         self.next = 0
 
-    def begin(self, order: object, *, keep: bool) -> Teacher:
-        """Start at the first batch of an `order`, for which equal values stand for equal batches."""
+    def begin(self, order: object, first: int = 0, *, keep: bool) -> Teacher:
+        """Start after the `first` batches of an `order`, for which equal values stand for equal batches."""
         if order != self.order:
             self.order, self.kept, self.room = order, [], self.memory if keep else 0
-        self.next = 0
+        self.next = first
         return self
 
     def __call__(self, **inputs: Any) -> Lesson:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -17,11 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raymask.core import masks
 from raymask.core.errors import UserError
-from raymask.core.recipe import probe_stage, resolve
-from raymask.core.records import Candidate, Checkpoint, Evaluation, FineTuned, Point, Settling, Snapshot, Stage
+from raymask.core.recipe import parents_of, probe_stage, resolve
+from raymask.core.records import Candidate, Checkpoint, Climb, Evaluation, FineTuned, Point, Settling, Snapshot, Stage
 from raymask.core.samplers import Draw
 from raymask.core.seeds import derive
-from raymask.core.spec import Spec
+from raymask.core.spec import Score, Spec
 from raymask.core.tensors import load, pack
 from raymask.train import loop
 from raymask.train.data import Data, Rows
@@ -69,15 +70,17 @@ class Job:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of the object store, about: both lineages' weights and moments, out and back, and a teacher."""
-        return (2 * 2 * 3 + 1) * 4 * self.parameters
+        """Bytes of the object store, about: all lineages' weights and moments, out and back, a teacher, and the
+        candidates that pause at a rung."""
+        lineages, pausing = self.spec.select.keep + 1, len(self.spec.probe.rungs) > 1
+        paused = parents_of(self.spec, 2) * (self.spec.candidates.count + 1) * pausing
+        return (3 * (2 * lineages + paused) + 1) * 4 * self.parameters
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What all candidates of one level have in common: computed once a worker."""
+    """What all candidates of one level and parent have in common: computed once a worker."""
 
-    key: tuple[str, float]
     control: masks.Mask
     prepared: dict[object, Draw]
 
@@ -101,58 +104,83 @@ class Worker:
         self.live = persistent(self.module)
         self.teacher: Teacher | None = None
         self.name = describe(self.device, job.spec)
-        self.level: Shared | None = None
+        self.shared: dict[tuple[str, float], Shared] = {}  # by parent and density
         self.scored = job.scored
+        self.standard: Tensor | None = None  # the dense model's logits of the rows that are scored
 
     def new_module(self) -> torch.nn.Module:
         spec = self.job.spec
         module = build(self.job.config, spec.model.trust_remote_code, show_attention=spec.distill)
         return module.to(self.device).eval()
 
-    def probe(self, snapshot: Snapshot, candidate: Candidate) -> Evaluation:
-        """Early evaluation of one candidate. Its own failure is a record; the machine's is raised as MachineFault."""
+    def probe(
+        self, parent: Snapshot, climb: Climb, paused: Snapshot | None = None
+    ) -> tuple[Evaluation, Snapshot | None]:
+        """Early evaluation of one candidate to a rung, and where it paused when there are rungs above.
+
+        `paused`: where it did on the rung below; without it, all the way from the parent, with the same result. The
+        candidate's own failure is a record; the machine's is raised as MachineFault.
+        """
         started, began = time.time(), time.perf_counter()
+        pause = None
         with isolated(self.job.spec, self.device):
             try:
                 with faults_told_apart():
-                    found = self.evaluate(snapshot, candidate)
+                    found, pause = self.evaluate(parent, climb, paused)
             except MachineFault:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever a candidate dies of is on record; the search goes on
-                found = Evaluation(candidate=candidate, error=f"{type(error).__name__}: {error}"[:2000])
+                problem = f"{type(error).__name__}: {error}"[:2000]
+                found = Evaluation(candidate=climb.candidate, rung=climb.rung, error=problem)
         seconds = time.perf_counter() - began
-        return found.model_copy(update={"started": started, "seconds": seconds, "worker": self.name})
+        return found.model_copy(update={"started": started, "seconds": seconds, "worker": self.name}), pause
 
-    def evaluate(self, snapshot: Snapshot, candidate: Candidate) -> Evaluation:
+    def evaluate(self, parent: Snapshot, climb: Climb, paused: Snapshot | None) -> tuple[Evaluation, Snapshot | None]:
         """Reset, draw, train briefly, and score on `select`."""
-        spec, data = self.job.spec, self.job.data
+        spec, data, candidate = self.job.spec, self.job.data, climb.candidate
         stage = probe_stage(spec)
-        mask = self.reset(snapshot, candidate)
-        assert self.level is not None, "candidates of a search are sparse"
-        stray = masks.distance(mask, self.level.control)
         total = loop.steps_in(stage, len(data.train))
-        looks = list(range(spec.probe.eval_every, total + 1, spec.probe.eval_every))[-spec.probe.last :] or [total]
+        ends = [0, *(max(1, round(total * share)) for share in spec.probe.rungs)]
+        if parent.teacher is not None and self.standard is None:
+            load(parent.teacher, self.live)
+            self.standard = self.logits(self.scored)
+        mask = self.reset(parent, candidate)
+        stray = masks.distance(mask, self.shared[parent.key, candidate.density].control)
+        if paused is not None:
+            load(paused.weights, self.live)
+        optimizer = self.optimizer(paused or parent)
         curve: list[Point] = []
         losses: list[Tensor] = []
 
         def look(step: int) -> None:
-            point, rows = self.look(step, self.scored)
+            point, rows = self.look(step, self.scored, self.standard)
             if not np.isfinite(point.loss):
                 raise FloatingPointError(f"the loss on select is {point.loss} after {step} steps")
             curve.append(point)
             losses.append(rows)
 
         seed = derive(spec.seed, "probe", candidate.level)
-        self.train(snapshot, stage, mask, seed, looks, look, self.optimizer(snapshot), shared=True)
-        score = float(np.mean([-point.loss if spec.probe.score == "loss" else point.metric for point in curve]))
-        return Evaluation(
+        for rung in range(climb.rung if paused else 0, climb.rung + 1):
+            begin, end = ends[rung : rung + 2]
+            whole = range(spec.probe.eval_every, end + 1, spec.probe.eval_every)
+            looks = [step for step in whole if step > begin][-spec.probe.last :] if rung == climb.rung else []
+            self.train(parent, stage, mask, seed, looks, look, optimizer, steps=(begin, end), shared=True)
+        if not curve:
+            look(end)
+        pause = None
+        if end < total:
+            state = loop.optimizer_state(self.module, optimizer)
+            pause = Snapshot(f"{parent.key}: {candidate.name} after {end} steps", pack(self.live), pack(state))
+        evaluation = Evaluation(
             candidate=candidate,
-            score=score,
+            rung=climb.rung,
+            score=float(np.mean([scores(point)[spec.probe.score] for point in curve])),
             curve=tuple(curve),
             row_losses=torch.stack(losses).mean(0).numpy().tobytes(),
             distance=stray,
             digest=masks.digest(masks.pack_bits(mask)),
         )
+        return evaluation, pause
 
     def settle(self, parent: Snapshot, settling: Settling) -> Checkpoint:
         """Fine-tune one mask from its parent; the look with the best metric on `select` is kept.
@@ -225,10 +253,11 @@ class Worker:
         if candidate.density == 1.0:
             return {}
         key = (snapshot.key, candidate.density)
-        if self.level is None or self.level.key != key:
-            control = candidate.model_copy(update={"noise": None})
-            self.level = Shared(key, self.draw(control, {}), {})
-        return self.level.control if candidate.is_control else self.draw(candidate, self.level.prepared)
+        if key not in self.shared:
+            self.shared = {known: value for known, value in self.shared.items() if known[1] == candidate.density}
+            self.shared[key] = Shared(self.draw(candidate.model_copy(update={"noise": None}), {}), {})
+        shared = self.shared[key]
+        return shared.control if candidate.is_control else self.draw(candidate, shared.prepared)
 
     def draw(self, candidate: Candidate, prepared: dict[object, Draw]) -> masks.Mask:
         """The candidate's mask on the live weights."""
@@ -258,9 +287,14 @@ class Worker:
         look: Callable[[int], None],
         optimizer: torch.optim.AdamW,
         *,
+        steps: tuple[int, int] | None = None,
         shared: bool = False,
     ) -> None:
-        """One stage from the snapshot, on the live model; `shared`: other candidates will train on the same batches."""
+        """One stage from the snapshot, on the live model, or only some `steps` of it, as `loop.train` takes them.
+
+        `shared`: other candidates will train on the same batches.
+        """
+        first = steps[0] if steps else 0
         loop.train(
             self.module,
             self.job.data.train,
@@ -271,8 +305,9 @@ class Worker:
             optimizer=optimizer,
             max_grad_norm=self.job.spec.optimizer.max_grad_norm,
             autocast=self.autocast,
-            teacher=self.taught_by(snapshot).begin(seed, keep=shared) if stage.distill else None,
+            teacher=self.taught_by(snapshot).begin(seed, first, keep=shared) if stage.distill else None,
             regression=self.job.data.regression,
+            steps=steps,
             looks=frozenset(looks),
             look=look,
             tell=self.tell,
@@ -287,15 +322,32 @@ class Worker:
             self.teacher = Teacher(module)
         return self.teacher
 
-    def look(self, step: int, rows: Rows) -> tuple[Point, Tensor]:
-        """Measure on rows of `select`: the point, and the loss of every row, float32 (rows,)."""
+    def logits(self, rows: Rows) -> Tensor:
+        """The live model's, float32 (rows, outputs)."""
+        return loop.predict(self.module, rows, padding=self.job.data.padding, autocast=self.autocast)
+
+    def look(self, step: int, rows: Rows, standard: Tensor | None = None) -> tuple[Point, Tensor]:
+        """Measure on rows of `select`: the point, and the loss of every row, float32 (rows,).
+
+        `standard`: the dense model's logits of the rows, float32 (rows, outputs), to state the agreement with.
+        """
         data = self.job.data
-        logits = loop.predict(self.module, rows, padding=data.padding, autocast=self.autocast)
+        logits = self.logits(rows)
         losses = loop.row_losses(logits, torch.from_numpy(rows.labels), data.regression)
         loss = float(losses.double().mean())
         finite = bool(torch.isfinite(logits).all())
         metric = overall(measure(data.metrics, logits.numpy(), rows.labels)) if finite else 0.0
-        return Point(step=step, loss=loss, metric=metric), losses
+        agreement = loop.agreement(logits, standard, data.regression) if standard is not None and finite else None
+        return Point(step=step, loss=loss, metric=metric, agreement=agreement), losses
+
+
+def scores(point: Point) -> dict[Score, float]:
+    """Each kind of score at a look, larger is better; NaN where it is not known."""
+    return {
+        "loss": -point.loss,
+        "metric": point.metric,
+        "agreement": math.nan if point.agreement is None else point.agreement,
+    }
 
 
 @contextmanager

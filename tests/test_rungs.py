@@ -1,0 +1,113 @@
+"""Does successive halving keep the best, and the controls, whoever is evaluated first?"""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raymask.core.records import Candidate, Evaluation, Noise
+from raymask.core.rungs import Ladder, climbs, cost, places
+
+RUNGS = [(1.0,), (0.5, 1.0), (0.25, 0.5, 1.0), (0.1, 0.2, 0.4, 1.0)]
+NOISE = Noise(exponent=5.0, ratio=1e-3)
+
+
+def pool_of(rivals, controls=1):
+    """So many controls, each of a parent of its own, then the others."""
+    return [
+        Candidate(level=1, index=index, seed=index, density=0.5, noise=None if index < controls else NOISE)
+        for index in range(controls + rivals)
+    ]
+
+
+def evaluated(candidate, rung, score):
+    if score is None:
+        return Evaluation(candidate=candidate, rung=rung, error="it broke")
+    return Evaluation(candidate=candidate, rung=rung, score=score)
+
+
+def by_the_book(pool, rungs, scores):
+    """Rung after rung, each complete before the next begins: who is at the top, with what score."""
+    entrants = list(pool)
+    top = {}
+    for rung, seats in enumerate([*places(sum(not c.is_control for c in pool), rungs)[1:], 0]):
+        found = [(scores[candidate.index][rung], candidate) for candidate in entrants]
+        top = {(candidate.index, rung): score for score, candidate in found} or top
+        alive = [(score, c) for score, c in found if score is not None and math.isfinite(score)]
+        others = sorted(((s, c) for s, c in alive if not c.is_control), key=lambda pair: (-pair[0], pair[1].index))
+        entrants = [c for _, c in alive if c.is_control] + [c for _, c in others[:seats]]
+    return top
+
+
+@st.composite
+def races(draw):
+    """A pool, rungs, and a score or a failure for every candidate at every rung."""
+    rungs = draw(st.sampled_from(RUNGS))
+    pool = pool_of(draw(st.integers(0, 12)), draw(st.integers(1, 3)))
+    score = st.one_of(st.none(), st.integers(-3, 3).map(float), st.just(math.nan))
+    return pool, rungs, [draw(st.lists(score, min_size=len(rungs), max_size=len(rungs))) for _ in pool]
+
+
+@given(races(), st.data())
+def test_the_same_are_left_at_the_top_whoever_runs_beside_whom_and_is_done_first(race, data):
+    pool, rungs, scores = race
+    ladder, running = Ladder(pool, rungs), []
+    workers = data.draw(st.integers(1, 5))
+    while wanted := list(ladder.wanted()):
+        for climb in wanted:
+            if len(running) < workers and climb not in running:
+                running.append(climb)
+        done = running.pop(data.draw(st.integers(0, len(running) - 1)))
+        ladder.hear(evaluated(done.candidate, done.rung, scores[done.candidate.index][done.rung]))
+    found = {(e.candidate.index, e.rung): e.score for e in ladder.finalists()}
+    expected = by_the_book(pool, rungs, scores)
+    assert found.keys() == expected.keys()
+
+
+@given(races(), st.data())
+def test_one_worker_does_nothing_in_vain(race, data):
+    pool, rungs, scores = race
+    ladder, spent = Ladder(pool, rungs), 0
+    while climb := next(ladder.wanted(), None):
+        assert (climb.candidate.index, climb.rung) not in ladder.found
+        ladder.hear(evaluated(climb.candidate, climb.rung, scores[climb.candidate.index][climb.rung]))
+        spent += 1
+    controls = sum(candidate.is_control for candidate in pool)
+    assert spent <= climbs(len(pool) - controls, controls, rungs)
+
+
+@given(races(), st.data())
+def test_it_goes_on_from_what_is_known(race, data):
+    """Also from guesses that an earlier start made, and from any part of what it found."""
+    pool, rungs, scores = race
+    everything = [
+        evaluated(candidate, rung, scores[candidate.index][rung]) for candidate in pool for rung in range(len(rungs))
+    ]
+    known = data.draw(st.lists(st.sampled_from(everything), unique_by=lambda e: (e.candidate.index, e.rung)))
+    ladder = Ladder(pool, rungs, known)
+    while climb := next(ladder.wanted(), None):
+        assert all((e.candidate, e.rung) != (climb.candidate, climb.rung) for e in known)
+        ladder.hear(evaluated(climb.candidate, climb.rung, scores[climb.candidate.index][climb.rung]))
+    assert {(e.candidate.index, e.rung) for e in ladder.finalists()} == by_the_book(pool, rungs, scores).keys()
+
+
+def test_a_place_is_taken_as_soon_as_it_is_certain():
+    pool = pool_of(4)
+    ladder = Ladder(pool, (0.5, 1.0))
+    for index, score in ((1, 5.0), (2, 4.0), (3, 3.0)):
+        ladder.hear(evaluated(pool[index], 0, score))
+    first, *_ = ladder.wanted()
+    assert (first.candidate.index, first.rung) == (1, 1), "it is ahead of two of four, whatever the fourth brings"
+    assert [(c.candidate.index, c.rung) for c in ladder.wanted()] == [(1, 1), (0, 0), (4, 0), (2, 1)], "2 is a guess"
+    ladder.hear(evaluated(pool[4], 0, 9.0))
+    assert [(c.candidate.index, c.rung) for c in ladder.wanted()] == [(4, 1), (1, 1), (0, 0)]
+
+
+def test_every_rung_costs_about_the_same():
+    assert places(8, (0.25, 0.5, 1.0)) == [8, 4, 2]
+    assert places(5, (0.25, 1.0)) == [5, 2]
+    assert places(0, (0.5, 1.0)) == [0, 0]
+    assert climbs(8, 1, (0.25, 0.5, 1.0)) == 9 + 5 + 3
+    assert cost(8, 1, (0.25, 0.5, 1.0)) == pytest.approx(9 / 4 + 5 / 4 + 3 / 2)
+    assert cost(8, 1, (1.0,)) == 9
