@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from contests import unstructured
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from raymask.core.masks import apply, digest, distance, draw, kept, matching, pack_bits, unpack_bits
-from raymask.core.patterns import unstructured
 from raymask.core.records import Candidate, Noise
 from raymask.core.samplers import votes
 

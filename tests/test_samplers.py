@@ -7,13 +7,13 @@ from math import comb, sqrt
 
 import pytest
 import torch
+from contests import unstructured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from raymask.core import samplers
-from raymask.core.patterns import budget, unstructured
-from raymask.core.records import Noise
+from raymask.core.patterns import budget, winners
 from raymask.core.samplers import EXACT, MARGIN, SAMPLERS, histogram, predict, race, rounds, tally_open, votes
 
 SIDE = 96
@@ -21,7 +21,11 @@ KEPT = SIDE * SIDE // 16
 EDGES = [0, KEPT // 2, 7 * KEPT // 8, KEPT, 9 * KEPT // 8, 3 * KEPT // 2, 3 * KEPT, SIDE * SIDE]
 """Ranks by magnitude that bound the buckets, narrow where the outcome is open."""
 
-noises = st.builds(Noise, exponent=st.sampled_from([0.1, 1.0, 5.0, 40.0]), ratio=st.sampled_from([1e-6, 0.01, 1.0]))
+
+def method(scores, density, ratio, exponent=5.0):
+    """The method's votes in one contest of all `scores`, (1, entries), with as many votes as it takes."""
+    kept = budget(scores.numel(), density)
+    return votes(scores, kept, exponent, rounds(scores.numel(), kept, ratio))
 
 
 def seeded(seed):
@@ -70,7 +74,7 @@ def strays(mask, scores, density):
 
 @pytest.fixture(scope="module")
 def square(gaussian):
-    return gaussian(SIDE, SIDE).abs()
+    return gaussian(1, SIDE * SIDE).abs()
 
 
 @pytest.mark.parametrize(("exponent", "count"), [(5.0, 1), (5.0, 8), (5.0, 60), (1.0, 20), (0.05, 20), (30.0, 20)])
@@ -116,23 +120,23 @@ def voting(chances, kept, count):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_masks_of_a_tiny_matrix_follow_the_exact_plackett_luce_probabilities(count):
-    scores = torch.tensor([1.0, 1.3, 0.7, 1.1, 0.9])
-    expected = voting((scores.double() ** 2).tolist(), 2, count)
+    scores = torch.tensor([[1.0, 1.3, 0.7, 1.1, 0.9]])
+    expected = voting((scores[0].double() ** 2).tolist(), 2, count)
     assert sum(expected.values()) == pytest.approx(1.0)
     rng, found = seeded(count), Counter()
     for _ in range(4000):
         keys = race(scores, rng, kept=2, exponent=2.0, count=count)
-        found[frozenset(unstructured(keys, 0.4).nonzero()[:, 0].tolist())] += 1
+        found[frozenset(unstructured(keys, 0.4)[0].nonzero()[:, 0].tolist())] += 1
     assert set(found) <= set(expected)
     observed = [found[outcome] for outcome in expected]
     assert chisquare(observed, [4000 * p for p in expected.values()]).pvalue > 1e-3
 
 
 def test_one_vote_is_a_race_and_many_votes_on_a_large_matrix_are_predicted(gaussian):
-    scores = gaussian(1024, 1024).abs()
-    assert votes(scores, 1 / 16, Noise(exponent=5.0, ratio=1e-7)).func is race
-    assert votes(scores, 1 / 16, Noise(exponent=5.0, ratio=1e-5)).func is tally_open
-    assert votes(scores[:8, :8], 1 / 16, Noise(exponent=5.0, ratio=1.0)).func is race
+    scores = gaussian(1, 1024 * 1024).abs()
+    assert method(scores, 1 / 16, ratio=1e-7).func is race
+    assert method(scores, 1 / 16, ratio=1e-5).func is tally_open
+    assert method(scores[:, :64], 1 / 16, ratio=1.0).func is race
     assert scores.numel() == EXACT
 
 
@@ -145,8 +149,8 @@ def test_one_vote_is_a_race_and_many_votes_on_a_large_matrix_are_predicted(gauss
     seed=st.integers(0, 99),
 )
 def test_score_zero_is_never_kept_and_the_count_is_exact_whatever_the_noise(kind, exponent, count, share, seed):
-    scores = torch.rand(40, 50, generator=seeded(seed))
-    scores[torch.rand(40, 50, generator=seeded(seed + 100)) < 0.5] = 0
+    scores = torch.rand(1, 2000, generator=seeded(seed))
+    scores[torch.rand(1, 2000, generator=seeded(seed + 100)) < 0.5] = 0
     live = int(scores.count_nonzero())
     kept = max(1, int(share * live))
     arguments = {"kept": kept, "exponent": exponent, "count": count}
@@ -162,7 +166,7 @@ def test_score_zero_is_never_kept_and_the_count_is_exact_whatever_the_noise(kind
 
 
 def test_score_zero_is_never_kept_where_too_few_entries_got_a_vote():
-    scores = torch.rand(20, 20, generator=seeded(0))
+    scores = torch.rand(1, 400, generator=seeded(0))
     scores[:, ::2] = 0
     draw = predict(scores, kept=40, exponent=1000.0, count=2)
     short = 0
@@ -175,7 +179,7 @@ def test_score_zero_is_never_kept_where_too_few_entries_got_a_vote():
 
 @pytest.mark.parametrize("kind", ["race", "predicted"])
 def test_ties_are_broken_at_random_and_not_by_position(kind):
-    equal = torch.ones(SIDE, SIDE)
+    equal = torch.ones(1, SIDE * SIDE)
     arguments = {"kept": KEPT, "exponent": 5.0, "count": 20}
     draw = predict(equal, **arguments) if kind == "predicted" else partial(race, **arguments)
     front = masks_of(draw, equal, 40)[:, : SIDE * SIDE // 2].float().mean().item()
@@ -185,25 +189,29 @@ def test_ties_are_broken_at_random_and_not_by_position(kind):
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
 @given(
     values=st.lists(st.sampled_from([0.0, 1e-40, 1e-3, 1.0, 1e30]) | st.floats(0, 1, width=32), max_size=40),
-    density=st.floats(0, 1),
-    noise=noises,
+    contestants=st.integers(1, 40),
+    share=st.floats(0, 1),
+    exponent=st.sampled_from([0.1, 1.0, 5.0, 40.0]),
+    count=st.sampled_from([1, 2, 20, 10**6]),
 )
-def test_every_sampler_fills_the_budget_with_live_entries_only(sampler, values, density, noise):
-    scores = torch.tensor(values, dtype=torch.float32)
-    before = scores.clone()
-    keys = sampler(scores, density, noise)(scores, seeded(0))
-    mask = unstructured(keys, density)
+def test_every_sampler_fills_the_places_of_every_contest_with_live_entries_only(
+    sampler, values, contestants, share, exponent, count
+):
+    whole = len(values) // contestants * contestants
+    scores = torch.tensor(values[:whole], dtype=torch.float32).view(-1, contestants) if whole else torch.zeros(1, 0)
+    before, places = scores.clone(), int(share * scores.shape[1])
+    keys = sampler(scores, places, exponent, count)(scores, seeded(0))
+    mask = winners(keys, places)
     assert keys.shape == scores.shape
-    assert int(mask.sum()) == min(budget(len(values), density), int(scores.count_nonzero()))
+    assert mask.sum(1).tolist() == scores.count_nonzero(1).clamp(max=places).tolist()
     assert not mask[scores == 0].any()
     assert torch.equal(scores, before)
 
 
 @pytest.mark.parametrize("ratio", [1e-7, 0.01], ids=["race", "predicted"])
 def test_the_same_generator_gives_the_same_keys_and_another_gives_others(gaussian, ratio):
-    scores = gaussian(256, 256).abs()
-    draw = votes(scores, 1 / 16, Noise(exponent=5.0, ratio=ratio))
-    again = votes(scores, 1 / 16, Noise(exponent=5.0, ratio=ratio))
+    scores = gaussian(1, 256 * 256).abs()
+    draw, again = method(scores, 1 / 16, ratio), method(scores, 1 / 16, ratio)
     assert torch.equal(draw(scores, seeded(1)), again(scores, seeded(1)))
     assert not torch.equal(unstructured(draw(scores, seeded(1)), 1 / 16), unstructured(draw(scores, seeded(2)), 1 / 16))
 
@@ -242,9 +250,9 @@ def test_a_tiny_exponent_forgets_the_magnitudes(square):
     ],
 )
 def test_masks_stray_from_the_control_as_far_as_was_measured(gaussian, density, ratio, count, share):
-    scores = gaussian(768, 768).abs()
+    scores = gaussian(1, 768 * 768).abs()
     assert rounds(scores.numel(), budget(scores.numel(), density), ratio) == count
-    keys = votes(scores, density, Noise(exponent=5.0, ratio=ratio))(scores, seeded(1))
+    keys = method(scores, density, ratio)(scores, seeded(1))
     assert strays(unstructured(keys, density), scores, density) == pytest.approx(share, abs=0.015)
 
 
@@ -284,10 +292,10 @@ def test_a_well_predicted_boundary_draws_only_what_is_open(square):
 @pytest.mark.parametrize("count", [10, 300, 1000, 12_680, 100_000])
 def test_the_boundary_is_well_predicted_however_many_votes_there_are(monkeypatch, count):
     """A bin of the histogram is worth many votes of a large matrix, but the whole matrix must not be drawn for that."""
-    weights = torch.randn(300_000, generator=seeded(4)).abs()
-    draws = [predict(scores, len(scores) // 16, 5.0, count) for scores in (weights, weights[:100_000])]
+    weights = torch.randn(1, 300_000, generator=seeded(4)).abs()
+    draws = [predict(scores, scores.numel() // 16, 5.0, count) for scores in (weights, weights[:, :100_000])]
     monkeypatch.setattr(samplers, "tally_open", lambda *args, **more: pytest.fail("every live entry is drawn"))
-    for draw, scores in zip(draws, (weights, weights[:100_000]), strict=True):
+    for draw, scores in zip(draws, (weights, weights[:, :100_000]), strict=True):
         for seed in range(3):
             draw(scores, seeded(seed))
 
@@ -308,9 +316,9 @@ def test_the_number_of_votes_is_the_method_s(entries, kept, ratio, count):
 
 
 def test_a_matrix_of_more_than_16_million_entries_is_drawn_exactly(gaussian):
-    scores = gaussian(4100, 4100).abs()
+    scores = gaussian(1, 4100 * 4100).abs()
     assert scores.numel() > 2**24  # which torch.multinomial refuses
-    keys = votes(scores, 1 / 16, Noise(exponent=5.0, ratio=5e-5))(scores, seeded(0))
+    keys = method(scores, 1 / 16, ratio=5e-5)(scores, seeded(0))
     mask = unstructured(keys, 1 / 16)
     assert int(mask.sum()) == budget(scores.numel(), 1 / 16)
     assert strays(mask, scores, 1 / 16) == pytest.approx(0.022, abs=0.005)  # as sqrt(27 / 788) of 11.5 % at V = 27

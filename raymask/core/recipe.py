@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raymask.core.patterns import PATTERNS, Pattern
+from raymask.core import patterns
+from raymask.core.allocations import ALLOCATIONS, Allocation
+from raymask.core.patterns import Pattern
 from raymask.core.records import Candidate, Noise, Stage
 from raymask.core.rules import RULES, Rule
 from raymask.core.samplers import SAMPLERS, Sampler
@@ -21,6 +23,7 @@ class Recipe:
 
     spec: Spec
     densities: tuple[float, ...]
+    allocation: Allocation
     scorer: Scorer
     sampler: Sampler
     pattern: Pattern
@@ -28,13 +31,14 @@ class Recipe:
 
 
 def resolve(spec: Spec) -> Recipe:
-    """The verbs that a spec names; all but the schedule have one implementation so far."""
+    """The verbs that a spec names; sampler and rule have one implementation so far."""
     return Recipe(
         spec=spec,
         densities=spec.levels.densities(),
-        scorer=SCORERS["magnitude"],
+        allocation=ALLOCATIONS[spec.mask.allocation],
+        scorer=SCORERS[spec.mask.score],
         sampler=SAMPLERS["votes"],
-        pattern=PATTERNS["unstructured"],
+        pattern=patterns.named(spec.mask.pattern),
         rule=RULES["best"],
     )
 

@@ -20,10 +20,12 @@ from raymask.core.errors import UserError
 from raymask.core.recipe import probe_stage, resolve
 from raymask.core.records import Candidate, Checkpoint, Evaluation, FineTuned, Point, Settling, Snapshot, Stage
 from raymask.core.samplers import Draw
+from raymask.core.scorers import BLIND, SCORERS, Calibration
 from raymask.core.seeds import derive
 from raymask.core.spec import Spec
 from raymask.core.tensors import load, pack
 from raymask.train import loop
+from raymask.train.calibration import ROWS, calibrate
 from raymask.train.data import Data, Rows
 from raymask.train.metrics import measure, overall
 from raymask.train.model import build, persistent
@@ -58,9 +60,11 @@ class Job:
         """Bytes of the machine's memory that one worker needs, about.
 
         Everywhere Python, torch, and what comes and goes: the best weights and moments, packed. On a CPU also weights,
-        gradients, masks, moments, a teacher with what is kept of its answers, and as much again for activations.
+        gradients, masks, moments, a calibration, a teacher with what is kept of its answers, and as much again for
+        activations.
         """
-        passing, living = 3 * 4 * self.parameters, (5 + self.spec.distill) * 4 * self.parameters
+        calibrated = SCORERS[self.spec.mask.score] not in BLIND
+        passing, living = 3 * 4 * self.parameters, (5 + calibrated + self.spec.distill) * 4 * self.parameters
         if on_gpu:
             return 2**30 * 3 + passing
         rows = int(self.spec.probe.epochs * len(self.data.train))
@@ -78,6 +82,7 @@ class Shared:
     """What all candidates of one level have in common: computed once a worker."""
 
     key: tuple[str, float]
+    calibration: dict[str, Calibration]
     control: masks.Mask
     prepared: dict[object, Draw]
 
@@ -227,19 +232,33 @@ class Worker:
         key = (snapshot.key, candidate.density)
         if self.level is None or self.level.key != key:
             control = candidate.model_copy(update={"noise": None})
-            self.level = Shared(key, self.draw(control, {}), {})
-        return self.level.control if candidate.is_control else self.draw(candidate, self.level.prepared)
+            calibration = self.calibrate()
+            self.level = Shared(key, calibration, self.draw(control, calibration, {}), {})
+        level = self.level
+        return level.control if candidate.is_control else self.draw(candidate, level.calibration, level.prepared)
 
-    def draw(self, candidate: Candidate, prepared: dict[object, Draw]) -> masks.Mask:
+    def calibrate(self) -> dict[str, Calibration]:
+        """What the scorer needs to know of the live weights, by name: always from the same training rows."""
+        if self.recipe.scorer in BLIND:
+            return {}
+        data = self.job.data
+        rows = data.train.sample(ROWS, derive(self.job.spec.seed, "calibration"))
+        return calibrate(self.module, self.job.prunable, rows, padding=data.padding, regression=data.regression)
+
+    def draw(
+        self, candidate: Candidate, calibration: dict[str, Calibration], prepared: dict[object, Draw]
+    ) -> masks.Mask:
         """The candidate's mask on the live weights."""
         weights = {name: self.live[name] for name in self.job.prunable}
         verbs = self.recipe
         return masks.draw(
             weights,
             candidate,
+            allocation=verbs.allocation,
             scorer=verbs.scorer,
             sampler=verbs.sampler,
             pattern=verbs.pattern,
+            calibration=calibration,
             prepared=prepared,
         )
 
