@@ -43,7 +43,7 @@ class Pattern:
         if self.block == (1, 1):
             return kept.reshape(shape)
         blocks = kept.reshape(shape[0] // rows, 1, shape[1] // columns, 1)
-        return blocks.expand(-1, rows, -1, columns).reshape(shape)
+        return blocks.expand(-1, rows, -1, columns).reshape(shape).contiguous()
 
     def keeps(self, entries: int, density: float) -> int:
         """How many of so many entries are kept at most."""
