@@ -14,7 +14,19 @@ from scipy.stats import chisquare
 
 from raymask.core import samplers
 from raymask.core.patterns import budget, winners
-from raymask.core.samplers import EXACT, MARGIN, SAMPLERS, histogram, predict, race, rounds, tally_open, votes
+from raymask.core.samplers import (
+    EXACT,
+    FEW,
+    MARGIN,
+    SAMPLERS,
+    histogram,
+    predict,
+    race,
+    rounds,
+    tally_contests,
+    tally_open,
+    votes,
+)
 
 SIDE = 96
 KEPT = SIDE * SIDE // 16
@@ -322,3 +334,79 @@ def test_a_matrix_of_more_than_16_million_entries_is_drawn_exactly(gaussian):
     mask = unstructured(keys, 1 / 16)
     assert int(mask.sum()) == budget(scores.numel(), 1 / 16)
     assert strays(mask, scores, 1 / 16) == pytest.approx(0.022, abs=0.005)  # as sqrt(27 / 788) of 11.5 % at V = 27
+
+
+# Many contests of few.
+
+
+def rates(mask, order):
+    """Share of the contests in which the entry of each rank is kept."""
+    return mask.float().gather(1, order).mean(0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_race_of_many_small_contests_is_the_exact_one_in_each(count):
+    chances = [1.0, 1.3, 0.7, 1.1, 0.9]
+    scores = torch.tensor([chances]).repeat(4000, 1)
+    keys = race(scores, seeded(count), kept=2, exponent=2.0, count=count)
+    found = Counter(frozenset(row.nonzero()[:, 0].tolist()) for row in winners(keys, 2))
+    expected = voting([chance**2 for chance in chances], 2, count)
+    assert set(found) <= set(expected)
+    assert chisquare([found[outcome] for outcome in expected], [4000 * p for p in expected.values()]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("size", "kept"), [(2, 1), (4, 1), (4, 2), (4, 3), (8, 4), (16, 1), (16, 4), (16, 8)])
+@pytest.mark.parametrize("count", [FEW + 1, 30, 200])
+def test_votes_of_many_contests_agree_with_their_race(gaussian, size, kept, count):
+    """To as much as `tally_contests` claims, beside four standard errors."""
+    scores = gaussian(24_000 // size, size).abs()
+    order, control = scores.argsort(1, descending=True), winners(scores, kept)
+    arguments = {"kept": kept, "exponent": 5.0, "count": count}
+    fast, slow = (winners(draw(scores, seeded(1), **arguments), kept) for draw in (tally_contests, race))
+    assert fast.sum(1).tolist() == slow.sum(1).tolist() == [kept] * len(scores)
+    close = 0.04 if size < 16 or kept < 3 else 0.15
+    ours, theirs = (float((mask & ~control).float().mean()) * size / kept for mask in (fast, slow))
+    assert abs(ours - theirs) <= close * theirs + 4 * sqrt(2 * theirs / (len(scores) * kept))
+    error = 4 * (0.5 / len(scores)) ** 0.5
+    assert float((rates(fast, order) - rates(slow, order)).abs().max()) <= close * 0.3 + error
+
+
+def test_few_votes_are_raced_and_many_tallied(gaussian):
+    scores = gaussian(300_000, 4).abs()
+    assert votes(scores, 2, 5.0, FEW).func is race
+    assert votes(scores, 2, 5.0, FEW + 1).func is tally_contests
+    assert votes(scores[:1000], 2, 5.0, 100).func is race
+    assert scores.numel() * (FEW + 1) > EXACT
+
+
+@pytest.mark.parametrize("draw", [race, tally_contests])
+def test_contests_with_too_few_live_entries_keep_these_and_the_others_their_places(gaussian, draw):
+    scores = gaussian(2000, 8).abs()
+    scores[torch.rand(2000, 8, generator=seeded(0)) < 0.6] = 0
+    mask = winners(draw(scores, seeded(1), kept=4, exponent=5.0, count=20), 4)
+    assert not mask[scores == 0].any()
+    assert mask.sum(1).tolist() == scores.count_nonzero(1).clamp(max=4).tolist()
+
+
+@pytest.mark.parametrize("draw", [race, tally_contests])
+def test_ties_within_contests_are_broken_at_random_and_not_by_position(draw):
+    equal = torch.ones(20_000, 4)
+    kept = winners(draw(equal, seeded(0), kept=2, exponent=5.0, count=10), 2).float().mean(0)
+    assert kept.tolist() == pytest.approx([0.5] * 4, abs=4.5 * sqrt(0.25 / 20_000))
+
+
+@pytest.mark.parametrize(("exponent", "count"), [(1000.0, 20), (5.0, 10**7)])
+def test_certain_contests_are_the_control_s(gaussian, exponent, count):
+    """An entry that gets all votes, and one that gets none, are still ranked."""
+    scores = gaussian(5000, 8).abs()
+    mask = winners(tally_contests(scores, seeded(0), kept=4, exponent=exponent, count=count), 4)
+    assert float((mask & ~winners(scores, 4)).sum() / mask.sum()) <= 0.01
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_contests_depend_on_the_generator_alone(gaussian, count):
+    scores = gaussian(3000, 4).abs()
+    for draw in (race, tally_contests):
+        first, again, other = (draw(scores, seeded(seed), kept=2, exponent=5.0, count=count) for seed in (1, 1, 2))
+        assert torch.equal(first, again)
+        assert not torch.equal(winners(first, 2), winners(other, 2))

@@ -297,28 +297,29 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def levels_suit_the_pattern(self) -> Spec:
-        group = self.group()
-        if group and self.mask.allocation != "uniform":
-            raise ValueError(
-                f"mask.allocation: {self.mask.pattern} prunes every matrix alike: it goes with uniform, not with "
-                f"{self.mask.allocation}"
-            )
-        for density in self.levels.densities() if group else ():
-            places = density * group
-            if round(places) < 1 or abs(places - round(places)) > 1e-9:
-                raise ValueError(
-                    f"levels: a sparsity of {1 - density:g} keeps {places:g} of each {group}, and {self.mask.pattern} "
-                    f"keeps a whole number: write all levels as multiples of 1/{group}"
-                )
+        require_whole_groups(self.mask.pattern, self.mask.allocation, self.levels.densities())
         return self
 
-    def group(self) -> int:
-        """The M of a pattern n:M, else 0."""
-        if ":" not in self.mask.pattern:
-            return 0
-        from raymask.core.patterns import named
 
-        return named(self.mask.pattern).group or 0
+def require_whole_groups(pattern: str, allocation: str, densities: Iterable[float]) -> None:
+    """Raise ValueError when a pattern n:M meets an allocation or a density in (0, 1] that leaves no whole n."""
+    if ":" not in pattern:
+        return
+    from raymask.core.patterns import named
+
+    group = named(pattern).group
+    assert group is not None, "a colon stands before M"
+    if allocation != "uniform":
+        raise ValueError(
+            f"mask.allocation: {pattern} keeps the same share everywhere: it goes with uniform, not with {allocation}"
+        )
+    for density in densities:
+        places = density * group
+        if round(places) < 1 or abs(places - round(places)) > 1e-9:
+            raise ValueError(
+                f"levels: a sparsity of {1 - density:g} keeps {places:g} of each {group}, and {pattern} needs a whole "
+                f"number, 1 at least: write every level as a multiple of 1/{group}"
+            )
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -32,9 +32,10 @@ def calibrate(
 
     def meet(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs = arguments[0].detach()
-        if inputs.shape[:-1] == real.shape:  # tokens, rather than a pooled row
+        times = 1 if len(inputs) == len(real) else len(real)  # what all rows share, such as relative positions
+        if inputs.shape[:-1] == real.shape:  # tokens, rather than one vector a row
             inputs = inputs[real]
-        by_weight[id(layer.weight)] += inputs.reshape(-1, inputs.shape[-1]).square().sum(0)
+        by_weight[id(layer.weight)] += times * inputs.reshape(-1, inputs.shape[-1]).square().sum(0)
 
     hooks = [layer.register_forward_pre_hook(meet) for layer in module.modules() if id_of_weight(layer) in by_weight]
     try:
