@@ -52,9 +52,10 @@ def draw(
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     mask = {}
     for names, density in allocation(shapes, candidate.density).items():
-        contests = [pattern.fold(scored(name, weights[name], scorer, (calibration or {}).get(name))) for name in names]
-        widths = [part.shape[1] for part in contests]
-        scores = contests[0] if len(contests) == 1 else torch.cat(contests, 1)
+        parts = [pattern.fold(scored(name, weights[name], scorer, (calibration or {}).get(name))) for name in names]
+        widths = [part.shape[1] for part in parts]
+        scores = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        del parts  # of a whole model, perhaps
         places = budget(scores.shape[1], density)
         if candidate.noise is not None:
             key = (names, density, candidate.noise)
