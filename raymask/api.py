@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from raymask.config import load_spec, make_spec
-from raymask.core import masks
+from raymask.core import masks, patterns
+from raymask.core.allocations import ALLOCATIONS
 from raymask.core.masks import Mask
 from raymask.core.records import Candidate, Noise, Result
-from raymask.core.spec import Spec
+from raymask.core.spec import Spec, one_of, require_whole_groups
 from raymask.driver.search import search as run_search
 from raymask.report.terminal import Silent
 from raymask.train.model import find_prunable
@@ -47,27 +48,36 @@ def draw_mask(
     seed: int | None = None,
     exponent: float = 5.0,
     ratio: float = 3e-4,
+    allocation: str = "uniform",
+    pattern: str = "unstructured",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> Mask:
     """A mask over the module's prunable matrices: bool tensors by parameter name, on the parameters' devices.
 
-    `density` in (0, 1]: share of each matrix that is kept. Without a `seed` it is the magnitude mask; with one a
-    random mask near it, of `exponent` a and sampling `ratio` r (method.md 2). `include` and `exclude` are shell-style
-    patterns on parameter names; by default the linear weights inside the repeated blocks are taken.
-    Raises ValueError when nothing can be pruned, or a weight is not finite.
+    `density` in (0, 1]: share of these matrices' weights that is kept. Without a `seed` it is the magnitude mask; with
+    one a random mask near it, of `exponent` a and sampling `ratio` r (method.md 2). `allocation` and `pattern` as in a
+    spec's `mask`. `include` and `exclude` are shell-style patterns on parameter names; by default the linear weights
+    inside the repeated blocks are taken.
+    Raises ValueError when nothing can be pruned, a weight is not finite, or the pattern does not fit.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must lie in (0, 1], not {density}")
+    form = patterns.named(pattern)
+    share = ALLOCATIONS[one_of(ALLOCATIONS, allocation, "allocation")]
+    require_whole_groups(pattern, allocation, [density])
     names = find_prunable(module, tuple(include), tuple(exclude))
     if not names:
         raise ValueError(
             "no matrix of the module can be pruned; name some with include, for instance include=['*.weight']"
         )
-    parameters = dict(module.named_parameters())
+    weights = {name: module.get_parameter(name).detach() for name in names}
+    for name, weight in weights.items():
+        if not form.fits(tuple(weight.shape)):
+            raise ValueError(f"{pattern} does not divide {name} of {' x '.join(map(str, weight.shape))}")
     noise = None if seed is None else Noise(exponent=exponent, ratio=ratio)
     candidate = Candidate(level=1, index=int(noise is not None), seed=seed or 0, density=density, noise=noise)
-    return masks.draw({name: parameters[name].detach() for name in names}, candidate)
+    return masks.draw(weights, candidate, allocation=share, pattern=form)
 
 
 def apply_mask(module: nn.Module, mask: Mapping[str, Tensor]) -> None:

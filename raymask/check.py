@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from raymask.core.patterns import budget
+from raymask.core.masks import quotas
 from raymask.core.recipe import epochs, parents_of
 from raymask.core.rungs import places
 from raymask.core.seeds import derive
@@ -61,7 +61,7 @@ def level_table(plan: Plan) -> Table:
     for head in ("level", "sparsity", "weights kept", "zeros in encoder", "zeros in whole model", "candidates"):
         table.add_column(head, justify="right")
     for level, density in enumerate(plan.recipe.densities, 1):
-        kept = sum(budget(count, density) for count in plan.source.entries.values())
+        kept = sum(quotas(plan.source.shapes, density, plan.recipe.allocation, plan.recipe.pattern).values())
         shares = plan.source.sizes.sparsities(plan.source.sizes.prunable - kept)
         random, parents = plan.recipe.spec.candidates.count, parents_of(plan.recipe.spec, level)
         pool = f"control + {random}" if random else "control"

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,32 @@ def test_a_tied_weight_goes_by_one_name() -> None:
     mask = raymask.draw_mask(BertForMaskedLM(config), 0.5, include=["*.weight"])
     assert "cls.predictions.decoder.weight" not in mask
     assert "cls.predictions.transform.dense.weight" in mask
+
+
+def test_a_mask_takes_the_pattern_and_allocation_of_a_spec(bert: BertModel) -> None:
+    for kept in raymask.draw_mask(bert, 0.25, seed=1, pattern="n:4").values():
+        assert bool((kept.view(-1, 4).sum(1) == 1).all())
+    for kept in raymask.draw_mask(bert, 0.25, seed=1, pattern="8x1").values():
+        assert set(kept.view(-1, 8, kept.shape[1]).sum(1).view(-1).tolist()) == {0, 8}
+    shares = {
+        name: float(kept.float().mean()) for name, kept in raymask.draw_mask(bert, 0.25, allocation="erk").items()
+    }
+    assert len({round(share, 2) for share in shares.values()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"pattern": "2:4"}, r"2:4 is written n:4"),
+        ({"pattern": "n:4", "allocation": "erk"}, r"goes with uniform"),
+        ({"pattern": "n:8", "density": 0.3}, r"keeps 2\.4 of each 8"),
+        ({"pattern": "5x1"}, r"^5x1 does not divide encoder\.layer\.0\.attention\.self\.query\.weight of 32 x 32$"),
+        ({"allocation": "all"}, r"no allocation is called 'all'"),
+    ],
+)
+def test_a_mask_that_cannot_be_is_refused(bert: BertModel, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        raymask.draw_mask(bert, **{"density": 0.25} | asked)
 
 
 @pytest.mark.parametrize("density", [0.0, -1.0, 1.5, float("nan")])

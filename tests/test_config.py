@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from raymask.config import load_spec, make_spec, parse_spec
+from raymask.core.allocations import ALLOCATIONS
 from raymask.core.errors import UserError
-from raymask.core.spec import FREE, GLUE, PRESETS, Levels, Spec, Workers, identity
+from raymask.core.scorers import SCORERS
+from raymask.core.spec import FREE, GLUE, PRESETS, Levels, Mask, Spec, Workers, identity
 
 TWO_LINES = "model: bert-base-uncased\ntask: glue/mrpc\n"
 FIVE_LINES = """\
@@ -301,6 +303,69 @@ def test_levels_are_given_in_exactly_one_way():
     assert with_line("levels: {sparsities: [0.5], sparsity: 0.9}") == message
     assert with_line("levels: {steps: 3}") == message
     assert with_line("levels: []") == "job.yaml: levels: at least one sparsity is needed"
+
+
+# Where sparsity goes
+
+
+def test_a_mask_is_the_method_s_unless_something_else_is_asked_for():
+    assert parse_spec(TWO_LINES).mask == Mask(allocation="uniform", pattern="unstructured", score="magnitude")
+    spec = parse_spec(TWO_LINES + "levels: [0.5, 0.75]\nmask: {pattern: n:4, score: wanda}")
+    assert (spec.mask.allocation, spec.mask.pattern, spec.mask.score) == ("uniform", "n:4", "wanda")
+    spec = parse_spec(TWO_LINES, ["mask.pattern=16x1", "mask.allocation=erk", "mask.score=saliency"])
+    assert spec.mask == Mask(allocation="erk", pattern="16x1", score="saliency")
+
+
+def test_every_entry_of_the_tables_is_known():
+    assert all(Mask(allocation=name).allocation == name for name in ALLOCATIONS)
+    assert all(Mask(score=name).score == name for name in SCORERS)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("allocation: erdos", "allocation: no allocation is called 'erdos'; known are uniform, erk, global"),
+        ("score: taylor", "score: no score is called 'taylor'; known are magnitude, wanda, saliency"),
+        ("pattern: 4by4", "pattern: no pattern is called '4by4'; known are unstructured, n:M such as n:4, and RxC"),
+        ("pattern: '1:64'", "pattern: 1:64 is written n:64, and the levels say how many of 64 are kept: levels: ["),
+    ],
+)
+def test_an_unknown_mask_is_answered_with_the_known_ones(keys, message):
+    assert with_line(f"mask: {{{keys}}}").startswith(f"job.yaml: mask.{message}")
+
+
+@pytest.mark.parametrize(("written", "size", "level"), [("2:4", 4, "0.5"), ("1:4", 4, "0.75"), ("8:16", 16, "0.5")])
+@pytest.mark.parametrize("quote", ["", "'"])  # to YAML a bare 2:4 is a number, of seconds
+def test_a_pattern_with_its_n_is_answered_with_what_to_write(written, size, level, quote):
+    assert with_line(f"mask: {{pattern: {quote}{written}{quote}}}").startswith(
+        f"job.yaml: mask.pattern: {written} is written n:{size}, and the levels say how many of {size} are kept: "
+        f"levels: [{level}]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "levels", "sparsity", "left"),
+    [("n:4", "[0.5, 0.9]", 0.9, 0.4), ("n:4", "[0.6]", 0.6, 1.6), ("n:8", "[0.5, 0.9375]", 0.9375, 0.5)],
+)
+def test_levels_that_leave_no_whole_number_of_a_group_are_refused(pattern, levels, sparsity, left):
+    size = pattern.removeprefix("n:")
+    assert with_line(f"mask: {{pattern: {pattern}}}\nlevels: {levels}") == (
+        f"job.yaml: levels: a sparsity of {sparsity} keeps {left} of each {size}, and {pattern} needs a whole number, "
+        f"1 at least: write every level as a multiple of 1/{size}"
+    )
+
+
+@pytest.mark.parametrize(("pattern", "levels"), [("n:4", "[0.25, 0.5, 0.75]"), ("n:10", "[0.1, 0.7, 0.9]")])
+def test_levels_that_leave_whole_numbers_are_taken(pattern, levels):
+    assert parse_spec(TWO_LINES + f"mask: {{pattern: {pattern}}}\nlevels: {levels}").mask.pattern == pattern
+
+
+@pytest.mark.parametrize("allocation", sorted(set(ALLOCATIONS) - {"uniform"}))
+def test_n_of_m_goes_with_uniform_alone_and_blocks_with_all(allocation):
+    assert with_line(f"mask: {{pattern: n:4, allocation: {allocation}}}\nlevels: [0.5]") == (
+        f"job.yaml: mask.allocation: n:4 keeps the same share everywhere: it goes with uniform, not with {allocation}"
+    )
+    assert parse_spec(TWO_LINES + f"mask: {{pattern: 4x4, allocation: {allocation}}}").mask.allocation == allocation
 
 
 def test_missing_model_and_task_are_both_named():

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from hypothesis import assume, given
+from contests import unstructured
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from raymask.core.masks import apply, digest, distance, draw, kept, matching, pack_bits, unpack_bits
-from raymask.core.patterns import unstructured
+from raymask.core.allocations import ALLOCATIONS
+from raymask.core.masks import apply, digest, distance, draw, kept, matching, pack_bits, quotas, unpack_bits
+from raymask.core.patterns import named
 from raymask.core.records import Candidate, Noise
 from raymask.core.samplers import votes
+from raymask.core.scorers import SCORERS, Calibration
 
 CONTROL = Candidate(level=1, index=0, seed=5, density=0.25)
 RANDOM = Candidate(level=1, index=1, seed=5, density=0.25, noise=Noise(exponent=5.0, ratio=1e-3))
@@ -251,3 +254,107 @@ def test_names_match_any_of_the_shell_style_patterns():
     assert matching(names, ["layer.[12].*"]) == {names[1], names[2]}
     assert matching(names, []) == set()
     assert matching(iter(names), iter(["*"])) == set(names)
+
+
+# Where sparsity goes.
+
+WHERE = [
+    (pattern, allocation)
+    for pattern in ("unstructured", "n:4", "n:16", "4x4", "16x1")
+    for allocation in ALLOCATIONS
+    if ":" not in pattern or allocation == "uniform"
+]
+every_where = pytest.mark.parametrize(("pattern", "allocation"), WHERE)
+NOISES = [None, Noise(exponent=5.0, ratio=1e-7), Noise(exponent=1.0, ratio=1e-3)]
+
+
+def drawn(weights, pattern, allocation, noise=RANDOM.noise, density=0.25, seed=5):
+    candidate = RANDOM.model_copy(update={"noise": noise, "density": density, "seed": seed})
+    return draw(weights, candidate, pattern=named(pattern), allocation=ALLOCATIONS[allocation])
+
+
+def counts(mask, names):
+    return sum(int(mask[name].sum()) for name in names)
+
+
+@every_where
+@pytest.mark.parametrize("noise", NOISES, ids=["control", "race", "votes"])
+def test_every_budget_is_spent_to_the_weight(weights, pattern, allocation, noise):
+    mask = drawn(weights, pattern, allocation, noise)
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    expected = quotas(shapes, 0.25, ALLOCATIONS[allocation], named(pattern))
+    assert list(mask) == list(weights)
+    assert {names: counts(mask, names) for names in expected} == expected
+    entries = sum(weight.numel() for weight in weights.values())
+    block = 16 if "x" in pattern else 1
+    assert entries / 4 - block * len(expected) < kept(mask) <= entries / 4
+
+
+@every_where
+@given(seed=st.integers(0, 2**63 - 1), noise=st.sampled_from(NOISES))
+@settings(max_examples=10)
+def test_levels_nest_wherever_sparsity_goes(gaussian, pattern, allocation, seed, noise):
+    weights = {"a": gaussian(32, 16, seed=seed % 97), "b": gaussian(16, 64, seed=seed % 89)}
+    parent = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    before = 2048
+    for density in (0.5, 0.25, 0.0625) if pattern != "n:4" else (0.75, 0.5, 0.25):
+        mask = drawn(weights, pattern, allocation, noise, density, seed)
+        assert all(not (mask[name] & ~parent[name]).any() for name in mask)
+        assert 1536 * density - 32 <= kept(mask) < before
+        apply(weights, mask)
+        parent, before = mask, kept(mask)
+
+
+@every_where
+def test_a_seed_says_everything_wherever_sparsity_goes(weights, pattern, allocation):
+    first, again, other = (drawn(weights, pattern, allocation, seed=seed) for seed in (5, 5, 6))
+    assert same(first, again)
+    assert not same(first, other)
+    assert not same(first, drawn(weights, pattern, allocation, noise=None))
+
+
+@pytest.mark.parametrize(("pattern", "allocation"), [pair for pair in WHERE if pair[1] != "global"])
+def test_the_order_of_matrices_does_not_matter_where_each_has_its_budget(weights, pattern, allocation):
+    backwards = dict(reversed(weights.items()))
+    assert same(drawn(backwards, pattern, allocation), drawn(weights, pattern, allocation))
+
+
+def test_in_one_contest_large_weights_take_the_places_of_small_ones(gaussian):
+    weights = {"small": 0.01 * gaussian(32, 16), "large": gaussian(32, 16, seed=1)}
+    mask = drawn(weights, "unstructured", "global", noise=None)
+    assert counts(mask, ["small"]) == 0
+    assert counts(mask, ["large"]) == 256
+
+
+def test_ratios_mean_the_same_noise_for_one_matrix_as_for_many(gaussian):
+    """One contest over four matrices has as many votes as each had alone, so it strays about as far."""
+    many = {name: gaussian(128, 128, seed=seed) for seed, name in enumerate("abcd")}
+    noise = Noise(exponent=5.0, ratio=2e-3)
+    strays = {
+        allocation: distance(
+            drawn(many, "unstructured", allocation, noise), drawn(many, "unstructured", allocation, None)
+        )
+        for allocation in ("uniform", "global")
+    }
+    assert strays["global"] == pytest.approx(strays["uniform"], rel=0.15)
+    assert strays["uniform"] > 0.01
+
+
+def test_calibration_reaches_its_matrix_by_name():
+    weights = {"a": torch.ones(2, 4), "b": torch.ones(2, 4)}
+    gradient = torch.ones(2, 4)
+    seen = {
+        "a": Calibration(torch.tensor([1.0, 2.0, 3.0, 4.0]), gradient),
+        "b": Calibration(torch.tensor([4.0, 3.0, 2.0, 1.0]), gradient),
+    }
+    mask = draw(weights, CONTROL.model_copy(update={"density": 0.5}), scorer=SCORERS["wanda"], calibration=seen)
+    assert mask["a"].int().tolist() == [[0, 0, 1, 1]] * 2
+    assert mask["b"].int().tolist() == [[1, 1, 0, 0]] * 2
+
+
+def test_a_calibration_that_is_not_finite_is_told_from_a_weight_that_is_not():
+    seen = {"a": Calibration(torch.ones(4), torch.full((4, 4), float("nan")))}
+    with pytest.raises(
+        ValueError, match=r"^the calibration of a holds values that are not finite: it cannot be pruned$"
+    ):
+        draw({"a": torch.ones(4, 4)}, CONTROL, scorer=SCORERS["saliency"], calibration=seen)

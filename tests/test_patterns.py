@@ -4,10 +4,11 @@ from fractions import Fraction
 
 import pytest
 import torch
+from contests import largest, unstructured
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymask.core.patterns import PATTERNS, budget, nth_largest, unstructured
+from raymask.core.patterns import PATTERNS, Pattern, budget, named, nth_largest, winners
 from raymask.core.scorers import magnitude
 
 densities = st.floats(0.0, 1.0)
@@ -27,21 +28,129 @@ def test_unstructured_agrees_with_a_sort(scores, density):
     assert mask.tolist() == slow_unstructured(scores, density)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
-@given(st.one_of(few_values, any_values), densities)
-def test_every_pattern_fills_its_budget_unless_zeros_forbid_it(pattern, scores, density):
-    scores = torch.tensor(scores, dtype=torch.float32)
-    mask = pattern(scores, density)
-    assert mask.dtype == torch.bool
-    assert mask.shape == scores.shape
-    assert mask.sum() == min(budget(len(scores), density), int((scores > 0).sum()))
-    assert not mask[scores == 0].any()
+EXAMPLES = {
+    r"unstructured": ["unstructured"],
+    r"n:([2-9]|[1-9]\d+)": ["n:2", "n:4", "n:12"],
+    r"([1-9]\d*)x([1-9]\d*)": ["1x1", "2x3", "4x4", "12x1"],
+}
+NAMES = [name for examples in EXAMPLES.values() for name in examples]
+
+
+def test_every_way_to_write_a_pattern_has_examples_here():
+    assert EXAMPLES.keys() == PATTERNS.keys()
+
+
+@st.composite
+def tied_matrices(draw):
+    """float32 scores, 12 x 24, full of ties and of zeros: every pattern here fits."""
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    return torch.randint(draw(st.integers(1, 5)), (12, 24), generator=rng).float()
+
+
+def squares(pattern, shape):
+    """The entries of every contestant, as flat positions, in the order of `fold`: (contests, contestants, entries)."""
+    (rows, columns), (height, width) = pattern.block, shape
+    grid = torch.arange(height * width).view(shape)
+    parts = [part for band in grid.split(rows) for part in band.split(columns, 1)]
+    return torch.stack([part.reshape(-1) for part in parts]).view(-1, pattern.group or len(parts), rows * columns)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(scores=tied_matrices(), density=densities)
+def test_every_pattern_keeps_what_a_sort_of_its_contestants_keeps(name, scores, density):
+    pattern = named(name)
+    mask = largest(pattern, scores, density)
+    assert (mask.dtype, mask.shape) == (torch.bool, scores.shape)
+    for contest in squares(pattern, scores.shape):
+        sums = scores.view(-1)[contest].sum(1)
+        kept = mask.view(-1)[contest]
+        assert torch.equal(kept.all(1), kept.any(1)), "a block is kept or pruned as one"
+        assert kept.all(1).tolist() == slow_unstructured(sums.tolist(), density)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(scores=tied_matrices(), density=densities)
+def test_every_pattern_says_how_many_it_keeps_at_most(name, scores, density):
+    pattern = named(name)
+    assert pattern.fits((12, 24))
+    assert pattern.keeps(scores.numel(), density) == int(largest(pattern, scores + 1, density).sum())
+    assert pattern.keeps(scores.numel(), 1.0) == scores.numel()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(scores=tied_matrices(), first=densities, second=densities)
+def test_every_pattern_nests_from_level_to_level(name, scores, first, second):
+    pattern = named(name)
+    parent = largest(pattern, scores, max(first, second))
+    child = largest(pattern, torch.rand(12, 24) * parent, min(first, second))
+    assert not (child & ~parent).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "fits"),
+    [
+        ("unstructured", (3, 5), True),
+        ("unstructured", (), True),
+        ("n:4", (3, 8), True),
+        ("n:4", (4, 6), False),
+        ("n:4", (8,), True),
+        ("4x2", (8, 6), True),
+        ("4x2", (6, 6), False),
+        ("4x2", (8, 5), False),
+        ("4x2", (8,), False),
+    ],
+)
+def test_a_pattern_fits_matrices_that_it_divides(name, shape, fits):
+    assert named(name).fits(shape) is fits
+
+
+def test_neighbours_compete_along_the_input_dimension():
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0, 9.0, 8.0, 7.0, 6.0]])
+    columns = scores.view(4, 2)
+    assert largest(named("n:4"), scores, 0.5).int().tolist() == [[0, 0, 1, 1, 1, 1, 0, 0]]
+    assert largest(named("n:4"), scores, 0.25).int().tolist() == [[0, 0, 0, 1, 1, 0, 0, 0]]
+    assert largest(named("n:2"), columns, 0.5).int().tolist() == [
+        [0, 1],
+        [0, 1],
+        [1, 0],
+        [1, 0],
+    ]
+
+
+def test_the_name_of_a_pattern_says_its_numbers():
+    assert named("unstructured") == Pattern()
+    assert named("n:16") == Pattern(group=16)
+    assert named("16x1") == Pattern(block=(16, 1))
+
+
+@pytest.mark.parametrize(("name", "size", "level"), [("2:4", 4, "0.5"), ("1:4", 4, "0.75"), ("4:8", 8, "0.5")])
+def test_a_pattern_with_its_n_is_answered_with_what_to_write(name, size, level):
+    with pytest.raises(
+        ValueError, match=f"^{name} is written n:{size}, and the levels say how many of {size} are"
+    ) as it:
+        named(name)
+    assert str(it.value).endswith(f"kept: levels: [{level}]")
+
+
+@pytest.mark.parametrize("name", ["", "n:1", "n:0", "n:m", "4x", "0x4", "4x4x4", "diagonal", "2:0"])
+def test_an_unknown_pattern_is_answered_with_the_known_ones(name):
+    with pytest.raises(
+        ValueError, match=r"^no pattern is called '.*'; known are unstructured, n:M such as n:4, and RxC"
+    ):
+        named(name)
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32), st.data())
+def test_many_contests_are_won_as_each_by_itself(contests, contestants, seed, data):
+    scores = torch.randint(4, (contests, contestants), generator=torch.Generator().manual_seed(seed)).float()
+    places = data.draw(st.integers(0, contestants))
+    assert torch.equal(winners(scores, places), torch.cat([winners(contest[None], places) for contest in scores]))
 
 
 @given(few_values.filter(bool), st.data())
 def test_nth_largest_agrees_with_a_sort(values, data):
     n = data.draw(st.integers(1, len(values)))
-    assert nth_largest(torch.tensor(values), n) == sorted(values, reverse=True)[n - 1]
+    assert nth_largest(torch.tensor([values]), n) == sorted(values, reverse=True)[n - 1]
 
 
 @given(seed=st.integers(0, 2**32), spread=st.sampled_from([3, 100, 10**6]), period=st.sampled_from([1, 64, 128]))
@@ -51,7 +160,7 @@ def test_nth_largest_of_a_large_tensor_is_exact_even_where_its_sample_misleads(s
     values[::period] += spread * int(torch.randint(-1, 2, (), generator=rng))  # what is sampled lies elsewhere
     ranked = values.sort(descending=True).values
     for n in (1, 2, 1250, 10_000, 19_999, 20_000):
-        assert nth_largest(values, n) == ranked[n - 1]
+        assert nth_largest(values[None], n) == ranked[n - 1]
 
 
 def test_ties_at_the_boundary_are_kept_from_the_front_in_memory_order():

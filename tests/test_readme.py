@@ -65,6 +65,14 @@ def test_the_spec_in_the_readme_is_one() -> None:
     assert (spec.candidates.count, spec.workers.gpus) == (16, 0.5)
 
 
+def test_the_masks_in_the_readme_are_masks() -> None:
+    lines = re.findall(r"^mask: .*", README, re.MULTILINE)
+    assert len(lines) == 3
+    assert all(
+        "mask" in parse_spec(f"model: m\ntask: glue/mrpc\nlevels: [0.5]\n{line}").model_fields_set for line in lines
+    )
+
+
 def test_every_key_of_a_spec_is_explained() -> None:
     table = README.split("| key | what it is | default |")[1].split("\n\n")[0]
     for key in keys(Spec):
@@ -85,6 +93,7 @@ def test_the_defaults_in_the_readme_are_the_real_ones() -> None:
 
     dense, probe, finetune = spec.dense, spec.probe, spec.finetune
     assert numbers(rows["`levels`"]) == list(spec.levels.sparsities or ())
+    assert rows["`mask`"] == ", ".join(spec.mask.model_dump().values())
     assert numbers(rows["`candidates`"]) == [spec.candidates.count, spec.candidates.exponent, *spec.candidates.ratios]
     assert numbers(rows["`dense`"]) == list(dense.model_dump().values())
     flat = probe.model_dump(exclude={"score", "rungs"})

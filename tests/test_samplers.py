@@ -7,21 +7,37 @@ from math import comb, sqrt
 
 import pytest
 import torch
+from contests import unstructured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from raymask.core import samplers
-from raymask.core.patterns import budget, unstructured
-from raymask.core.records import Noise
-from raymask.core.samplers import EXACT, MARGIN, SAMPLERS, histogram, predict, race, rounds, tally_open, votes
+from raymask.core.patterns import budget, winners
+from raymask.core.samplers import (
+    EXACT,
+    FEW,
+    MARGIN,
+    SAMPLERS,
+    histogram,
+    predict,
+    race,
+    rounds,
+    tally_contests,
+    tally_open,
+    votes,
+)
 
 SIDE = 96
 KEPT = SIDE * SIDE // 16
 EDGES = [0, KEPT // 2, 7 * KEPT // 8, KEPT, 9 * KEPT // 8, 3 * KEPT // 2, 3 * KEPT, SIDE * SIDE]
 """Ranks by magnitude that bound the buckets, narrow where the outcome is open."""
 
-noises = st.builds(Noise, exponent=st.sampled_from([0.1, 1.0, 5.0, 40.0]), ratio=st.sampled_from([1e-6, 0.01, 1.0]))
+
+def method(scores, density, ratio, exponent=5.0):
+    """The method's votes in one contest of all `scores`, (1, entries), with as many votes as it takes."""
+    kept = budget(scores.numel(), density)
+    return votes(scores, kept, exponent, rounds(scores.numel(), kept, ratio))
 
 
 def seeded(seed):
@@ -70,7 +86,7 @@ def strays(mask, scores, density):
 
 @pytest.fixture(scope="module")
 def square(gaussian):
-    return gaussian(SIDE, SIDE).abs()
+    return gaussian(1, SIDE * SIDE).abs()
 
 
 @pytest.mark.parametrize(("exponent", "count"), [(5.0, 1), (5.0, 8), (5.0, 60), (1.0, 20), (0.05, 20), (30.0, 20)])
@@ -116,23 +132,23 @@ def voting(chances, kept, count):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_masks_of_a_tiny_matrix_follow_the_exact_plackett_luce_probabilities(count):
-    scores = torch.tensor([1.0, 1.3, 0.7, 1.1, 0.9])
-    expected = voting((scores.double() ** 2).tolist(), 2, count)
+    scores = torch.tensor([[1.0, 1.3, 0.7, 1.1, 0.9]])
+    expected = voting((scores[0].double() ** 2).tolist(), 2, count)
     assert sum(expected.values()) == pytest.approx(1.0)
     rng, found = seeded(count), Counter()
     for _ in range(4000):
         keys = race(scores, rng, kept=2, exponent=2.0, count=count)
-        found[frozenset(unstructured(keys, 0.4).nonzero()[:, 0].tolist())] += 1
+        found[frozenset(unstructured(keys, 0.4)[0].nonzero()[:, 0].tolist())] += 1
     assert set(found) <= set(expected)
     observed = [found[outcome] for outcome in expected]
     assert chisquare(observed, [4000 * p for p in expected.values()]).pvalue > 1e-3
 
 
 def test_one_vote_is_a_race_and_many_votes_on_a_large_matrix_are_predicted(gaussian):
-    scores = gaussian(1024, 1024).abs()
-    assert votes(scores, 1 / 16, Noise(exponent=5.0, ratio=1e-7)).func is race
-    assert votes(scores, 1 / 16, Noise(exponent=5.0, ratio=1e-5)).func is tally_open
-    assert votes(scores[:8, :8], 1 / 16, Noise(exponent=5.0, ratio=1.0)).func is race
+    scores = gaussian(1, 1024 * 1024).abs()
+    assert method(scores, 1 / 16, ratio=1e-7).func is race
+    assert method(scores, 1 / 16, ratio=1e-5).func is tally_open
+    assert method(scores[:, :64], 1 / 16, ratio=1.0).func is race
     assert scores.numel() == EXACT
 
 
@@ -145,8 +161,8 @@ def test_one_vote_is_a_race_and_many_votes_on_a_large_matrix_are_predicted(gauss
     seed=st.integers(0, 99),
 )
 def test_score_zero_is_never_kept_and_the_count_is_exact_whatever_the_noise(kind, exponent, count, share, seed):
-    scores = torch.rand(40, 50, generator=seeded(seed))
-    scores[torch.rand(40, 50, generator=seeded(seed + 100)) < 0.5] = 0
+    scores = torch.rand(1, 2000, generator=seeded(seed))
+    scores[torch.rand(1, 2000, generator=seeded(seed + 100)) < 0.5] = 0
     live = int(scores.count_nonzero())
     kept = max(1, int(share * live))
     arguments = {"kept": kept, "exponent": exponent, "count": count}
@@ -162,7 +178,7 @@ def test_score_zero_is_never_kept_and_the_count_is_exact_whatever_the_noise(kind
 
 
 def test_score_zero_is_never_kept_where_too_few_entries_got_a_vote():
-    scores = torch.rand(20, 20, generator=seeded(0))
+    scores = torch.rand(1, 400, generator=seeded(0))
     scores[:, ::2] = 0
     draw = predict(scores, kept=40, exponent=1000.0, count=2)
     short = 0
@@ -175,7 +191,7 @@ def test_score_zero_is_never_kept_where_too_few_entries_got_a_vote():
 
 @pytest.mark.parametrize("kind", ["race", "predicted"])
 def test_ties_are_broken_at_random_and_not_by_position(kind):
-    equal = torch.ones(SIDE, SIDE)
+    equal = torch.ones(1, SIDE * SIDE)
     arguments = {"kept": KEPT, "exponent": 5.0, "count": 20}
     draw = predict(equal, **arguments) if kind == "predicted" else partial(race, **arguments)
     front = masks_of(draw, equal, 40)[:, : SIDE * SIDE // 2].float().mean().item()
@@ -185,25 +201,29 @@ def test_ties_are_broken_at_random_and_not_by_position(kind):
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
 @given(
     values=st.lists(st.sampled_from([0.0, 1e-40, 1e-3, 1.0, 1e30]) | st.floats(0, 1, width=32), max_size=40),
-    density=st.floats(0, 1),
-    noise=noises,
+    contestants=st.integers(1, 40),
+    share=st.floats(0, 1),
+    exponent=st.sampled_from([0.1, 1.0, 5.0, 40.0]),
+    count=st.sampled_from([1, 2, 20, 10**6]),
 )
-def test_every_sampler_fills_the_budget_with_live_entries_only(sampler, values, density, noise):
-    scores = torch.tensor(values, dtype=torch.float32)
-    before = scores.clone()
-    keys = sampler(scores, density, noise)(scores, seeded(0))
-    mask = unstructured(keys, density)
+def test_every_sampler_fills_the_places_of_every_contest_with_live_entries_only(
+    sampler, values, contestants, share, exponent, count
+):
+    whole = len(values) // contestants * contestants
+    scores = torch.tensor(values[:whole], dtype=torch.float32).view(-1, contestants) if whole else torch.zeros(1, 0)
+    before, places = scores.clone(), int(share * scores.shape[1])
+    keys = sampler(scores, places, exponent, count)(scores, seeded(0))
+    mask = winners(keys, places)
     assert keys.shape == scores.shape
-    assert int(mask.sum()) == min(budget(len(values), density), int(scores.count_nonzero()))
+    assert mask.sum(1).tolist() == scores.count_nonzero(1).clamp(max=places).tolist()
     assert not mask[scores == 0].any()
     assert torch.equal(scores, before)
 
 
 @pytest.mark.parametrize("ratio", [1e-7, 0.01], ids=["race", "predicted"])
 def test_the_same_generator_gives_the_same_keys_and_another_gives_others(gaussian, ratio):
-    scores = gaussian(256, 256).abs()
-    draw = votes(scores, 1 / 16, Noise(exponent=5.0, ratio=ratio))
-    again = votes(scores, 1 / 16, Noise(exponent=5.0, ratio=ratio))
+    scores = gaussian(1, 256 * 256).abs()
+    draw, again = method(scores, 1 / 16, ratio), method(scores, 1 / 16, ratio)
     assert torch.equal(draw(scores, seeded(1)), again(scores, seeded(1)))
     assert not torch.equal(unstructured(draw(scores, seeded(1)), 1 / 16), unstructured(draw(scores, seeded(2)), 1 / 16))
 
@@ -242,9 +262,9 @@ def test_a_tiny_exponent_forgets_the_magnitudes(square):
     ],
 )
 def test_masks_stray_from_the_control_as_far_as_was_measured(gaussian, density, ratio, count, share):
-    scores = gaussian(768, 768).abs()
+    scores = gaussian(1, 768 * 768).abs()
     assert rounds(scores.numel(), budget(scores.numel(), density), ratio) == count
-    keys = votes(scores, density, Noise(exponent=5.0, ratio=ratio))(scores, seeded(1))
+    keys = method(scores, density, ratio)(scores, seeded(1))
     assert strays(unstructured(keys, density), scores, density) == pytest.approx(share, abs=0.015)
 
 
@@ -284,10 +304,10 @@ def test_a_well_predicted_boundary_draws_only_what_is_open(square):
 @pytest.mark.parametrize("count", [10, 300, 1000, 12_680, 100_000])
 def test_the_boundary_is_well_predicted_however_many_votes_there_are(monkeypatch, count):
     """A bin of the histogram is worth many votes of a large matrix, but the whole matrix must not be drawn for that."""
-    weights = torch.randn(300_000, generator=seeded(4)).abs()
-    draws = [predict(scores, len(scores) // 16, 5.0, count) for scores in (weights, weights[:100_000])]
+    weights = torch.randn(1, 300_000, generator=seeded(4)).abs()
+    draws = [predict(scores, scores.numel() // 16, 5.0, count) for scores in (weights, weights[:, :100_000])]
     monkeypatch.setattr(samplers, "tally_open", lambda *args, **more: pytest.fail("every live entry is drawn"))
-    for draw, scores in zip(draws, (weights, weights[:100_000]), strict=True):
+    for draw, scores in zip(draws, (weights, weights[:, :100_000]), strict=True):
         for seed in range(3):
             draw(scores, seeded(seed))
 
@@ -308,9 +328,85 @@ def test_the_number_of_votes_is_the_method_s(entries, kept, ratio, count):
 
 
 def test_a_matrix_of_more_than_16_million_entries_is_drawn_exactly(gaussian):
-    scores = gaussian(4100, 4100).abs()
+    scores = gaussian(1, 4100 * 4100).abs()
     assert scores.numel() > 2**24  # which torch.multinomial refuses
-    keys = votes(scores, 1 / 16, Noise(exponent=5.0, ratio=5e-5))(scores, seeded(0))
+    keys = method(scores, 1 / 16, ratio=5e-5)(scores, seeded(0))
     mask = unstructured(keys, 1 / 16)
     assert int(mask.sum()) == budget(scores.numel(), 1 / 16)
     assert strays(mask, scores, 1 / 16) == pytest.approx(0.022, abs=0.005)  # as sqrt(27 / 788) of 11.5 % at V = 27
+
+
+# Many contests of few.
+
+
+def rates(mask, order):
+    """Share of the contests in which the entry of each rank is kept."""
+    return mask.float().gather(1, order).mean(0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_race_of_many_small_contests_is_the_exact_one_in_each(count):
+    chances = [1.0, 1.3, 0.7, 1.1, 0.9]
+    scores = torch.tensor([chances]).repeat(4000, 1)
+    keys = race(scores, seeded(count), kept=2, exponent=2.0, count=count)
+    found = Counter(frozenset(row.nonzero()[:, 0].tolist()) for row in winners(keys, 2))
+    expected = voting([chance**2 for chance in chances], 2, count)
+    assert set(found) <= set(expected)
+    assert chisquare([found[outcome] for outcome in expected], [4000 * p for p in expected.values()]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("size", "kept"), [(2, 1), (4, 1), (4, 2), (4, 3), (8, 4), (16, 1), (16, 4), (16, 8)])
+@pytest.mark.parametrize("count", [FEW + 1, 30, 200])
+def test_votes_of_many_contests_agree_with_their_race(gaussian, size, kept, count):
+    """To as much as `tally_contests` claims, beside four standard errors."""
+    scores = gaussian(24_000 // size, size).abs()
+    order, control = scores.argsort(1, descending=True), winners(scores, kept)
+    arguments = {"kept": kept, "exponent": 5.0, "count": count}
+    fast, slow = (winners(draw(scores, seeded(1), **arguments), kept) for draw in (tally_contests, race))
+    assert fast.sum(1).tolist() == slow.sum(1).tolist() == [kept] * len(scores)
+    close = 0.04 if size < 16 or kept < 3 else 0.15
+    ours, theirs = (float((mask & ~control).float().mean()) * size / kept for mask in (fast, slow))
+    assert abs(ours - theirs) <= close * theirs + 4 * sqrt(2 * theirs / (len(scores) * kept))
+    error = 4 * (0.5 / len(scores)) ** 0.5
+    assert float((rates(fast, order) - rates(slow, order)).abs().max()) <= close * 0.3 + error
+
+
+def test_few_votes_are_raced_and_many_tallied(gaussian):
+    scores = gaussian(300_000, 4).abs()
+    assert votes(scores, 2, 5.0, FEW).func is race
+    assert votes(scores, 2, 5.0, FEW + 1).func is tally_contests
+    assert votes(scores[:1000], 2, 5.0, 100).func is race
+    assert scores.numel() * (FEW + 1) > EXACT
+
+
+@pytest.mark.parametrize("draw", [race, tally_contests])
+def test_contests_with_too_few_live_entries_keep_these_and_the_others_their_places(gaussian, draw):
+    scores = gaussian(2000, 8).abs()
+    scores[torch.rand(2000, 8, generator=seeded(0)) < 0.6] = 0
+    mask = winners(draw(scores, seeded(1), kept=4, exponent=5.0, count=20), 4)
+    assert not mask[scores == 0].any()
+    assert mask.sum(1).tolist() == scores.count_nonzero(1).clamp(max=4).tolist()
+
+
+@pytest.mark.parametrize("draw", [race, tally_contests])
+def test_ties_within_contests_are_broken_at_random_and_not_by_position(draw):
+    equal = torch.ones(20_000, 4)
+    kept = winners(draw(equal, seeded(0), kept=2, exponent=5.0, count=10), 2).float().mean(0)
+    assert kept.tolist() == pytest.approx([0.5] * 4, abs=4.5 * sqrt(0.25 / 20_000))
+
+
+@pytest.mark.parametrize(("exponent", "count"), [(1000.0, 20), (5.0, 10**7)])
+def test_certain_contests_are_the_control_s(gaussian, exponent, count):
+    """An entry that gets all votes, and one that gets none, are still ranked."""
+    scores = gaussian(5000, 8).abs()
+    mask = winners(tally_contests(scores, seeded(0), kept=4, exponent=exponent, count=count), 4)
+    assert float((mask & ~winners(scores, 4)).sum() / mask.sum()) <= 0.01
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_contests_depend_on_the_generator_alone(gaussian, count):
+    scores = gaussian(3000, 4).abs()
+    for draw in (race, tally_contests):
+        first, again, other = (draw(scores, seeded(seed), kept=2, exponent=5.0, count=count) for seed in (1, 1, 2))
+        assert torch.equal(first, again)
+        assert not torch.equal(winners(first, 2), winners(other, 2))

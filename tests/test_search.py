@@ -327,6 +327,20 @@ def test_a_level_that_would_keep_nothing_is_refused() -> None:
         plan_of(levels=[0.5, 0.9999])
 
 
+def test_blocks_are_counted_where_a_level_would_keep_nothing() -> None:
+    with pytest.raises(UserError, match=r"levels: a sparsity of 0\.99 keeps none of the 1,024 weights of bert\.\S+: "):
+        plan_of(levels=[0.99], mask={"pattern": "16x1"})
+    with pytest.raises(UserError, match=r"keeps none of the \d\d,\d{3} weights of bert\.\S+, bert\..*: lower it"):
+        plan_of(levels=[0.9999], mask={"pattern": "16x1", "allocation": "global"})
+
+
+@pytest.mark.parametrize(("pattern", "levels"), [("n:5", [0.2]), ("3x1", [0.5]), ("1x48", [0.5])])
+def test_a_pattern_that_does_not_divide_a_matrix_names_it_and_its_shape(pattern: str, levels: list[float]) -> None:
+    message = rf"^mask\.pattern: {pattern} does not divide bert\.\S+\.weight of \d+ x \d+: choose another, or leave"
+    with pytest.raises(UserError, match=message):
+        plan_of(levels=levels, mask={"pattern": pattern})
+
+
 def test_no_survivor_is_an_error_that_says_why(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"level 1: all 4 candidates failed; the first one said: it broke"):
         Fakes(plan, scores=(None,) * 4).run(RunDir(tmp_path))

@@ -11,11 +11,14 @@ import pytest
 import torch
 from builders import FAMILIES, refused, tiny_job, tiny_snapshot
 
+from raymask.core.allocations import ALLOCATIONS
 from raymask.core.masks import kept, unpack_bits
 from raymask.core.recipe import control, dense_stage, finetune_stage, propose, resolve
 from raymask.core.records import Climb, Point, Settling, Snapshot
+from raymask.core.scorers import SCORERS
 from raymask.core.tensors import pack
 from raymask.train import loop, worker
+from raymask.train.calibration import calibrate
 from raymask.train.metrics import measure
 from raymask.train.model import build, persistent
 from raymask.train.worker import Job, MachineFault, Worker, autocasting, deterministic
@@ -447,6 +450,57 @@ def test_every_family_is_probed_and_settled_with_a_teacher(family):
     assert np.isfinite(found.logits).all()
 
 
+# Where sparsity goes.
+
+WHERE = [
+    *({"allocation": allocation} for allocation in ALLOCATIONS),
+    *({"pattern": pattern} for pattern in ("n:4", "4x4")),
+    *({"score": score} for score in SCORERS),
+    {"allocation": "global", "pattern": "8x1", "score": "saliency"},
+    {"pattern": "n:4", "score": "wanda"},
+]
+
+
+@pytest.mark.parametrize("where", WHERE, ids=lambda where: " ".join(where.values()))
+def test_every_worker_draws_the_same_masks_wherever_sparsity_goes(where):
+    job = tiny_job(mask=where)
+    dense = tiny_snapshot(job)
+    candidates = pool(job)
+    busy = Worker(job, "cpu")
+    found = [busy.probe(dense, candidate) for candidate in candidates]
+    assert all(evaluation.ok for evaluation in found), [evaluation.error for evaluation in found]
+    assert len({evaluation.digest for evaluation in found}) == len(candidates)
+    assert findings(probed(job, dense, candidates[2])) == findings(found[2])
+    first = Worker(job, "cpu").settle(dense, settling(job, candidates[1], found[1].digest))
+    later = after(dense, first)
+    second = busy.settle(later, settling(job, pool(job, 2)[1], probed(job, later, pool(job, 2)[1]).digest))
+    parent, child = unpack_bits(first.mask), unpack_bits(second.mask)
+    assert all(not (child[name] & ~parent[name]).any() for name in job.prunable)
+    assert (first.kept / first.total, second.kept / second.total) == pytest.approx((0.5, 0.25), abs=0.001)
+
+
+@pytest.mark.parametrize("score", sorted(set(SCORERS) - {"magnitude"}))
+def test_a_score_that_looks_at_data_gives_another_control(job, dense, score):
+    seeing = tiny_job(mask={"score": score})
+    assert probed(seeing, dense, pool(job)[0]).digest != probed(job, dense, pool(job)[0]).digest
+
+
+@pytest.mark.parametrize(("score", "passes"), [("magnitude", 0), ("wanda", 2), ("saliency", 2)])
+def test_a_worker_calibrates_once_a_parent_and_level_if_at_all(score, passes, monkeypatch):
+    job, calls = tiny_job(mask={"score": score}), []
+
+    def counting(module, names, rows, **more):
+        calls.append(len(rows))
+        return calibrate(module, names, rows, **more)
+
+    monkeypatch.setattr(worker, "calibrate", counting)
+    monkeypatch.setattr(worker, "ROWS", 20)
+    busy, dense = Worker(job, "cpu"), tiny_snapshot(job)
+    for candidate in (*pool(job), *pool(job, 2)):
+        assert busy.probe(dense, candidate).ok
+    assert calls == [20] * passes
+
+
 # What the caller notices.
 
 
@@ -485,6 +539,8 @@ def test_memory_counts_the_weights_and_the_teacher(job):
     grown = other.memory(on_gpu=False) - job.memory(on_gpu=False)
     assert grown >= 1000 * 4 * 4  # weights, gradients and two moments at the least
     assert taught.memory(on_gpu=False) - job.memory(on_gpu=False) >= 4 * job.parameters
+    seeing = Job(tiny_job(mask={"score": "wanda"}).spec, job.config, job.data, job.prunable, job.parameters)
+    assert seeing.memory(on_gpu=False) - job.memory(on_gpu=False) >= 4 * job.parameters
     assert 0 < other.memory(on_gpu=True) - job.memory(on_gpu=True) < grown
     assert other.shared_memory > job.shared_memory
 

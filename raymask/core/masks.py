@@ -1,10 +1,12 @@
 """What is a mask, and how is one drawn, applied, packed and recognised?
 
-A mask is always `pattern(sampler(scorer(w), density, noise)(scores, generator), density)`, one matrix at a time.
+A mask is always the winners of contests: an allocation says which matrices share a budget, a scorer what each weight
+is worth, a pattern which weights compete, a sampler where chance comes in, and the best of each contest are kept.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from hashlib import blake2b
@@ -13,47 +15,76 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raymask.core.patterns import Pattern, unstructured
+from raymask.core.allocations import Allocation, Shapes, uniform
+from raymask.core.patterns import Pattern, budget, winners
 from raymask.core.records import Candidate
-from raymask.core.samplers import Draw, Sampler, votes
-from raymask.core.scorers import Scorer, magnitude
+from raymask.core.samplers import Draw, Sampler, rounds, votes
+from raymask.core.scorers import Calibration, Scorer, magnitude
 from raymask.core.seeds import derive
 from raymask.core.tensors import Packed
 
 Mask = dict[str, Tensor]
 """Bool tensors by parameter name; True is kept."""
 
+UNSTRUCTURED = Pattern()
+
 
 def draw(
     weights: Mapping[str, Tensor],
     candidate: Candidate,
     *,
+    allocation: Allocation = uniform,
     scorer: Scorer = magnitude,
     sampler: Sampler = votes,
-    pattern: Pattern = unstructured,
+    pattern: Pattern = UNSTRUCTURED,
+    calibration: Mapping[str, Calibration] | None = None,
     prepared: dict[object, Draw] | None = None,
 ) -> Mask:
-    """The mask that `candidate` stands for on `weights`, of any shapes and float dtypes, on their device.
+    """The mask that `candidate` stands for on `weights`, of any float dtypes and of shapes that the pattern fits.
 
-    Every matrix has its own generator, seeded from the candidate's seed and the matrix's name, so neither the order
-    of the matrices nor the other matrices matter. `prepared`: pass the same dict for every draw from the same
-    weights, and what depends only on them is computed once.
-    Raises ValueError when a weight is not finite.
+    Matrices that share a budget have a generator, seeded from the candidate's seed and their names, so neither the
+    order of the others nor their weights matter. Ratios mean the same for every allocation and pattern: the votes are
+    those of a matrix of their mean size, counted in weights. `calibration`: by name, for scorers that need it.
+    `prepared`: pass the same dict for every draw from the same weights, and what depends only on them is computed once.
+    Raises ValueError when a weight, or what it scores, is not finite.
     """
     prepared = {} if prepared is None else prepared
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     mask = {}
-    for name, weight in weights.items():
-        scores = scorer(weight)
-        if scores.numel() and not bool(torch.isfinite(scores.max())):
-            raise ValueError(f"{name} holds values that are not finite: it cannot be pruned")
+    for names, density in allocation(shapes, candidate.density).items():
+        parts = [pattern.fold(scored(name, weights[name], scorer, (calibration or {}).get(name))) for name in names]
+        widths = [part.shape[1] for part in parts]
+        scores = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        del parts  # of a whole model, perhaps
+        places = budget(scores.shape[1], density)
         if candidate.noise is not None:
-            key = (name, candidate.density, candidate.noise)
+            key = (names, density, candidate.noise)
             if key not in prepared:
-                prepared[key] = sampler(scores, candidate.density, candidate.noise)
-            rng = torch.Generator(weight.device).manual_seed(derive(candidate.seed, "mask", name))
+                entries = sum(weights[name].numel() for name in names) // len(names)
+                count = rounds(entries, budget(entries, density), candidate.noise.ratio)
+                prepared[key] = sampler(scores, places, candidate.noise.exponent, count)
+            rng = torch.Generator(scores.device).manual_seed(derive(candidate.seed, "mask", *names))
             scores = prepared[key](scores, rng)
-        mask[name] = pattern(scores, candidate.density)
-    return mask
+        for name, kept in zip(names, torch.split(winners(scores, places), widths, 1), strict=True):
+            mask[name] = pattern.unfold(kept, shapes[name])
+    return {name: mask[name] for name in weights}
+
+
+def scored(name: str, weight: Tensor, scorer: Scorer, calibration: Calibration | None) -> Tensor:
+    """The scores of one matrix. Raises ValueError when one is not finite."""
+    scores = scorer(weight, calibration)
+    if scores.numel() and not bool(torch.isfinite(scores.max())):
+        culprit = name if not bool(torch.isfinite(weight).all()) else f"the calibration of {name}"
+        raise ValueError(f"{culprit} holds values that are not finite: it cannot be pruned")
+    return scores
+
+
+def quotas(shapes: Shapes, density: float, allocation: Allocation, pattern: Pattern) -> dict[tuple[str, ...], int]:
+    """How many weights are kept at most, by the names of the matrices that share them."""
+    return {
+        names: pattern.keeps(sum(math.prod(shapes[name]) for name in names), share)
+        for names, share in allocation(shapes, density).items()
+    }
 
 
 @torch.no_grad()

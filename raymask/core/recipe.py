@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raymask.core.patterns import PATTERNS, Pattern
+from raymask.core import patterns
+from raymask.core.allocations import ALLOCATIONS, Allocation
+from raymask.core.patterns import Pattern
 from raymask.core.records import Candidate, Noise, Stage
 from raymask.core.rules import RULES, Rule
 from raymask.core.rungs import climbs, cost
@@ -23,6 +25,7 @@ class Recipe:
 
     spec: Spec
     densities: tuple[float, ...]
+    allocation: Allocation
     scorer: Scorer
     sampler: Sampler
     pattern: Pattern
@@ -30,13 +33,14 @@ class Recipe:
 
 
 def resolve(spec: Spec) -> Recipe:
-    """The verbs that a spec names; all but the schedule have one implementation so far."""
+    """The verbs that a spec names; sampler and rule have one implementation so far."""
     return Recipe(
         spec=spec,
         densities=spec.levels.densities(),
-        scorer=SCORERS["magnitude"],
+        allocation=ALLOCATIONS[spec.mask.allocation],
+        scorer=SCORERS[spec.mask.score],
         sampler=SAMPLERS["votes"],
-        pattern=PATTERNS["unstructured"],
+        pattern=patterns.named(spec.mask.pattern),
         rule=RULES["best"],
     )
 

@@ -30,9 +30,9 @@ class Noise(Record):
 class Candidate(Record):
     """Everything about one mask, given a snapshot: never the mask itself.
 
-    `level` counts from 1 (0 is dense), `density` in (0, 1] is the share of every prunable matrix that is kept.
-    Without `noise` it is the control: the deterministic magnitude mask. `parent`: the branch of the level before that
-    it is drawn from, counted from 1.
+    `level` counts from 1 (0 is dense), `density` in (0, 1] is the share of the prunable weights that is kept.
+    Without `noise` it is the control: the deterministic mask of the largest scores, by default magnitudes. `parent`:
+    the branch of the level before that it is drawn from, counted from 1.
     """
 
     level: int

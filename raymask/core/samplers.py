@@ -4,7 +4,8 @@ The method votes: V times it draws k of N entries without replacement, with prob
 and keeps the k entries with most votes. Such a draw is an exponential race: entry i arrives at time E_i / p_i,
 E_i ~ Exp(1), and the first k are drawn. `race` runs it as it stands. For large N the k-th arrival hardly varies, so
 with a threshold L that solves sum_i (1 - exp(-L p_i)) = k the votes of entry i are Binomial(V, q_i),
-q_i = 1 - exp(-L p_i), and only entries whose outcome is open need a draw at all: that is `votes`.
+q_i = 1 - exp(-L p_i), and only entries whose outcome is open need a draw at all: `predict` and `tally_open`. In many
+contests of few, the q_i are those of `inclusion`, and a contest's votes are kept to their sum: `tally_contests`.
 """
 
 from __future__ import annotations
@@ -19,20 +20,24 @@ from scipy.optimize import brentq
 from scipy.special import betaincinv, ndtr
 from torch import Generator, Tensor
 
-from raymask.core.patterns import budget, nth_largest
-from raymask.core.records import Noise
+from raymask.core.inclusion import NEVER, inclusion
+from raymask.core.patterns import nth_largest
 
 Draw = Callable[[Tensor, Generator], Tensor]
-"""(scores, generator on their device) -> float32 scores' >= 0, larger = keep, for a Pattern to choose from."""
+"""(scores, generator on their device) -> float32 scores' >= 0, larger = keep, for the contests' winners to be told by.
 
-Sampler = Callable[[Tensor, float, Noise], Draw]
-"""(float32 scores >= 0, density, noise) -> Draw.
+Both (contests, contestants).
+"""
+
+Sampler = Callable[[Tensor, int, float, int], Draw]
+"""(float32 scores >= 0 (contests, contestants), places in each contest, exponent a, number of votes V) -> Draw.
 
 What depends only on the parent is computed here, once, and kept as a few numbers; the Draw takes the same scores
-again. Score 0 gives score' 0, which every Pattern leaves out.
+again. Score 0 gives score' 0, which never wins.
 """
 
 EXACT = 2**20  # entries times votes up to which the race itself is run
+FEW = 4  # votes up to which many contests are raced: fewer are too coarse for errors that sum to nothing
 BINS = 2048  # of the log-score histogram: 0.03 in log p over 6 decades of weights at a = 5
 CHUNK = 2**22  # entries at a time: float32 counts are exact below 2^24, and copies stay small
 OPEN = 1e-7  # an entry whose outcome is as sure as this needs no draw
@@ -45,31 +50,49 @@ def rounds(entries: int, kept: int, ratio: float) -> int:
     return max(1, math.floor((entries - kept) * ratio))
 
 
-def votes(scores: Tensor, density: float, noise: Noise) -> Draw:
+def votes(scores: Tensor, kept: int, exponent: float, count: int) -> Draw:
     """The method's voting masks, ties broken at random from the generator."""
-    kept = budget(scores.numel(), density)
-    count = rounds(scores.numel(), kept, noise.ratio)
-    live = int(scores.count_nonzero())
-    if kept == 0 or live <= kept:
+    # not by rows where there is but one: that takes five times as long
+    live = scores.count_nonzero() if len(scores) == 1 else scores.count_nonzero(1).max()
+    if kept == 0 or int(live) <= kept:
         return lambda scores, rng: scores
-    if count == 1 or scores.numel() * count <= EXACT:
-        return partial(race, kept=kept, exponent=noise.exponent, count=count)
-    return predict(scores, kept, noise.exponent, count)
+    if count == 1 or scores.numel() * count <= EXACT or (len(scores) > 1 and count <= FEW):
+        return partial(race, kept=kept, exponent=exponent, count=count)
+    if len(scores) > 1:
+        return partial(tally_contests, kept=kept, exponent=exponent, count=count)
+    return predict(scores, kept, exponent, count)
 
 
 def race(scores: Tensor, rng: Generator, *, kept: int, exponent: float, count: int) -> Tensor:
-    """`count` exact draws of `kept` entries without replacement, summed, plus a tie-break in (0, 1)."""
-    flat = scores.reshape(-1)
-    live = flat.nonzero()[:, 0]
-    log_p = exponent * flat[live].log()
-    tally = torch.rand(len(live), generator=rng, device=flat.device)
+    """`count` exact draws of `kept` entries of each contest without replacement, summed, plus a tie-break in (0, 1)."""
+    live = scores[0].nonzero()[:, 0] if len(scores) == 1 else torch.arange(scores.shape[1], device=scores.device)
+    entered = scores[:, live]
+    log_p = exponent * entered.log()
+    tally = torch.rand(log_p.shape, generator=rng, device=scores.device)
     for _ in range(count):
         lateness = torch.empty_like(log_p).exponential_(generator=rng).log_()
         earliness = torch.sub(log_p, lateness, out=lateness)
         tally += earliness >= nth_largest(earliness, kept)
-    keys = torch.zeros_like(flat)
-    keys[live] = tally + TINY
-    return keys.view(scores.shape)
+    keys = torch.zeros_like(scores)
+    keys[:, live] = torch.where(entered > 0, tally + TINY, 0.0)
+    return keys
+
+
+def tally_contests(scores: Tensor, rng: Generator, *, kept: int, exponent: float, count: int) -> Tensor:
+    """Votes in many contests of few: binomials, bent so that those of a contest sum to what was given out.
+
+    An entry's vote is another's loss: errors e_i of variance d_i become (e_i - c_i sum e) / sqrt(1 - c_i) with shares
+    c_i = d_i / sum d. They sum to about nothing, have the correlations of sampling without replacement to first order
+    (Hajek 1964), and their own variances still. Measured against `race`, Gaussian scores, a = 5: the same distance from
+    the control to 4 %, and 8 to 14 % more of it where `inclusion` is not exact.
+    """
+    q = inclusion(torch.where(scores > 0, exponent * scores.log(), NEVER), kept)
+    error = torch.binomial(torch.full_like(q, count), q, generator=rng) - count * q
+    spread = q * (1 - q)
+    share = spread / spread.sum(1, keepdim=True).clamp_min(TINY)
+    error = (error - share * error.sum(1, keepdim=True)) / (1 - share).clamp_min(0.25).sqrt()
+    tally = count * q + error + torch.rand(q.shape, generator=rng, device=q.device)
+    return torch.where(scores > 0, (tally + 2 * count).clamp_min(TINY), 0.0)  # above zero, whatever the errors
 
 
 def predict(scores: Tensor, kept: int, exponent: float, count: int) -> Draw:
@@ -131,7 +154,7 @@ def tally_open(
 
     Where the boundary fell outside its prediction (about never), every live entry is drawn instead.
     """
-    flat = scores.reshape(-1)
+    flat = scores[0]
     certain = flat >= span[1]
     possible = flat >= span[0] if span[0] > 0 else flat > 0
     opened = (possible ^ certain).nonzero()[:, 0]

@@ -7,10 +7,11 @@ Mistakes inside it are pydantic's to find; `config` turns them into one message.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from raymask.core.schedules import SCHEDULES
 
@@ -47,6 +48,19 @@ def listed(value: Any) -> Any:
 def sparsities(value: Any) -> Any:
     """`levels: [0.5, 0.9]` is short for `levels: {sparsities: [0.5, 0.9]}`."""
     return {"sparsities": value} if isinstance(value, (list, tuple)) else value
+
+
+def unclocked(value: Any) -> Any:
+    """YAML reads 2:4 as two minutes and four seconds."""
+    clock = isinstance(value, int) and not isinstance(value, bool) and value >= 60
+    return ":".join(map(str, divmod(value, 60))) if clock else value
+
+
+def one_of(table: Iterable[str], name: str, kind: str) -> str:
+    """The name, if the table has it."""
+    if name not in table:
+        raise ValueError(f"no {kind} is called {name!r}; known are {', '.join(table)}")
+    return name
 
 
 class Model(Section):
@@ -127,13 +141,48 @@ class Levels(Section):
         return self
 
     def densities(self) -> tuple[float, ...]:
-        """Share of every prunable matrix that each level keeps, strictly decreasing."""
+        """Share of the prunable weights that each level keeps, strictly decreasing."""
         if self.sparsities is not None:
             found = self.sparsities
         else:
             assert self.sparsity is not None
             found = SCHEDULES[self.schedule](self.sparsity, self.steps)
         return tuple(1.0 - sparsity for sparsity in found)
+
+
+class Mask(Section):
+    """Where sparsity goes: `allocation` among matrices, the `pattern` inside one, by which `score` of a weight.
+
+    The pattern is `unstructured`, `n:M` (n of each M neighbours along the input dimension, n as the level says), or
+    `RxC` (blocks). `wanda` and `saliency` look at a sample of the training rows.
+    """
+
+    allocation: Text = "uniform"
+    pattern: Annotated[Text, BeforeValidator(unclocked)] = "unstructured"
+    score: Text = "magnitude"
+
+    # What is known is said by the tables, which are read when somebody asks: they import torch.
+    @field_validator("allocation")
+    @classmethod
+    def a_known_allocation(cls, name: str) -> str:
+        from raymask.core.allocations import ALLOCATIONS
+
+        return one_of(ALLOCATIONS, name, "allocation")
+
+    @field_validator("pattern")
+    @classmethod
+    def a_known_pattern(cls, name: str) -> str:
+        from raymask.core.patterns import named
+
+        named(name)
+        return name
+
+    @field_validator("score")
+    @classmethod
+    def a_known_score(cls, name: str) -> str:
+        from raymask.core.scorers import SCORERS
+
+        return one_of(SCORERS, name, "score")
 
 
 class Candidates(Section):
@@ -246,6 +295,7 @@ class Spec(Section):
     model: Annotated[Model, BeforeValidator(named)]
     task: Annotated[Task, BeforeValidator(named)]
     levels: Annotated[Levels, BeforeValidator(sparsities)] = Levels(sparsities=(0.54, 0.83, 0.92, 0.9375))
+    mask: Mask = Mask()
     candidates: Candidates = Candidates()
     dense: Dense = Dense()
     probe: Probe = Probe()
@@ -282,10 +332,37 @@ class Spec(Section):
             raise ValueError("the quickstart's model is built untrained: dense.epochs must be more than 0")
         return self
 
+    @model_validator(mode="after")
+    def levels_suit_the_pattern(self) -> Spec:
+        require_whole_groups(self.mask.pattern, self.mask.allocation, self.levels.densities())
+        return self
+
+
+def require_whole_groups(pattern: str, allocation: str, densities: Iterable[float]) -> None:
+    """Raise ValueError when a pattern n:M meets an allocation or a density in (0, 1] that leaves no whole n."""
+    if ":" not in pattern:
+        return
+    from raymask.core.patterns import named
+
+    group = named(pattern).group
+    assert group is not None, "a colon stands before M"
+    if allocation != "uniform":
+        raise ValueError(
+            f"mask.allocation: {pattern} keeps the same share everywhere: it goes with uniform, not with {allocation}"
+        )
+    for density in densities:
+        places = density * group
+        if round(places) < 1 or abs(places - round(places)) > 1e-9:
+            raise ValueError(
+                f"levels: a sparsity of {1 - density:g} keeps {places:g} of each {group}, and {pattern} needs a whole "
+                f"number, 1 at least: write every level as a multiple of 1/{group}"
+            )
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "levels": {"sparsities": [0.54, 0.83, 0.92, 0.9375]},
+        "mask": {"allocation": "uniform", "pattern": "unstructured", "score": "magnitude"},
         "candidates": {"count": 8, "exponent": 5.0, "ratios": [5e-5, 1e-4, 8e-5, 3e-4]},
         "probe": {
             "epochs": 1.0,

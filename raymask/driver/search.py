@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from raymask.core import masks
 from raymask.core.errors import UserError
-from raymask.core.patterns import budget
 from raymask.core.recipe import (
     Recipe,
     control,
@@ -90,18 +91,32 @@ def prepare(spec: Spec) -> Plan:
     corpus = load_corpus(spec.task, spec.seed, class_names(config) if spec.dense.epochs == 0 else ())
     source = describe(spec.model, config, tokenizer, corpus.classes)
     recipe = resolve(spec)
-    require_something_kept(source, recipe.densities[-1])
+    require_whole_blocks(source, recipe)
+    require_something_kept(source, recipe)
     data = tokenize(corpus, tokenizer, positions(config), vocabulary(config))
     return Plan(recipe, source, corpus, Job(spec, source.config, data, source.prunable, source.sizes.whole))
 
 
-def require_something_kept(source: Source, density: float) -> None:
-    """Raise UserError when the last level would keep nothing of some matrix."""
-    name = min(source.prunable, key=source.entries.__getitem__)
-    if budget(source.entries[name], density) == 0:
+def require_whole_blocks(source: Source, recipe: Recipe) -> None:
+    """Raise UserError when some matrix does not divide as the pattern asks."""
+    for name, shape in source.shapes.items():
+        if not recipe.pattern.fits(shape):
+            raise UserError(
+                f"mask.pattern: {recipe.spec.mask.pattern} does not divide {name} of "
+                f"{' x '.join(map(str, shape))}: choose another, or leave such matrices out with model.exclude"
+            )
+
+
+def require_something_kept(source: Source, recipe: Recipe) -> None:
+    """Raise UserError when the last level would keep nothing of some matrix, or of all that share a budget."""
+    density = recipe.densities[-1]
+    kept = masks.quotas(source.shapes, density, recipe.allocation, recipe.pattern)
+    entries = {names: sum(math.prod(source.shapes[name]) for name in names) for names in kept}
+    smallest = min(kept, key=lambda names: (kept[names], entries[names]))
+    if kept[smallest] == 0:
         raise UserError(
-            f"levels: a sparsity of {1 - density:g} keeps none of the {source.entries[name]:,} weights of {name}: "
-            "lower it, or leave small matrices out with model.exclude"
+            f"levels: a sparsity of {1 - density:g} keeps none of the {entries[smallest]:,} weights of "
+            f"{', '.join(smallest)}: lower it, or leave small matrices out with model.exclude"
         )
 
 

@@ -42,9 +42,10 @@ On the task's `report` split, which no choice of the search has seen.
 ## How they were obtained
 
 Randomized mask search (Li et al., Findings of EMNLP 2023, arXiv 2310.13183) with raymask: at every level random masks
-near the magnitude mask, and the magnitude mask itself, are trained for a short while from the same parent, with the
-same order of rows and the same dropout; the best by the `select` split, which is carved out of train, is fine-tuned
-from the parent and becomes the next one. "control (IMP)" is iterative magnitude pruning through the same code.
+near the control, and the control itself, are trained for a short while from the same parent, with the same order of
+rows and the same dropout; the best by the `select` split, which is carved out of train, is fine-tuned from the parent
+and becomes the next one. The control keeps the largest scores: magnitudes, unless `mask` in the run's spec.yaml says
+otherwise. "control (IMP)" is iterative pruning by it through the same code.
 {scored_line(result)}
 
 | level | sparsity | candidates | winner | kept entries that the control prunes | loss on select |

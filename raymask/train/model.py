@@ -34,16 +34,16 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Source:
-    """A model without its weights: configuration, tokenizer, and what can be pruned: `entries` by matrix name."""
+    """A model without its weights: configuration, tokenizer, and what can be pruned: `shapes` by matrix name."""
 
     config: Any
     tokenizer: Any
-    entries: dict[str, int]
+    shapes: dict[str, tuple[int, ...]]
     sizes: Sizes
 
     @property
     def prunable(self) -> tuple[str, ...]:
-        return tuple(self.entries)
+        return tuple(self.shapes)
 
 
 def read_config(model: Model) -> tuple[Any, Any]:
@@ -94,8 +94,8 @@ def describe(model: Model, config: Any, tokenizer: Any, classes: tuple[str, ...]
     if not prunable:
         chosen = ": model.include and model.exclude leave none" if model.include or model.exclude else ""
         raise UserError(f"model: no matrix of {model.name} can be pruned{chosen}")
-    entries = {name: module.get_parameter(name).numel() for name in prunable}
-    return Source(config, tokenizer, entries, count_sizes(module, prunable))
+    shapes = {name: tuple(module.get_parameter(name).shape) for name in prunable}
+    return Source(config, tokenizer, shapes, count_sizes(module, prunable))
 
 
 def load_weights(model: Model, config: Any, seed: int, fine_tuned: bool) -> Packed:

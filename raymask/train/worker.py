@@ -21,10 +21,12 @@ from raymask.core.errors import UserError
 from raymask.core.recipe import parents_of, probe_stage, resolve
 from raymask.core.records import Candidate, Checkpoint, Climb, Evaluation, FineTuned, Point, Settling, Snapshot, Stage
 from raymask.core.samplers import Draw
+from raymask.core.scorers import BLIND, SCORERS, Calibration
 from raymask.core.seeds import derive
 from raymask.core.spec import Score, Spec
 from raymask.core.tensors import load, pack
 from raymask.train import loop
+from raymask.train.calibration import ROWS, calibrate
 from raymask.train.data import Data, Rows
 from raymask.train.metrics import measure, overall
 from raymask.train.model import build, persistent
@@ -59,9 +61,11 @@ class Job:
         """Bytes of the machine's memory that one worker needs, about.
 
         Everywhere Python, torch, and what comes and goes: the best weights and moments, packed. On a CPU also weights,
-        gradients, masks, moments, a teacher with what is kept of its answers, and as much again for activations.
+        gradients, masks, moments, a calibration, a teacher with what is kept of its answers, and as much again for
+        activations.
         """
-        passing, living = 3 * 4 * self.parameters, (5 + self.spec.distill) * 4 * self.parameters
+        calibrated = SCORERS[self.spec.mask.score] not in BLIND
+        passing, living = 3 * 4 * self.parameters, (5 + calibrated + self.spec.distill) * 4 * self.parameters
         if on_gpu:
             return 2**30 * 3 + passing
         rows = int(self.spec.probe.epochs * len(self.data.train))
@@ -81,6 +85,7 @@ class Job:
 class Shared:
     """What all candidates of one level and parent have in common: computed once a worker."""
 
+    calibration: dict[str, Calibration]
     control: masks.Mask
     prepared: dict[object, Draw]
 
@@ -255,20 +260,34 @@ class Worker:
         key = (snapshot.key, candidate.density)
         if key not in self.shared:
             self.shared = {known: value for known, value in self.shared.items() if known[1] == candidate.density}
-            self.shared[key] = Shared(self.draw(candidate.model_copy(update={"noise": None}), {}), {})
+            calibration = self.calibrate()
+            control = self.draw(candidate.model_copy(update={"noise": None}), calibration, {})
+            self.shared[key] = Shared(calibration, control, {})
         shared = self.shared[key]
-        return shared.control if candidate.is_control else self.draw(candidate, shared.prepared)
+        return shared.control if candidate.is_control else self.draw(candidate, shared.calibration, shared.prepared)
 
-    def draw(self, candidate: Candidate, prepared: dict[object, Draw]) -> masks.Mask:
+    def calibrate(self) -> dict[str, Calibration]:
+        """What the scorer needs to know of the live weights, by name: always from the same training rows."""
+        if self.recipe.scorer in BLIND:
+            return {}
+        data = self.job.data
+        rows = data.train.sample(ROWS, derive(self.job.spec.seed, "calibration"))
+        return calibrate(self.module, self.job.prunable, rows, padding=data.padding, regression=data.regression)
+
+    def draw(
+        self, candidate: Candidate, calibration: dict[str, Calibration], prepared: dict[object, Draw]
+    ) -> masks.Mask:
         """The candidate's mask on the live weights."""
         weights = {name: self.live[name] for name in self.job.prunable}
         verbs = self.recipe
         return masks.draw(
             weights,
             candidate,
+            allocation=verbs.allocation,
             scorer=verbs.scorer,
             sampler=verbs.sampler,
             pattern=verbs.pattern,
+            calibration=calibration,
             prepared=prepared,
         )
 

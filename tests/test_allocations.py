@@ -1,0 +1,67 @@
+"""Does every allocation share out what the level keeps, to the weight, from level to level?"""
+
+from math import prod
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raymask.core.allocations import ALLOCATIONS, erk, together, uniform
+
+shapes = st.dictionaries(
+    st.text(max_size=3), st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=6
+)
+densities = st.floats(1e-3, 1.0)
+BERT = {"query": (768, 768), "up": (3072, 768), "down": (768, 3072)}
+
+
+def kept(shares, shapes):
+    """Weights, not yet whole."""
+    return sum(share * sum(prod(shapes[name]) for name in names) for names, share in shares.items())
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS.values(), ids=ALLOCATIONS.keys())
+@given(shapes=shapes, density=densities)
+def test_every_matrix_has_one_budget_and_together_they_keep_what_was_asked(allocation, shapes, density):
+    shares = allocation(shapes, density)
+    assert sorted(name for names in shares for name in names) == sorted(shapes)
+    assert all(0 < share <= 1 for share in shares.values())
+    total = sum(map(prod, shapes.values()))
+    assert kept(shares, shapes) == pytest.approx(density * total, rel=1e-9)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS.values(), ids=ALLOCATIONS.keys())
+@given(shapes=shapes, first=densities, second=densities)
+def test_a_lower_density_gives_no_budget_more(allocation, shapes, first, second):
+    less, more = allocation(shapes, min(first, second)), allocation(shapes, max(first, second))
+    assert less.keys() == more.keys()
+    assert all(share <= more[names] * (1 + 1e-12) for names, share in less.items())
+
+
+@pytest.mark.parametrize("allocation", [uniform, erk])
+@given(shapes=shapes, density=densities, data=st.data())
+def test_the_order_of_matrices_does_not_matter(allocation, shapes, density, data):
+    shuffled = dict(data.draw(st.permutations(list(shapes.items()))))
+    assert allocation(shuffled, density) == pytest.approx(allocation(shapes, density))
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS.values(), ids=ALLOCATIONS.keys())
+def test_no_matrices_have_no_budgets(allocation):
+    assert allocation({}, 0.5) == {}
+
+
+def test_erk_is_in_proportion_to_the_lines_over_the_entries():
+    shares = erk(BERT, 1 / 16)
+    assert shares["query",] / shares["up",] == pytest.approx((1536 / 768**2) / (3840 / (768 * 3072)))
+    assert shares["up",] == shares["down",]
+
+
+def test_erk_leaves_a_small_matrix_whole_and_the_others_pay_in_proportion():
+    shares = erk({"small": (4, 4), "up": (64, 16), "square": (64, 64)}, 0.5)
+    assert shares["small",] == 1.0
+    assert shares["up",] / shares["square",] == pytest.approx((80 / 1024) / (128 / 4096))
+    assert 16 + 1024 * shares["up",] + 4096 * shares["square",] == pytest.approx(0.5 * 5136)
+
+
+def test_global_is_one_contest():
+    assert together(BERT, 0.1) == {("query", "up", "down"): 0.1}
