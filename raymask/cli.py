@@ -16,6 +16,7 @@ from raymask.core.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from raymask.core.records import Result
     from raymask.core.spec import Spec
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ RunPlace = Annotated[
 Address = Annotated[
     str | None, typer.Option(help="A Ray cluster: auto, HOST or HOST:PORT. Without it, a private Ray on this machine.")
 ]
+InProcess = Annotated[bool, typer.Option("--in-process", help="One worker in this process, without Ray.")]
 JobsAddress = Annotated[
     str | None,
     typer.Option(help="The cluster's dashboard, http://HOST:8265. Else $RAY_API_SERVER_ADDRESS, or this machine's."),
@@ -50,7 +52,7 @@ def search(
     overrides: Overrides = None,
     run: RunPlace = None,
     address: Address = None,
-    in_process: Annotated[bool, typer.Option("--in-process", help="One worker in this process, without Ray.")] = False,
+    in_process: InProcess = False,
 ) -> None:
     """Prune a model: search, fine-tune, export. The same command again continues.
 
@@ -59,24 +61,51 @@ def search(
     asked, name = read(spec, overrides)
     folder = run or f"runs/{name}"
     console = make_console()
+    result = searched(console, asked, folder, address, in_process)
+    from raymask.report.terminal import show_result
+
+    show_result(console, result)
+    console.print(f"\nNext: raymask show {folder}", highlight=False, markup=False)
+    if spec is None:
+        console.print("      raymask search SPEC   for your own model and task; the repository's jobs/ has specs")
+
+
+@app.command()
+def audit(
+    spec: SpecFile = None,
+    overrides: Overrides = None,
+    run: Annotated[str | None, typer.Option(help="Run directory; runs/<spec's name>-audit when not given.")] = None,
+    address: Address = None,
+    in_process: InProcess = False,
+) -> None:
+    """Fine-tune all masks of every level, and say whether the early evaluation picks the better ones.
+
+    As long as a search that keeps every mask: make the spec small. The same command again continues.
+    """
+    asked, name = read(spec, overrides)
+    console = make_console()
+    from raymask.audit import audited, show_audit
+
+    result = searched(console, audited(asked), run or f"runs/{name}-audit", address, in_process)
+    show_audit(console, result, asked)
+
+
+def searched(console: Console, asked: Spec, folder: str, address: str | None, in_process: bool) -> Result:
+    """Search with progress on the console."""
     from raymask.storage import require_no_secret
 
     require_no_secret(folder)
     console.print(f"Run directory: {folder}", highlight=False, markup=False)
     from raymask.driver.search import search as run_search
-    from raymask.report.terminal import show_result, watching
+    from raymask.report.terminal import watching
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a job is stopped: as by Ctrl-C
     try:
         with watching(console, asked) as watch:
-            result = run_search(asked, folder, watch, address=address, in_process=in_process)
+            return run_search(asked, folder, watch, address=address, in_process=in_process)
     except KeyboardInterrupt:
         print("raymask: stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
-    show_result(console, result)
-    console.print(f"\nNext: raymask show {folder}", highlight=False, markup=False)
-    if spec is None:
-        console.print("      raymask search SPEC   for your own model and task; the repository's jobs/ has specs")
 
 
 @app.command()

@@ -467,7 +467,7 @@ def test_every_worker_draws_the_same_masks_wherever_sparsity_goes(where):
     dense = tiny_snapshot(job)
     candidates = pool(job)
     busy = Worker(job, "cpu")
-    found = [busy.probe(dense, candidate) for candidate in candidates]
+    found = [probe(busy, dense, candidate) for candidate in candidates]
     assert all(evaluation.ok for evaluation in found), [evaluation.error for evaluation in found]
     assert len({evaluation.digest for evaluation in found}) == len(candidates)
     assert findings(probed(job, dense, candidates[2])) == findings(found[2])
@@ -497,7 +497,7 @@ def test_a_worker_calibrates_once_a_parent_and_level_if_at_all(score, passes, mo
     monkeypatch.setattr(worker, "ROWS", 20)
     busy, dense = Worker(job, "cpu"), tiny_snapshot(job)
     for candidate in (*pool(job), *pool(job, 2)):
-        assert busy.probe(dense, candidate).ok
+        assert probe(busy, dense, candidate).ok
     assert calls == [20] * passes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from scipy.stats import rankdata
 
 from raymask.core.records import Interval
 
@@ -29,6 +30,23 @@ def confidence(losses: np.ndarray, winner: int, seed: int) -> float:
         means = losses @ (np.bincount(rng.integers(0, rows, rows), minlength=rows) / rows)
         wins += bool(means[winner] <= means.min())
     return wins / RESAMPLES
+
+
+def rank_agreement(early: np.ndarray, final: np.ndarray, seed: int) -> Interval:
+    """Spearman's rank correlation of two measures of the same things, float (things,), with a bootstrap interval over
+    the things. Where one of the two is constant the order says nothing, and it is 0."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(early), (RESAMPLES, len(early)))
+    resampled = [spearman(early[things], final[things]) for things in drawn]
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return Interval(mean=spearman(early, final), low=float(low), high=float(high))
+
+
+def spearman(one: np.ndarray, other: np.ndarray) -> float:
+    """The correlation of ranks, ties sharing theirs."""
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return 0.0
+    return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
 
 
 def paired_bootstrap(count: int, difference: Callable[[np.ndarray], float], seed: int) -> Interval:

@@ -65,9 +65,9 @@ def settled_line(lineage: str, level: Level) -> str:
     gain = ""
     if level.gain:
         noise = ", within noise" if level.gain.within_noise else ""
-        gain = f"; early loss below the control's by {interval(level.gain)}{noise}, the best of {level.evaluated}"
+        gain = f"; early loss below the control's by {interval(level.gain)}{noise}"
     if level.confidence is not None:
-        gain += f", truly so with a probability of {level.confidence:.0%}"
+        gain += f"; the lowest of {level.evaluated} with a probability of {level.confidence:.0%}"
     return (
         f"{who}, sparsity {percent(level.sparsity)}: select loss {kept.loss:.4f}, metric {kept.metric:.4f}, "
         f"{duration(level.finetuned.seconds)}{gain}"
