@@ -48,7 +48,8 @@ def audited(spec: Spec) -> Spec:
     """The search that an audit runs: every mask of a level is kept, every look recorded, and no baseline run."""
     if spec.candidates.count < 2:
         raise UserError(
-            f"candidates.count: an audit compares at least two random masks with the control, not {spec.candidates.count}"
+            f"candidates.count: an audit holds two or more random masks against the control, not "
+            f"{spec.candidates.count}"
         )
     asked = spec.model_dump()
     asked["select"] = {"keep": spec.candidates.count + 1, "beam": False}
@@ -101,8 +102,8 @@ def show_audit(console: Console, result: Result, spec: Spec) -> None:
     console.print(judgement_table(judge(result, spec.probe.last, spec.seed)))
     say(
         console,
-        "Rank correlation (Spearman) of early score and full fine-tuning, with 95 % bootstrap intervals over the masks: "
-        "1 is the same order, 0 says nothing. Regret: what the pick lacks on `report` of the best mask there was.",
+        "Rank correlation (Spearman) of early score and full fine-tuning, with 95 % bootstrap intervals over masks: 1 "
+        "is the same order, 0 says nothing. Regret: what the pick lacks on `report` of the best mask there was.",
     )
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
-from raymask.core.stats import paired_bootstrap, paired_gain
+from raymask.core.stats import confidence, paired_bootstrap, paired_gain, rank_agreement
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +76,32 @@ def test_any_measure_over_rows_can_be_compared():
     interval = paired_bootstrap(len(right), lambda rows: float(np.median(right[rows])), 0)
     assert interval.mean == 1.0
     assert 0.0 <= interval.low <= interval.high == 1.0
+
+
+# --- is the pick truly the best, and do two rankings agree? ----------------------------------------------------------
+
+
+def test_a_clear_winner_is_sure_and_a_clear_loser_is_not(losses):
+    pool = np.stack([losses(300, 0), losses(300, 0) - 0.5, losses(300, 0) + 0.5])
+    assert [confidence(pool, winner, 0) for winner in range(3)] == [0.0, 1.0, 0.0]
+
+
+def test_among_equals_the_confidence_is_shared(losses):
+    pool = np.stack([losses(500, seed) for seed in range(2)])
+    found = [confidence(pool, winner, 0) for winner in range(2)]
+    assert sum(found) == pytest.approx(1.0)
+    assert confidence(np.stack([losses(9, 0)] * 2), 1, 0) == 1.0, "no other is below it"
+
+
+@given(st.lists(st.integers(-99, 99), min_size=3, max_size=9, unique=True), st.randoms())
+@settings(max_examples=10, deadline=None)
+def test_the_rank_correlation_is_scipys(early, rng):
+    final = rng.sample(range(100), len(early))
+    found = rank_agreement(np.array(early, float), np.array(final, float), 0)
+    assert found.mean == pytest.approx(spearmanr(early, final).statistic)
+    assert -1 <= found.low <= found.high <= 1
+    assert rank_agreement(np.array(early), np.array(early) ** 3, 0).mean == pytest.approx(1.0)
+
+
+def test_a_score_that_is_the_same_everywhere_says_nothing():
+    assert rank_agreement(np.zeros(5), np.arange(5.0), 0).mean == 0.0

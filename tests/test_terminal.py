@@ -27,6 +27,7 @@ LEVEL = Level(
     evaluated=9,
     failed=1,
     gain=Interval(mean=0.01, low=-0.02, high=0.04),
+    confidence=0.75,
     finetuned=FineTuned(curve=(POINT,), best=0, started=0.0, seconds=61.0, worker="w"),
     report={"accuracy": 0.9},
     digest="d",
@@ -47,7 +48,7 @@ def test_a_log_has_a_line_per_event_and_no_control_characters() -> None:
         watch.evaluated(EVALUATION)
         watch.evaluated(FAILED)
         watch.settled(SEARCH, LEVEL)
-        watch.settled(IMP, LEVEL.model_copy(update={"gain": None}))
+        watch.settled(IMP, LEVEL.model_copy(update={"gain": None, "confidence": None}))
         watch.note("candidate 3: its worker was lost")
     lines = [line.split("s] ", 1)[1] for line in output(console).splitlines()]
     assert lines == [
@@ -55,7 +56,8 @@ def test_a_log_has_a_line_per_event_and_no_control_characters() -> None:
         "  candidate 3: score -0.2500, last loss 0.2500, last metric 0.9000, 12.50% from control, 2.0 s",
         "  candidate 3: failed: ValueError: [/red] no",
         "  selected (candidate 3), sparsity 50.00%: select loss 0.2500, metric 0.9000, 1 min 1 s; early loss below the "
-        "control's by +0.0100 (95 % interval -0.0200 to +0.0400), within noise, the best of 9",
+        "control's by +0.0100 (95 % interval -0.0200 to +0.0400), within noise; the lowest of 9 with a probability of "
+        "75%",
         "  control (IMP), sparsity 50.00%: select loss 0.2500, metric 0.9000, 1 min 1 s",
         "  candidate 3: its worker was lost",
     ]

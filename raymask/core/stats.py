@@ -35,18 +35,18 @@ def confidence(losses: np.ndarray, winner: int, seed: int) -> float:
 def rank_agreement(early: np.ndarray, final: np.ndarray, seed: int) -> Interval:
     """Spearman's rank correlation of two measures of the same things, float (things,), with a bootstrap interval over
     the things. Where one of the two is constant the order says nothing, and it is 0."""
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, len(early), (RESAMPLES, len(early)))
-    resampled = [spearman(early[things], final[things]) for things in drawn]
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return Interval(mean=spearman(early, final), low=float(low), high=float(high))
+    drawn = np.random.default_rng(seed).integers(0, len(early), (RESAMPLES, len(early)))
+    low, high = np.quantile(spearman(early[drawn], final[drawn]), [0.025, 0.975])
+    return Interval(mean=float(spearman(early, final)), low=float(low), high=float(high))
 
 
-def spearman(one: np.ndarray, other: np.ndarray) -> float:
-    """The correlation of ranks, ties sharing theirs."""
-    if np.ptp(one) == 0 or np.ptp(other) == 0:
-        return 0.0
-    return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
+def spearman(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The correlations of ranks, ties sharing theirs: two float (..., things) -> (...)."""
+    ours, theirs = (
+        ranks - ranks.mean(-1, keepdims=True) for ranks in (rankdata(one, axis=-1), rankdata(other, axis=-1))
+    )
+    spread = np.sqrt((ours**2).sum(-1) * (theirs**2).sum(-1))
+    return np.asarray((ours * theirs).sum(-1) / np.where(spread > 0, spread, 1.0))
 
 
 def paired_bootstrap(count: int, difference: Callable[[np.ndarray], float], seed: int) -> Interval:
