@@ -54,7 +54,8 @@ def audited(spec: Spec) -> Spec:
     asked = spec.model_dump()
     asked["select"] = {"keep": spec.candidates.count + 1, "beam": False}
     asked["imp"] = {"run": False}
-    asked["probe"] |= {"rungs": [1.0], "last": LOOKS, "score": "agreement"}  # for which the dense model is at hand
+    # agreement, so that the dense model is at hand: each look has all three scores then
+    asked["probe"] |= {"rungs": [1.0], "repeats": 1, "last": LOOKS, "score": "agreement"}
     return Spec.model_validate(asked)
 
 

@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, from_numpy
 
 from raymask.core.errors import UserError
-from raymask.core.records import Checkpoint, Evaluation, Level, Record, Result
+from raymask.core.records import Checkpoint, Evaluation, Level, Place, Record, Result
 from raymask.core.spec import Spec, identity
 from raymask.core.tensors import Packed, pack
 from raymask.storage import Note, Storage, open_storage
@@ -88,7 +88,7 @@ class RunDir:
             *lines, _torn = self.storage.read(name).split(b"\n")
         except FileNotFoundError:
             return []
-        found: dict[tuple[int, int], Evaluation] = {}
+        found: dict[Place, Evaluation] = {}
         for number, line in enumerate(lines, 1):
             try:
                 evaluation = unsealed(Evaluation, line)
@@ -96,7 +96,7 @@ class RunDir:
                 raise UserError(
                     f"{self.storage.at(name)}: line {number} is damaged. Delete the file to evaluate this level again"
                 ) from None
-            found[evaluation.candidate.index, evaluation.rung] = evaluation
+            found[evaluation.place] = evaluation
         return list(found.values())
 
     # --- levels --------------------------------------------------------------------------------------------------

@@ -561,3 +561,23 @@ def test_the_identity_is_flat_and_leaves_out_what_cannot_change_the_result():
 @pytest.mark.parametrize(("cpus", "threads"), [(0.25, 1), (1, 1), (3.9, 3), (8, 8)])
 def test_a_worker_has_as_many_threads_as_whole_cpus(cpus, threads):
     assert Workers(cpus=cpus).threads == threads
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("probe: {rungs: [0.5]}", "probe: rungs must increase and end at 1.0, not [0.5]"),
+        ("probe: {rungs: [0.5, 0.5, 1.0]}", "probe: rungs must increase and end at 1.0, not [0.5, 0.5, 1.0]"),
+        (
+            "probe: {repeats: 2, score: metric}",
+            "probe: repeats go where the losses on select leave a doubt: score must be loss, not metric",
+        ),
+        (
+            "candidates: {count: 2}\nselect: {keep: 4}",
+            "select.keep: 4 is more than the 3 masks of a level (candidates.count and the control)",
+        ),
+        ("select: {beam: true}", "select.beam: one mask makes no beam, set select.keep to 2 or more"),
+    ],
+)
+def test_rungs_repeats_and_branches_that_make_no_sense_are_refused(line, said):
+    assert with_line(line) == f"job.yaml: {said}"

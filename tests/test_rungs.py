@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,7 +71,7 @@ def test_one_worker_does_nothing_in_vain(race, data):
     pool, rungs, scores = race
     ladder, spent = Ladder(pool, rungs), 0
     while climb := next(ladder.wanted(), None):
-        assert (climb.candidate.index, climb.rung) not in ladder.found
+        assert climb.place not in ladder.found
         ladder.hear(evaluated(climb.candidate, climb.rung, scores[climb.candidate.index][climb.rung]))
         spent += 1
     controls = sum(candidate.is_control for candidate in pool)
@@ -111,3 +112,73 @@ def test_every_rung_costs_about_the_same():
     assert climbs(8, 1, (0.25, 0.5, 1.0)) == 9 + 5 + 3
     assert cost(8, 1, (0.25, 0.5, 1.0)) == pytest.approx(9 / 4 + 5 / 4 + 3 / 2)
     assert cost(8, 1, (1.0,)) == 9
+
+
+# --- repeats ---------------------------------------------------------------------------------------------------------
+
+
+def told(candidate, rung, order, losses):
+    return Evaluation(
+        candidate=candidate,
+        rung=rung,
+        order=order,
+        score=-float(np.mean(losses)),
+        row_losses=np.asarray(losses, np.float32).tobytes(),
+    )
+
+
+def doubtful_losses(index, order):
+    """Rows on which 1 and 2 are about as good, 3 is hopeless, and the control is not much better."""
+    noise = np.random.default_rng(7 * index + order).normal(0, 0.3, 200)
+    return noise + [0.3, 0.0, 0.005, 2.0][index]
+
+
+def run(ladder, losses=doubtful_losses):
+    """Everything that it wants, and in which places."""
+    seen = []
+    while climb := next(ladder.wanted(), None):
+        seen.append(climb.place)
+        ladder.hear(told(climb.candidate, climb.rung, climb.order, losses(climb.candidate.index, climb.order)))
+    return seen
+
+
+def test_only_those_in_doubt_and_the_control_are_evaluated_again():
+    ladder = Ladder(pool_of(3), (1.0,), repeats=3)
+    seen = run(ladder)
+    assert seen[:4] == [(index, 0, 0) for index in range(4)]
+    assert sorted(seen[4:7]) == [(0, 0, 1), (1, 0, 1), (2, 0, 1)]
+    assert all(index != 3 for index, _, order in seen if order)
+    for evaluation in ladder.finalists():
+        orders = [order for index, _, order in seen if index == evaluation.candidate.index]
+        expected = np.mean([doubtful_losses(evaluation.candidate.index, order) for order in orders], axis=0)
+        np.testing.assert_allclose(evaluation.losses(), expected, rtol=1e-5, atol=1e-6)
+        assert evaluation.score == pytest.approx(-expected.mean(), rel=1e-5)
+
+
+def test_where_there_is_no_doubt_nothing_is_repeated():
+    ladder = Ladder(pool_of(3), (1.0,), repeats=5)
+    assert len(run(ladder, lambda index, order: np.full(50, float(index)))) == 4
+
+
+@given(st.data())
+def test_repeats_go_on_from_any_part_of_what_is_known(data):
+    """A continued search doubts as the undisturbed one did, whatever it knows already."""
+    whole = Ladder(pool_of(3), (0.5, 1.0), repeats=4)
+    run(whole)
+    known = data.draw(st.lists(st.sampled_from(sorted(whole.found.items())), unique_by=lambda item: item[0]))
+    again = Ladder(pool_of(3), (0.5, 1.0), [evaluation for _, evaluation in known], repeats=4)
+    run(again)
+    assert again.found == whole.found
+    assert again.finalists() == whole.finalists()
+
+
+def test_a_repeat_that_fails_does_not_count():
+    ladder = Ladder(pool_of(1), (1.0,), repeats=2)
+    for candidate in ladder.pool:
+        ladder.hear(told(candidate, 0, 0, doubtful_losses(1, candidate.index)))
+    for climb in list(ladder.wanted()):
+        ladder.hear(Evaluation(candidate=climb.candidate, order=1, error="it broke"))
+    assert not list(ladder.wanted())
+    assert [evaluation.losses().mean() for evaluation in ladder.finalists()] == pytest.approx(
+        [doubtful_losses(1, index).mean() for index in range(2)], rel=1e-4
+    )

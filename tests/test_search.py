@@ -70,16 +70,17 @@ class Fakes:
         """The least worthwhile first, which must make no difference."""
         while climbs := list(wanted()):
             self.spend_a_life()
-            candidate, rung = climbs[-1].candidate, climbs[-1].rung
+            candidate, rung, order = climbs[-1].candidate, climbs[-1].rung, climbs[-1].order
             self.evaluated.append((parents[candidate.parent].key, candidate))
             score = self.scores[candidate.index]
             if score is None:
-                yield Evaluation(candidate=candidate, rung=rung, error="it broke", machine=self.machine)
+                yield Evaluation(candidate=candidate, rung=rung, order=order, error="it broke", machine=self.machine)
                 continue
             losses = np.full(len(self.plan.job.data.select), 1 - score, np.float32)
             yield Evaluation(
                 candidate=candidate,
                 rung=rung,
+                order=order,
                 score=score,
                 curve=(Point(step=1, loss=1 - score, metric=score),),
                 row_losses=losses.tobytes(),

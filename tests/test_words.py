@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from raymask.core.records import Interval, Result
-from raymask.report.words import duration, verdict
+from raymask.core.records import Candidate, Evaluation, Interval, Noise, Point, Result
+from raymask.report.words import duration, evaluated_line, verdict
 
 
 def result(gain: Interval | None, metrics: tuple[str, ...] = ("accuracy",)) -> Result:
@@ -51,3 +51,14 @@ def test_the_verdict_names_the_mean_of_several_metrics_and_a_missing_baseline() 
 )
 def test_durations_are_said_as_people_say_them(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+def test_an_evaluation_says_how_far_it_went_and_in_which_order_of_rows() -> None:
+    candidate = Candidate(level=1, index=3, seed=0, density=0.5, noise=Noise(exponent=5, ratio=1e-4), parent=2)
+    curve = (Point(step=5, loss=0.25, metric=0.75),)
+    found = Evaluation(candidate=candidate, rung=1, order=2, score=-0.25, curve=curve, distance=0.125, seconds=2.0)
+    assert evaluated_line(found, (0.25, 0.5, 1.0)) == (
+        "candidate 3 of branch 2 after 50%, order 3: score -0.2500, last loss 0.2500, last metric 0.7500, 12.50% from "
+        "control, 2.0 s"
+    )
+    assert evaluated_line(found.model_copy(update={"order": 0})).startswith("candidate 3 of branch 2: score")

@@ -636,3 +636,11 @@ def test_agreement_is_minus_the_divergence_of_the_probabilities():
     expected = -float((p * (p / q).log()).sum(-1).mean())
     assert loop.agreement(ours, theirs, False) == pytest.approx(expected, rel=1e-6)
     assert loop.agreement(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]]), True) == -2.0
+
+
+def test_a_repeat_is_the_same_mask_in_another_order(dense):
+    job = climbing()
+    first, again = (Worker(job, "cpu").probe(dense, Climb(pool(job)[1], 2, order))[0] for order in (0, 1))
+    assert (first.digest, first.distance) == (again.digest, again.distance)
+    assert again.order == 1
+    assert first.curve != again.curve

@@ -20,6 +20,10 @@ class Record(BaseModel):
     )
 
 
+Place = tuple[int, int, int]
+"""Which early evaluation of a level: a candidate's index, a rung, an order of rows."""
+
+
 class Noise(Record):
     """How far a random mask may stray: `exponent` a > 0 (1/temperature), `ratio` r > 0 of votes (method 2)."""
 
@@ -54,10 +58,23 @@ class Candidate(Record):
 
 @dataclass(frozen=True)
 class Climb:
-    """A candidate's early evaluation from one rung to the next; to rung 0 it starts from its parent."""
+    """A candidate's early evaluation from one rung to the next; to rung 0 it starts from its parent.
+
+    With an `order` above 0 it is a repeat from the parent to the last rung, in another order of rows.
+    """
 
     candidate: Candidate
     rung: int = 0
+    order: int = 0
+
+    @property
+    def place(self) -> Place:
+        return self.candidate.index, self.rung, self.order
+
+    @property
+    def below(self) -> Place:
+        """Where it goes on from, when it got there."""
+        return self.candidate.index, self.rung - 1, self.order
 
 
 class Point(Record):
@@ -74,7 +91,7 @@ class Point(Record):
 
 
 class Evaluation(Record):
-    """What the early evaluation of one candidate found at a `rung`, or the `error` that ended it.
+    """What the early evaluation of one candidate found at a `rung`, in an `order`, or the `error` that ended it.
 
     `score`: larger is better (the negative loss, the metric, or the agreement), the mean of the looks on the `curve`.
     `row_losses`: float32 bytes, one loss a row that was looked at, averaged over the same looks.
@@ -85,6 +102,7 @@ class Evaluation(Record):
 
     candidate: Candidate
     rung: int = 0
+    order: int = 0
     score: float | None = None
     curve: tuple[Point, ...] = ()
     row_losses: bytes = b""
@@ -99,6 +117,10 @@ class Evaluation(Record):
     @property
     def ok(self) -> bool:
         return self.error is None
+
+    @property
+    def place(self) -> Place:
+        return self.candidate.index, self.rung, self.order
 
     def losses(self) -> np.ndarray:
         """float32, one a row of `select` that was looked at."""

@@ -6,8 +6,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
-from raymask.core.records import Candidate, Climb, Evaluate, Evaluation, Snapshot
+import numpy as np
+
+from raymask.core.records import Candidate, Climb, Evaluate, Evaluation, Place, Snapshot
 from raymask.core.rules import ranked
+from raymask.core.stats import chances
+
+DOUBT = 0.05  # the least probability of being the best that is worth another evaluation
 
 
 def places(rivals: int, rungs: Sequence[float]) -> list[int]:
@@ -38,14 +43,24 @@ class Ladder:
     Every candidate is evaluated to rung 0. To each further rung go the controls and, of the others, the best by score.
     Nobody waits for a rung to be complete, as in ASHA (Li et al., 2020): who is certain to go on does so at once; and
     when nothing certain is left to do, the likeliest others go on as a guess. A guess costs only workers that would
-    stand idle, and counts only if it comes true.
+    stand idle, and counts only if it comes true. At the top, `repeats` of those between which the losses leave a doubt.
     """
 
-    def __init__(self, pool: Sequence[Candidate], rungs: Sequence[float], known: Sequence[Evaluation] = ()) -> None:
-        """`known`: evaluations of an earlier start."""
+    def __init__(
+        self,
+        pool: Sequence[Candidate],
+        rungs: Sequence[float],
+        known: Sequence[Evaluation] = (),
+        *,
+        repeats: int = 1,
+        seed: int = 0,
+    ) -> None:
+        """`known`: evaluations of an earlier start. `seed`: of the bootstrap that says where a repeat is worth it."""
         self.pool = tuple(pool)
         self.places = places(sum(not candidate.is_control for candidate in pool), rungs)
-        self.found: dict[tuple[int, int], Evaluation] = {}
+        self.found: dict[Place, Evaluation] = {}
+        self.repeats, self.seed = repeats, seed
+        self.doubtful: dict[int, list[Candidate]] = {}
         for evaluation in known:
             self.hear(evaluation)
 
@@ -57,32 +72,74 @@ class Ladder:
 
     def hear(self, evaluation: Evaluation) -> None:
         """An evaluation has ended."""
-        self.found[evaluation.candidate.index, evaluation.rung] = evaluation
+        self.found[evaluation.place] = evaluation
 
     def wanted(self) -> Iterator[Climb]:
-        """What is worth doing now, the most worthwhile first; nothing when it is decided who is left at the top."""
+        """What is worth doing now, the most worthwhile first; nothing when it is decided who is at the top."""
+        open_climbs = False
+        for climb in self.climbs():
+            open_climbs = True
+            yield climb
+        if not open_climbs:
+            yield from self.repetitions()
+
+    def climbs(self) -> Iterator[Climb]:
+        """From rung to rung: what is certain, the higher rungs first, then what is guessed."""
         by_rung = list(enumerate(self.entrants()))
         for rung, entrants in reversed(by_rung):
             for candidate in entrants:
-                if (candidate.index, rung) not in self.found:
+                if (candidate.index, rung, 0) not in self.found:
                     yield Climb(candidate, rung)
         likely = self.pool
         for rung, certain in by_rung[1:]:
             best = ranked(self.reached(rung - 1, likely, controls=False))[: self.places[rung]]
             guesses = [each.candidate for each in best if each.candidate not in certain]
             for candidate in guesses:
-                if (candidate.index, rung) not in self.found:
+                if (candidate.index, rung, 0) not in self.found:
                     yield Climb(candidate, rung)
             likely = (*certain, *guesses)
 
-    def finalists(self) -> list[Evaluation]:
-        """The evaluations of those that went furthest, failed ones too."""
+    def repetitions(self) -> Iterator[Climb]:
+        """At the top: those that may be the best once more, and once more, while there are several."""
+        top = len(self.places) - 1
+        for order in range(1, self.repeats):
+            if order not in self.doubtful:
+                self.doubtful[order] = self.doubts(order)
+            missing = [each for each in self.doubtful[order] if (each.index, top, order) not in self.found]
+            yield from (Climb(candidate, top, order) for candidate in missing)
+            if missing:
+                return
+
+    def doubts(self, orders: int) -> list[Candidate]:
+        """Who may be the best by the first so many orders, and the controls; nobody when there is no doubt."""
+        alive = [evaluation for evaluation in self.finalists(orders) if evaluation.ok]
+        if len(alive) < 2:
+            return []
+        likely = chances(np.stack([evaluation.losses() for evaluation in alive]), self.seed) >= DOUBT
+        contenders = [each.candidate for each, may in zip(alive, likely, strict=True) if may]
+        controls = [each.candidate for each in alive if each.candidate.is_control and each.candidate not in contenders]
+        return [*contenders, *controls] if len(contenders) > 1 else []
+
+    def finalists(self, orders: int | None = None) -> list[Evaluation]:
+        """The evaluations of those that went furthest, failed ones too, each the mean over the first so many `orders`,
+        or all, in which it was evaluated."""
         reached = [self.reached(rung, entrants) for rung, entrants in enumerate(self.entrants())]
-        return next(evaluations for evaluations in reversed(reached) if evaluations)
+        furthest = next(evaluations for evaluations in reversed(reached) if evaluations)
+        return [self.averaged(evaluation, orders or self.repeats) for evaluation in furthest]
+
+    def averaged(self, first: Evaluation, orders: int) -> Evaluation:
+        """Score and losses of a candidate, the mean over orders."""
+        again = (self.found.get((first.candidate.index, first.rung, order)) for order in range(1, orders))
+        every = [first, *(each for each in again if each and each.ok)]
+        if len(every) == 1 or not first.ok:
+            return first
+        losses = np.mean([each.losses() for each in every], axis=0, dtype=np.float64).astype(np.float32)
+        score = float(np.mean([each.score for each in every if each.score is not None]))
+        return first.model_copy(update={"score": score, "row_losses": losses.tobytes()})
 
     def reached(self, rung: int, entrants: Sequence[Candidate], controls: bool = True) -> list[Evaluation]:
         """What was found at a rung of those that are certain to be there."""
-        found = [self.found.get((each.index, rung)) for each in entrants if controls or not each.is_control]
+        found = [self.found.get((each.index, rung, 0)) for each in entrants if controls or not each.is_control]
         return [evaluation for evaluation in found if evaluation]
 
     def entrants(self) -> list[tuple[Candidate, ...]]:
@@ -96,6 +153,6 @@ class Ladder:
             # Whoever leaves rivals - seats others behind goes on, whatever the missing ones bring.
             certain = ranked(done)[: max(0, seats - (rivals - len(done)))]
             controls = ranked([each for each in self.reached(rung, here) if each.candidate.is_control])
-            complete = complete and all((candidate.index, rung) in self.found for candidate in here)
+            complete = complete and all((candidate.index, rung, 0) in self.found for candidate in here)
             found.append(tuple(evaluation.candidate for evaluation in (*controls, *certain)))
         return found

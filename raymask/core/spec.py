@@ -212,7 +212,8 @@ class Probe(Section):
     """The early evaluation (EMEP). The score is the mean of the `last` looks, one every `eval_every` steps.
 
     A look is at `rows` rows of `select` at most, the same for all candidates. `rungs`: shares of the epochs at which
-    the best go on and the others end (successive halving), as many that every rung costs about the same.
+    the best go on and the others end (successive halving), as many that every rung costs about the same. `repeats`: how
+    often at most those at the top are evaluated that may well be the best, each time in another order of rows.
     """
 
     epochs: Positive = 1.0
@@ -223,10 +224,15 @@ class Probe(Section):
     last: Count = 10
     rows: Annotated[int, Field(ge=2, strict=True)] = 1000
     rungs: Annotated[tuple[Annotated[float, Field(gt=0, le=1, strict=True)], ...], Field(min_length=1)] = (1.0,)
+    repeats: Count = 1
     score: Score = "loss"
 
     @model_validator(mode="after")
     def rungs_rise_to_one(self) -> Probe:
+        if self.repeats > 1 and self.score != "loss":
+            raise ValueError(
+                f"repeats go where the losses on select leave a doubt: score must be loss, not {self.score}"
+            )
         if self.rungs[-1] != 1.0 or any(b <= a for a, b in pairwise(self.rungs)):
             raise ValueError(f"rungs must increase and end at 1.0, not {list(self.rungs)}")
         return self
@@ -373,6 +379,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "last": 10,
             "rows": 2000,
             "rungs": [1.0],
+            "repeats": 1,
             "score": "metric",
         },
         "select": {"keep": 1, "beam": False},

@@ -18,17 +18,17 @@ def paired_gain(baseline: np.ndarray, winner: np.ndarray, seed: int) -> Interval
     return paired_bootstrap(len(gains), lambda rows: float(gains[rows].mean()), seed)
 
 
-def confidence(losses: np.ndarray, winner: int, seed: int) -> float:
-    """The share of resamples of the rows in which no candidate's mean loss is below the winner's.
+def chances(losses: np.ndarray, seed: int) -> np.ndarray:
+    """Of each candidate, the share of resamples of the rows in which no other's mean loss is below its own.
 
-    `losses`: float (candidates, rows), all on the same rows; `winner`: a row number of it.
+    `losses`: float (candidates, rows), all on the same rows -> float64 (candidates,), which equals share.
     """
     rng = np.random.default_rng(seed)
     rows = losses.shape[1]
-    wins = 0
+    wins = np.zeros(len(losses))
     for _ in range(RESAMPLES):
         means = losses @ (np.bincount(rng.integers(0, rows, rows), minlength=rows) / rows)
-        wins += bool(means[winner] <= means.min())
+        wins += means <= means.min()
     return wins / RESAMPLES
 
 

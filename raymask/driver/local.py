@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from raymask.core.errors import UserError
-from raymask.core.records import Checkpoint, Climb, Evaluate, Evaluation, FineTune, Settling, Snapshot, Watch
+from raymask.core.records import Checkpoint, Climb, Evaluate, Evaluation, FineTune, Place, Settling, Snapshot, Watch
 from raymask.train.worker import Job, MachineFault, Worker
 
 
@@ -26,19 +26,19 @@ def workers(job: Job, watch: Watch) -> Iterator[tuple[Evaluate, FineTune]]:
         watch.running({name: share})
 
     def evaluate(parents: Mapping[int, Snapshot], wanted: Callable[[], Iterable[Climb]]) -> Iterator[Evaluation]:
-        paused: dict[tuple[int, int], Snapshot | None] = {}
+        paused: dict[Place, Snapshot | None] = {}
         while climb := next(iter(wanted()), None):
-            candidate, rung = climb.candidate, climb.rung
+            candidate, rung, order = climb.candidate, climb.rung, climb.order
             worker.tell = partial(show, candidate.name)
             try:
-                below = paused.pop((candidate.index, rung - 1), None)
-                evaluation, paused[candidate.index, rung] = worker.probe(parents[candidate.parent], climb, below)
+                below = paused.pop(climb.below, None)
+                evaluation, paused[climb.place] = worker.probe(parents[candidate.parent], climb, below)
             except MachineFault as error:  # there is no other machine to try
                 evaluation = Evaluation(
-                    candidate=candidate, rung=rung, error=str(error), machine=True, worker=worker.name
+                    candidate=candidate, rung=rung, order=order, error=str(error), machine=True, worker=worker.name
                 )
             yield evaluation
-            useful = {(above.candidate.index, above.rung - 1) for above in wanted()}
+            useful = {above.below for above in wanted()}
             paused = {place: state for place, state in paused.items() if place in useful}
 
     def fine_tune(work: Sequence[tuple[Snapshot, Settling]]) -> Iterator[tuple[int, Checkpoint]]:

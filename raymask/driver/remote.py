@@ -27,6 +27,7 @@ from raymask.core.records import (
     Evaluate,
     Evaluation,
     FineTune,
+    Place,
     Settling,
     Snapshot,
     Watch,
@@ -354,32 +355,33 @@ def workers(job: Job, watch: Watch, address: str | None) -> Iterator[tuple[Evalu
 
         def evaluate(parents: Mapping[int, Snapshot], wanted: Callable[[], Iterable[Climb]]) -> Iterator[Evaluation]:
             pool.keep(list(parents.values()))
-            paused: dict[tuple[int, int], Any] = {}
-            climbs: dict[tuple[int, int], Climb] = {}
+            paused: dict[Place, Any] = {}
+            climbs: dict[Place, Climb] = {}
             top = len(job.spec.probe.rungs) - 1
 
             def call(climb: Climb) -> Call:
-                candidate, rung = climb.candidate, climb.rung
-                parent = parents[candidate.parent]
+                candidate, parent = climb.candidate, parents[climb.candidate.parent]
 
                 def send(actor: Any) -> Any:
-                    climbs[candidate.index, rung] = climb
-                    below = [paused[place]] if (place := (candidate.index, rung - 1)) in paused else []
+                    climbs[climb.place] = climb
+                    below = [paused[climb.below]] if climb.below in paused else []
                     probe = actor.probe.options(num_returns=2).remote
                     ref, pause = probe(parent.key, pool.put(parent), climb, below)
-                    if rung < top:
-                        paused[candidate.index, rung] = pause
+                    if climb.rung < top:
+                        paused[climb.place] = pause
                     return ref
 
-                return Call((candidate.index, rung), candidate.name, pool.workers.deadline, send)
+                return Call(climb.place, candidate.name, pool.workers.deadline, send)
 
             for place, outcome in pool.run(lambda: map(call, wanted())):
                 climb = climbs[place]
                 if isinstance(outcome, Failed):
-                    outcome = Evaluation(candidate=climb.candidate, rung=climb.rung, error=outcome.why, machine=True)
+                    outcome = Evaluation(
+                        candidate=climb.candidate, rung=climb.rung, order=climb.order, error=outcome.why, machine=True
+                    )
                 yield outcome
                 if paused:
-                    useful = {(above.candidate.index, above.rung - 1) for above in wanted()}
+                    useful = {above.below for above in wanted()}
                     useful |= {running.key for running, _, _ in pool.busy.values()}
                     for place in paused.keys() - useful:
                         del paused[place]

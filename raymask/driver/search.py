@@ -44,7 +44,7 @@ from raymask.core.records import (
 from raymask.core.rungs import Ladder, climbs
 from raymask.core.seeds import derive
 from raymask.core.spec import Spec
-from raymask.core.stats import confidence, paired_bootstrap, paired_gain
+from raymask.core.stats import chances, paired_bootstrap, paired_gain
 from raymask.core.tensors import Packed
 from raymask.driver.export import export
 from raymask.report.timeline import by_purpose
@@ -247,7 +247,8 @@ def choose(
     if len(proposed) == 1:
         return alone(proposed[0])
     known = [evaluation for evaluation in store.evaluations(level) if not evaluation.machine]
-    ladder = Ladder(proposed, rungs, known)
+    seed = derive(recipe.spec.seed, "confidence", level)
+    ladder = Ladder(proposed, rungs, known, repeats=recipe.spec.probe.repeats, seed=seed)
     total = climbs(len(proposed) - len(parents), len(parents), rungs)
     watch.begins(f"{title(recipe, level)}: early evaluation", level, total, known)
     for evaluation in ladder.climb(evaluate, parents):
@@ -310,7 +311,7 @@ def confidence_of(winner: Evaluation, finalists: Sequence[Evaluation], seed: int
     alive = [evaluation for evaluation in finalists if evaluation.ok]
     if len(alive) < 2:
         return None
-    return confidence(np.stack([evaluation.losses() for evaluation in alive]), alive.index(winner), seed)
+    return float(chances(np.stack([evaluation.losses() for evaluation in alive]), seed)[alive.index(winner)])
 
 
 def read_parent(store: RunDir, lineage: str, level: int, teacher: Packed | None) -> Snapshot:

@@ -40,6 +40,7 @@ def evaluated_line(evaluation: Evaluation, rungs: Sequence[float] = (1.0,)) -> s
     last = evaluation.curve[-1]
     stray = "" if evaluation.candidate.is_control else f", {percent(evaluation.distance or 0.0)} from control"
     part = f" after {rungs[evaluation.rung]:.0%}" if len(rungs) > 1 else ""
+    part += f", order {evaluation.order + 1}" if evaluation.order else ""
     return (
         f"{evaluation.candidate.name}{part}: score {evaluation.score:.4f}, last loss {last.loss:.4f}, last metric "
         f"{last.metric:.4f}{stray}, {duration(evaluation.seconds)}"

@@ -136,7 +136,7 @@ class Worker:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever a candidate dies of is on record; the search goes on
                 problem = f"{type(error).__name__}: {error}"[:2000]
-                found = Evaluation(candidate=climb.candidate, rung=climb.rung, error=problem)
+                found = Evaluation(candidate=climb.candidate, rung=climb.rung, order=climb.order, error=problem)
         seconds = time.perf_counter() - began
         return found.model_copy(update={"started": started, "seconds": seconds, "worker": self.name}), pause
 
@@ -164,7 +164,7 @@ class Worker:
             curve.append(point)
             losses.append(rows)
 
-        seed = derive(spec.seed, "probe", candidate.level)
+        seed = derive(spec.seed, "probe", candidate.level, *([climb.order] if climb.order else []))
         for rung in range(climb.rung if paused else 0, climb.rung + 1):
             begin, end = ends[rung : rung + 2]
             whole = range(spec.probe.eval_every, end + 1, spec.probe.eval_every)
@@ -179,6 +179,7 @@ class Worker:
         evaluation = Evaluation(
             candidate=candidate,
             rung=climb.rung,
+            order=climb.order,
             score=float(np.mean([scores(point)[spec.probe.score] for point in curve])),
             curve=tuple(curve),
             row_losses=torch.stack(losses).mean(0).numpy().tobytes(),
