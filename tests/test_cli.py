@@ -28,6 +28,7 @@ SHORT = [
     *("--set", "finetune.epochs=0.5"),
     *("--set", "probe.epochs=0.3"),
 ]
+TREE = [*SHORT, "--set", "probe.rungs=[0.5, 1.0]", "--set", "select={keep: 2, beam: true}"]
 """The quickstart in seconds."""
 
 
@@ -136,6 +137,25 @@ def test_check_says_what_will_be_pruned_and_what_it_costs(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def test_check_says_how_rungs_and_a_beam_are_peopled(tmp_path: Path) -> None:
+    done = raymask("check", *TREE, "--set", "candidates.count=8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "rungs    of 8 random masks 8 to 50%, 4 to 100% of the early evaluation, and every control\n" in done.stdout
+    for part in (" control + 8 ", " 2 x (control + 8) "):
+        assert part in done.stdout
+
+
+@pytest.mark.long
+def test_an_audit_says_how_well_early_scores_agree_with_the_end(tmp_path: Path) -> None:
+    done = raymask("audit", "--in-process", "--run", "run", *SHORT, "--set", "levels=[0.9]", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in ("all masks, fine-tuned", "candidate 3", "agreement", "with final loss", "1 is the same order"):
+        assert part in done.stdout
+    assert "candidates.count: an audit holds two or more" in refused(
+        "audit", "--run", "other", *SHORT, "--set", "candidates.count=1", cwd=tmp_path
+    )
+
+
 @pytest.mark.ray
 @pytest.mark.long
 def test_a_search_prints_its_table_exports_and_is_shown_again(tmp_path: Path) -> None:
@@ -215,7 +235,6 @@ def test_kill_9_and_the_same_command_find_the_same_mask(tmp_path: Path, undistur
     assert result.rows == undisturbed.rows
 
 
-TREE = (*SHORT, "--set", "probe.rungs=[0.5, 1.0]", "--set", "select={keep: 2, beam: true}")
 MOMENTS_OF_A_TREE = {
     "in the middle of a rung": "after 50%: score",
     "while branches are fine-tuned": "level 1/2, sparsity 50.00%: fine-tuning",
@@ -251,7 +270,7 @@ def tree_of(result: Result) -> list[Any]:
     return [*winners, *((level.digest, level.gain, level.confidence) for level in levels), result.rows]
 
 
-def killed(run: Path, settings: tuple[str, ...], moment: str) -> None:
+def killed(run: Path, settings: list[str], moment: str) -> None:
     """A search on Ray that ended by kill -9 soon after it said something."""
     command = [RAYMASK, "search", "--run", str(run), *settings]
     victim = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -19,7 +19,7 @@ from raymask.core.spec import GLUE, Spec
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = ("search", "check", "show", "submit", "jobs", "status", "logs", "stop", "fetch")
+COMMANDS = ("search", "check", "audit", "show", "submit", "jobs", "status", "logs", "stop", "fetch")
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 
 
