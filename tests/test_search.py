@@ -288,6 +288,19 @@ def test_a_killed_tree_grows_on_to_the_same_tree(tmp_path: Path, lives: int, bea
         assert origin(mine.parent) == origin(other.parent)
 
 
+def test_no_mask_is_fine_tuned_twice_when_a_continued_search_ranks_otherwise(tmp_path: Path) -> None:
+    """Candidate 2's machine failed; so 3 and 1 had won, and 1 was fine-tuned when the driver was killed."""
+    plan = plan_of(levels=[0.5], imp={"run": False}, select={"keep": 2})
+    store = RunDir(tmp_path)
+    with pytest.raises(Killed):
+        Fakes(plan, scores=(0.1, 0.2, None, 0.3), machine=True, lives=1 + 4 + 1).run(store)
+    before = [store.read_level(lineage, 1).winner.candidate.index for lineage in ("branch-2",)]
+    assert before == [1]
+    Fakes(plan, scores=(0.1, 0.2, 0.4, 0.3)).run(store)
+    assert store.read_level(SEARCH, 1).winner.candidate.index == 2
+    assert store.read_level("branch-2", 1).winner.candidate.index == 1
+
+
 def test_a_failed_candidate_never_wins_and_is_counted(plan: Plan, tmp_path: Path) -> None:
     Fakes(plan, scores=(0.1, 0.2, None, 0.3)).run(RunDir(tmp_path))
     level = RunDir(tmp_path).read_level(SEARCH, 1)

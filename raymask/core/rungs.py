@@ -77,13 +77,13 @@ class Ladder:
     def wanted(self) -> Iterator[Climb]:
         """What is worth doing now, the most worthwhile first; nothing when it is decided who is at the top."""
         open_climbs = False
-        for climb in self.climbs():
+        for climb in self.upward():
             open_climbs = True
             yield climb
         if not open_climbs:
             yield from self.repetitions()
 
-    def climbs(self) -> Iterator[Climb]:
+    def upward(self) -> Iterator[Climb]:
         """From rung to rung: what is certain, the higher rungs first, then what is guessed."""
         by_rung = list(enumerate(self.entrants()))
         for rung, entrants in reversed(by_rung):
@@ -126,6 +126,10 @@ class Ladder:
         reached = [self.reached(rung, entrants) for rung, entrants in enumerate(self.entrants())]
         furthest = next(evaluations for evaluations in reversed(reached) if evaluations)
         return [self.averaged(evaluation, orders or self.repeats) for evaluation in furthest]
+
+    def failed(self) -> int:
+        """How many of those that were certain to be evaluated to a rung failed on the way there."""
+        return sum(not each.ok for rung, here in enumerate(self.entrants()) for each in self.reached(rung, here))
 
     def averaged(self, first: Evaluation, orders: int) -> Evaluation:
         """Score and losses of a candidate, the mean over orders."""

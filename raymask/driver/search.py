@@ -182,16 +182,18 @@ def selected(
     recipe: Recipe, store: RunDir, level: int, teacher: Packed | None, evaluate: Evaluate, watch: Watch
 ) -> list[Work]:
     """The search's fine-tunings at a level that are still to be done, one a branch."""
-    lineages = branches(recipe.spec)
-    if all(made(store, lineage, level) for lineage in lineages):
+    open_branches = [lineage for lineage in branches(recipe.spec) if not made(store, lineage, level)]
+    if not open_branches:
         return []
     parents = {number: read_parent(store, branch(number), level, teacher) for number in bearing(recipe, store, level)}
     outcome = choose(recipe, store, level, parents, evaluate, watch)
     stage = finetune_stage(recipe, level)
+    done = [store.read_level(lineage, level) for lineage in branches(recipe.spec) if lineage not in open_branches]
+    taken = {record.winner.candidate for record in done}
+    places = [place for place, winner in enumerate(outcome.winners) if winner.candidate not in taken]
     return [
-        Work(lineage, parents[winner.candidate.parent], stage, outcome, place)
-        for place, (lineage, winner) in enumerate(zip(lineages, outcome.winners, strict=False))
-        if not made(store, lineage, level)
+        Work(lineage, parents[outcome.winners[place].candidate.parent], stage, outcome, place)
+        for lineage, place in zip(open_branches, places, strict=False)
     ]
 
 
@@ -256,8 +258,7 @@ def choose(
         watch.evaluated(evaluation)
     finalists = ladder.finalists()
     winners = recipe.rule(finalists, recipe.spec.select.keep)
-    failed = sum(not evaluation.ok for evaluation in ladder.found.values())
-    return Outcome(winners, finalists, len(proposed), failed)
+    return Outcome(winners, finalists, len(proposed), ladder.failed())
 
 
 def settle(plan: Plan, store: RunDir, work: list[Work], fine_tune: FineTune, watch: Watch) -> None:
