@@ -1,0 +1,415 @@
+"""How does a search become a trial of Ray Tune, and how is a spec tuned from the command line?
+
+A trial is a whole search, on workers of its own, in a run directory inside the trial's folder: that is its checkpoint.
+So a trial that starts again goes on where it was, and so does a tuning, by the same command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shlex
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from ray import tune
+from ray.tune.callback import Callback
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from raymask.config import load_data, load_spec, make_spec, varied
+from raymask.core.errors import UserError
+from raymask.core.recipe import epochs, resolve
+from raymask.core.records import Level
+from raymask.core.spec import Dense, Levels, Model, Spec, Task
+from raymask.driver.cluster import alive, connected, environment, needs, offer, require_room, slots
+from raymask.driver.search import Plan, prepare, require_something_kept
+from raymask.driver.search import search as run_search
+from raymask.report.terminal import Silent, say
+from raymask.report.words import percent
+from raymask.space import Space, Way, load_space
+from raymask.storage import Storage, open_storage
+from raymask.store import EXPORT, SEARCH, RunDir, check_run
+from raymask.train.worker import Job
+
+Scheduler = Literal["none", "asha"]
+Algorithm = Literal["random", "optuna"]
+
+RUN = "run"  # a trial's run directory, in its folder
+SCHEMES = {"local": "", "s3": "s3://", "gcs": "gs://", "abfs": "abfs://"}
+HALVING = 2  # ASHA lets the better half of the trials go on from a level
+ASKED, TRIALS = "tuning.yaml", "trials.jsonl"
+
+
+# --- a search as a trial ----------------------------------------------------------------------------------------------
+
+
+def trainable(spec: Spec | Mapping[str, Any] | str | Path) -> Callable[[dict[str, Any]], None]:
+    """A function for `ray.tune.Tuner`; `spec` is a Spec, its keys as plain data, or a YAML file.
+
+    Any of the spec's keys may be in the search space, dotted as in `--set`, or in its section's mapping. After every
+    level a trial reports `level`, `sparsity` in [0, 1], `metric` (the mean of the task's metrics on `select`, to be
+    maximised), `loss` on `select`, `epochs` trained so far and `run`, where its run directory is; the last level when
+    the model is exported. Nothing of `report` is told. A trial has one worker, or `workers.count`.
+
+    Raises raymask.UserError for what is wrong with the spec; `Tuner.fit` does, before any trial, for a key of the
+    search space that the spec does not have, and for workers that no cluster of this size can hold.
+    """
+    if isinstance(spec, Spec):
+        data = spec.model_dump(mode="json", exclude_unset=True)
+    else:
+        data = dict(spec) if isinstance(spec, Mapping) else load_data(spec)
+    job_of(trial_spec(data, {}))
+    home = os.getcwd()
+
+    def search(choices: dict[str, Any]) -> None:
+        run_trial(data, choices, home)
+
+    return tune.with_resources(search, lambda choices: bundles(trial_spec(data, choices)))  # type: ignore[no-any-return]
+
+
+def trial_spec(data: Mapping[str, Any], choices: Mapping[str, Any]) -> Spec:
+    """The spec of a trial. Raises UserError."""
+    spec = make_spec(varied(data, choices), source="search space" if choices else "spec")
+    return spec.model_copy(update={"workers": spec.workers.model_copy(update={"count": spec.workers.count or 1})})
+
+
+def run_trial(data: Mapping[str, Any], choices: Mapping[str, Any], home: str) -> None:
+    """Search, or go on with it, and report every level, those of an earlier start among them."""
+    with suppress(OSError):
+        os.chdir(home)  # Tune has moved us, and a spec may name files by relative paths
+    spec, run = trial_spec(data, choices), place()
+    store, reporter = RunDir(run), Reporter(spec, run)
+    check_run(store, spec)
+    for level in range(1, reporter.last):
+        if store.has_level(SEARCH, level):
+            reporter.settled(SEARCH, store.read_level(SEARCH, level))
+    reporter.report(run_search(spec, run, reporter).levels[-1])
+
+
+def place() -> str:
+    """Where this trial's run directory is: in its folder in Tune's storage."""
+    storage = tune.get_context().get_storage()
+    kind = storage.storage_filesystem.type_name
+    if kind not in SCHEMES:
+        raise UserError(f"RunConfig.storage_path: a search cannot work on {kind}: give a path, s3://, gs:// or abfs://")
+    return f"{SCHEMES[kind]}{storage.trial_fs_path}/{RUN}"
+
+
+class Reporter(Silent):
+    """A Watch that reports the search's levels to Tune, which may end the trial at each."""
+
+    def __init__(self, spec: Spec, run: str) -> None:
+        self.run = run
+        self.last = len(spec.levels.densities())
+        self.epochs = epochs(resolve(spec))
+
+    def settled(self, lineage: str, level: Level) -> None:
+        if lineage == SEARCH and 0 < level.level < self.last:  # the last one is reported when all is done
+            self.report(level)
+
+    def report(self, level: Level) -> None:
+        dense = self.epochs["dense"]
+        tune.report(
+            {
+                "level": level.level,
+                "sparsity": level.sparsity,
+                "metric": level.finetuned.kept.metric,
+                "loss": level.finetuned.kept.loss,
+                "epochs": dense + (sum(self.epochs.values()) - dense) * level.level / self.last,
+                "run": self.run,
+            }
+        )
+
+
+def bundles(spec: Spec) -> Any:
+    """What a trial takes: a driver, which mostly waits and takes nothing, and its workers. Raises UserError."""
+    need, nodes, count = needs(job_of(spec), alive()), alive(), spec.workers.count or 1
+    if not spec.workers.wait:
+        require_room(need, nodes)
+        if slots(need, nodes) < count:
+            raise UserError(
+                f"workers.count: a trial asks for {count} workers at once, each with {offer(need)}; there is room for "
+                f"{slots(need, nodes)}"
+            )
+    return tune.PlacementGroupFactory([{}, *[dict(need)] * count])
+
+
+def job_of(spec: Spec) -> Job:
+    """What the workers of a trial will be told, which says how large they are. Raises UserError."""
+    plan = read(spec.model, spec.task, spec.seed, spec.dense.epochs == 0)
+    require_something_kept(plan.source, spec.levels.densities()[-1])
+    return replace(plan.job, spec=spec)
+
+
+@lru_cache(maxsize=1)
+def read(model: Model, task: Task, seed: int, tuned: bool) -> Plan:
+    """Model and data, read once for all trials that share them."""
+    dense = Dense(epochs=0.0 if tuned else 1.0)
+    return prepare(Spec(model=model, task=task, seed=seed, dense=dense, levels=Levels(sparsities=(0.5,))))
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def run_tuning(
+    console: Console,
+    source: Path,
+    space_file: Path,
+    overrides: Sequence[str],
+    run: str,
+    *,
+    samples: int,
+    scheduler: Scheduler,
+    algorithm: Algorithm,
+    address: str | None,
+) -> None:
+    """Tune a spec over a space in a folder, new or to be continued, and print the trials, best first.
+
+    A tuning is continued by doing it again: the same seed makes the same trials, or Optuna is told those that were
+    made, and each finds its run directory. Nothing that Tune has pickled is read.
+    """
+    spec, data = load_spec(source, overrides), load_data(source, overrides)
+    space = load_space(space_file, data)
+    require_agreement(space, scheduler, algorithm)
+    storage = open_storage(run)
+    asked = {
+        "spec": spec.model_dump(mode="json", exclude={"workers"}),
+        "space": {key: way.model_dump(mode="json", exclude_unset=True) for key, way in space.items()},
+        "scheduler": scheduler,
+        "algorithm": algorithm,
+    }
+    require_same(storage, asked)
+    function = trainable(data)
+    last = len(spec.levels.densities())
+    with connected(job_of(trial_spec(data, {})), address), storage.held(), quiet():
+        with storage.writing(ASKED) as path:
+            path.write_text(yaml.safe_dump(asked, sort_keys=False), encoding="utf-8")
+        tuner = tune.Tuner(
+            function,
+            param_space={key: domain(way) for key, way in space.items()},
+            tune_config=tune.TuneConfig(
+                metric="metric",
+                mode="max",
+                num_samples=samples,
+                search_alg=searcher(algorithm, spec.seed, tried(storage)),
+                scheduler=ASHAScheduler(time_attr="level", max_t=last, reduction_factor=HALVING)
+                if scheduler == "asha"
+                else None,
+                trial_dirname_creator=Names(),
+            ),
+            run_config=tune.RunConfig(
+                **folder(run),
+                verbose=0,
+                callbacks=[Teller(storage)],
+                failure_config=tune.FailureConfig(max_failures=spec.workers.retries),
+            ),
+        )
+        trials = sorted(map(ended, tuner.fit()), key=Trial.rank, reverse=True)
+    show_trials(console, trials, list(space), last)
+    show_best(console, trials[0], source, overrides, last)
+
+
+def require_agreement(space: Space, scheduler: Scheduler, algorithm: Algorithm) -> None:
+    """Raise UserError for what does not go together, or is not installed."""
+    grids = [key for key, way in space.items() if way.grid]
+    if algorithm == "optuna":
+        if find_spec("optuna") is None:
+            raise UserError("--algorithm optuna: Optuna is not installed: pip install 'raymask[optuna]'")
+        if grids:
+            raise UserError(f"--algorithm optuna: it chooses by itself: make the grid of {grids[0]} a choice")
+        if scheduler == "asha":
+            raise UserError(
+                "--algorithm optuna: it would compare trials that were stopped at a low sparsity with those that went "
+                "on: use --scheduler none"
+            )
+    levels = [key for key in space if key.partition(".")[0] == "levels"]
+    if scheduler == "asha" and levels:
+        raise UserError(
+            f"--scheduler asha: it compares trials level by level, and with {levels[0]} in the space a level's "
+            "sparsity differs between them: use --scheduler none"
+        )
+
+
+def require_same(storage: Storage, asked: Mapping[str, Any]) -> None:
+    """Raise UserError when something else is there, or a tuning that asked for something else."""
+    try:
+        before = yaml.safe_load(storage.read(ASKED))
+    except (FileNotFoundError, NotADirectoryError):
+        if any(True for _ in storage.names()):
+            raise UserError(f"{storage.at()}: is not empty and not a tuning: choose another with --run") from None
+        return
+    except yaml.YAMLError:
+        before = None
+    differing = [key for key in asked if not isinstance(before, dict) or before.get(key) != asked[key]]
+    if differing:
+        raise UserError(
+            f"{storage.at()}: was started with another {', another '.join(differing)}, see {storage.at(ASKED)}; choose "
+            "another with --run"
+        )
+
+
+def quiet() -> Any:
+    """Leave Ctrl-C to us, and Tune's own words out of our log."""
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="optuna")
+    return environment(TUNE_DISABLE_SIGINT_HANDLER="1", RAY_AIR_NEW_OUTPUT="0")
+
+
+def domain(way: Way) -> Any:
+    """A way to vary, in Tune's terms."""
+    if way.uniform:
+        return tune.uniform(*way.uniform)
+    if way.loguniform:
+        return tune.loguniform(*way.loguniform)
+    if way.randint:
+        low, high = way.randint
+        return tune.randint(low, high + 1)
+    return tune.choice(way.choice) if way.choice else tune.grid_search(way.grid)
+
+
+def searcher(algorithm: Algorithm, seed: int, known: list[dict[str, Any]]) -> Any:
+    """Who chooses the trials; Optuna begins with those that it has chosen before."""
+    if algorithm == "random":
+        return BasicVariantGenerator(random_state=seed)
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return OptunaSearch(points_to_evaluate=known, seed=seed + len(known))
+
+
+def tried(storage: Storage) -> list[dict[str, Any]]:
+    """The choices of all trials that were ever started here, in that order. A torn last line is passed over."""
+    try:
+        *lines, _torn = storage.read(TRIALS).split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError:
+        raise UserError(f"{storage.at(TRIALS)}: is damaged: choose another folder with --run") from None
+
+
+def folder(run: str) -> dict[str, str]:
+    """A place as Tune wants it: the folder above, and a name in it."""
+    above, _, name = (run if "://" in run else str(Path(run).expanduser().resolve())).rstrip("/").rpartition("/")
+    return {"storage_path": above or "/", "name": name}
+
+
+class Names:
+    """Folder names of trials: by what they try, so that the same trial meets its run directory again."""
+
+    def __init__(self) -> None:
+        self.seen = Counter[str]()
+
+    def __call__(self, trial: Any) -> str:
+        name = hashlib.sha256(json.dumps(trial.config, sort_keys=True).encode()).hexdigest()[:8]
+        self.seen[name] += 1
+        return f"trial-{name}" + (f"-{self.seen[name]}" if self.seen[name] > 1 else "")
+
+
+class Teller(Callback):  # type: ignore[misc]
+    """Writes down which trials there are, and says how they go on."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.known = tried(storage)
+        self.began = time.monotonic()
+
+    def tell(self, trial: Any, text: str) -> None:
+        print(f"[{time.monotonic() - self.began:6.1f} s] {trial.custom_dirname}: {text}", flush=True)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.tell(trial, described(trial.config))
+        if trial.config not in self.known:
+            self.known.append(trial.config)
+            self.storage.append(TRIALS, json.dumps(trial.config).encode())
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self.tell(trial, f"level {result['level']}, {percent(result['sparsity'])}: metric {result['metric']:.4f}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.tell(trial, f"failed: {reason(trial.get_error())}")
+
+
+def described(choices: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={shown(value)}" for key, value in choices.items())
+
+
+def shown(value: Any) -> str:
+    """A value, short."""
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
+
+
+def reason(error: Any) -> str:
+    """What a trial died of, without Tune's pages around it."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else type(cause).__name__
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial as it ended: how far it came, and what it reported last."""
+
+    choices: dict[str, Any]
+    error: Exception | None
+    level: int = 0
+    sparsity: float = 0.0
+    metric: float = float("-inf")
+    epochs: float = 0.0
+    run: str = ""
+
+    def rank(self) -> tuple[bool, int, float]:
+        """The larger the better: what was stopped early comes behind what went on, and what failed last."""
+        return self.error is None, self.level, self.metric
+
+    def state(self, last: int) -> str:
+        if self.error:
+            return f"failed: {reason(self.error)}"
+        return "done" if self.level == last else f"stopped after level {self.level}"
+
+
+def ended(result: Any) -> Trial:
+    """A trial from Tune's account of it."""
+    told = {key: value for key, value in (result.metrics or {}).items() if key in Trial.__dataclass_fields__}
+    return Trial(result.config, result.error, **told)
+
+
+def show_trials(console: Console, trials: Sequence[Trial], keys: Sequence[str], last: int) -> None:
+    """All trials, best first."""
+    table = Table(title=Text("trials, best first; the metric is on the select split"), title_justify="left")
+    for head in ("metric", "sparsity", "epochs", *keys, "state", "run directory"):
+        table.add_column(Text(head), justify="right" if head in ("metric", "sparsity", "epochs") else "left")
+    for trial in trials:
+        figures = (f"{trial.metric:.4f}", percent(trial.sparsity), f"{trial.epochs:g}") if trial.level else ("", "", "")
+        choices = (shown(trial.choices[key]) for key in keys)
+        table.add_row(*map(Text, (*figures, *choices, trial.state(last), trial.run)))
+    console.print(table)
+
+
+def show_best(console: Console, best: Trial, source: Path, overrides: Sequence[str], last: int) -> None:
+    """Where the best trial's model is, and the command that finds it again. Raises UserError when none was done."""
+    if best.error or best.level < last:
+        raise UserError("no trial came to its end; the same command tries again")
+    settings = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in best.choices.items())]
+    command = shlex.join(["raymask", "search", str(source), *(word for item in settings for word in ("--set", item))])
+    say(console, f"Best: {described(best.choices)}. Its sparse model is in {best.run}/{EXPORT}.")
+    say(console, f"\nNext: raymask show {best.run}\n      {command}")
