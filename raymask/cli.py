@@ -98,7 +98,7 @@ def tune(
         int, typer.Option("--num-samples", min=1, help="How many trials; with grids, how often they are gone through.")
     ] = 8,
     scheduler: Annotated[
-        Scheduler, typer.Option(help="asha: after each level, only the better half of the trials goes on.")
+        Scheduler, typer.Option(help="asha: at level 1, 2, 4, 8, only the better half of the trials goes on.")
     ] = Scheduler.none,
     algorithm: Annotated[
         Algorithm, typer.Option(help="Who chooses the trials: chance, or Optuna (pip install 'raymask\\[optuna]').")

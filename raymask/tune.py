@@ -14,8 +14,8 @@ import shlex
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -32,7 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raymask.config import load_data, load_spec, make_spec, varied
-from raymask.core.errors import UserError
+from raymask.core.errors import UserError, first_line
 from raymask.core.recipe import epochs, resolve
 from raymask.core.records import Level
 from raymask.core.spec import Dense, Levels, Model, Spec, Task
@@ -51,7 +51,7 @@ Algorithm = Literal["random", "optuna"]
 
 RUN = "run"  # a trial's run directory, in its folder
 SCHEMES = {"local": "", "s3": "s3://", "gcs": "gs://", "abfs": "abfs://"}
-HALVING = 2  # ASHA lets the better half of the trials go on from a level
+REPORTED = ("score", "level", "levels", "sparsity", "metric", "loss", "epochs", "run")
 ASKED, TRIALS = "tuning.yaml", "trials.jsonl"
 
 
@@ -62,9 +62,10 @@ def trainable(spec: Spec | Mapping[str, Any] | str | Path) -> Callable[[dict[str
     """A function for `ray.tune.Tuner`; `spec` is a Spec, its keys as plain data, or a YAML file.
 
     Any of the spec's keys may be in the search space, dotted as in `--set`, or in its section's mapping. After every
-    level a trial reports `level`, `sparsity` in [0, 1], `metric` (the mean of the task's metrics on `select`, to be
-    maximised), `loss` on `select`, `epochs` trained so far and `run`, where its run directory is; the last level when
-    the model is exported. Nothing of `report` is told. A trial has one worker, or `workers.count`.
+    level a trial reports `level` of `levels`, `sparsity` in [0, 1], `metric` (the mean of the task's metrics on
+    `select`), `loss` on `select`, `epochs` trained so far and `run`, its run directory; the last level once the model
+    is exported. Nothing of `report` is told. To be maximised is `score`: the metric, less 2 for each level to come, so
+    that whoever was stopped early never beats whoever went on. A trial has one worker, or `workers.count`.
 
     Raises raymask.UserError for what is wrong with the spec; `Tuner.fit` does, before any trial, for a key of the
     search space that the spec does not have, and for workers that no cluster of this size can hold.
@@ -123,17 +124,18 @@ class Reporter(Silent):
             self.report(level)
 
     def report(self, level: Level) -> None:
-        dense = self.epochs["dense"]
-        tune.report(
-            {
-                "level": level.level,
-                "sparsity": level.sparsity,
-                "metric": level.finetuned.kept.metric,
-                "loss": level.finetuned.kept.loss,
-                "epochs": dense + (sum(self.epochs.values()) - dense) * level.level / self.last,
-                "run": self.run,
-            }
+        kept, dense = level.finetuned.kept, self.epochs["dense"]
+        told = (
+            kept.metric - 2 * (self.last - level.level),  # a metric lies in [-1, 1]
+            level.level,
+            self.last,
+            level.sparsity,
+            kept.metric,
+            kept.loss,
+            dense + (sum(self.epochs.values()) - dense) * level.level / self.last,
+            self.run,
         )
+        tune.report(dict(zip(REPORTED, told, strict=True)))
 
 
 def bundles(spec: Spec) -> Any:
@@ -186,6 +188,8 @@ def run_tuning(
     spec, data = load_spec(source, overrides), load_data(source, overrides)
     space = load_space(space_file, data)
     require_agreement(space, scheduler, algorithm)
+    if "?" in run:
+        raise UserError(f"--run {run}: its options would not reach the trials: give an endpoint by $AWS_ENDPOINT_URL")
     storage = open_storage(run)
     asked = {
         "spec": spec.model_dump(mode="json", exclude={"workers"}),
@@ -195,48 +199,39 @@ def run_tuning(
     }
     require_same(storage, asked)
     function = trainable(data)
-    last = len(spec.levels.densities())
-    with connected(job_of(trial_spec(data, {})), address), storage.held(), quiet():
+    with storage.held(), connected(job_of(trial_spec(data, {})), address), quiet():
         with storage.writing(ASKED) as path:
             path.write_text(yaml.safe_dump(asked, sort_keys=False), encoding="utf-8")
         tuner = tune.Tuner(
             function,
             param_space={key: domain(way) for key, way in space.items()},
             tune_config=tune.TuneConfig(
-                metric="metric",
+                metric="score",
                 mode="max",
                 num_samples=samples,
                 search_alg=searcher(algorithm, spec.seed, tried(storage)),
-                scheduler=ASHAScheduler(time_attr="level", max_t=last, reduction_factor=HALVING)
-                if scheduler == "asha"
-                else None,
+                scheduler=halving(spec) if scheduler == "asha" else None,
                 trial_dirname_creator=Names(),
             ),
             run_config=tune.RunConfig(
                 **folder(run),
                 verbose=0,
-                callbacks=[Teller(storage)],
+                callbacks=[Journal(storage), Teller()],
                 failure_config=tune.FailureConfig(max_failures=spec.workers.retries),
             ),
         )
         trials = sorted(map(ended, tuner.fit()), key=Trial.rank, reverse=True)
-    show_trials(console, trials, list(space), last)
-    show_best(console, trials[0], source, overrides, last)
+    show_trials(console, trials, list(space))
+    show_best(console, trials[0], source, overrides)
 
 
 def require_agreement(space: Space, scheduler: Scheduler, algorithm: Algorithm) -> None:
     """Raise UserError for what does not go together, or is not installed."""
+    if algorithm == "optuna" and find_spec("optuna") is None:
+        raise UserError("--algorithm optuna: Optuna is not installed: pip install 'raymask[optuna]'")
     grids = [key for key, way in space.items() if way.grid]
-    if algorithm == "optuna":
-        if find_spec("optuna") is None:
-            raise UserError("--algorithm optuna: Optuna is not installed: pip install 'raymask[optuna]'")
-        if grids:
-            raise UserError(f"--algorithm optuna: it chooses by itself: make the grid of {grids[0]} a choice")
-        if scheduler == "asha":
-            raise UserError(
-                "--algorithm optuna: it would compare trials that were stopped at a low sparsity with those that went "
-                "on: use --scheduler none"
-            )
+    if algorithm == "optuna" and grids:
+        raise UserError(f"--algorithm optuna: it chooses by itself: make the grid of {grids[0]} a choice")
     levels = [key for key in space if key.partition(".")[0] == "levels"]
     if scheduler == "asha" and levels:
         raise UserError(
@@ -263,11 +258,20 @@ def require_same(storage: Storage, asked: Mapping[str, Any]) -> None:
         )
 
 
-def quiet() -> Any:
-    """Leave Ctrl-C to us, and Tune's own words out of our log."""
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", module="optuna")
-    return environment(TUNE_DISABLE_SIGINT_HANDLER="1", RAY_AIR_NEW_OUTPUT="0")
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave Ctrl-C to us, and keep the words of Tune and Optuna out of our log."""
+    words = logging.getLogger("ray.tune")
+    before = words.level
+    words.setLevel(logging.CRITICAL)
+    try:
+        with (
+            environment(TUNE_DISABLE_SIGINT_HANDLER="1", RAY_AIR_NEW_OUTPUT="0"),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            yield
+    finally:
+        words.setLevel(before)
 
 
 def domain(way: Way) -> Any:
@@ -291,6 +295,11 @@ def searcher(algorithm: Algorithm, seed: int, known: list[dict[str, Any]]) -> An
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return OptunaSearch(points_to_evaluate=known, seed=seed + len(known))
+
+
+def halving(spec: Spec) -> ASHAScheduler:
+    """Who stops the worse half at level 1, 2, 4 and so on, of trials that have come that far."""
+    return ASHAScheduler(time_attr="level", max_t=len(spec.levels.densities()), reduction_factor=2)
 
 
 def tried(storage: Storage) -> list[dict[str, Any]]:
@@ -323,30 +332,41 @@ class Names:
         return f"trial-{name}" + (f"-{self.seen[name]}" if self.seen[name] > 1 else "")
 
 
-class Teller(Callback):  # type: ignore[misc]
-    """Writes down which trials there are, and says how they go on."""
+class Journal(Callback):  # type: ignore[misc]
+    """Writes down which trials there are."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self.known = tried(storage)
-        self.began = time.monotonic()
-
-    def tell(self, trial: Any, text: str) -> None:
-        print(f"[{time.monotonic() - self.began:6.1f} s] {trial.custom_dirname}: {text}", flush=True)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.tell(trial, described(trial.config))
         if trial.config not in self.known:
             self.known.append(trial.config)
             self.storage.append(TRIALS, json.dumps(trial.config).encode())
+
+
+class Teller(Callback):  # type: ignore[misc]
+    """Says, a line each, how trials go on."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+
+    def tell(self, trial: Any, text: str) -> None:
+        print(f"[{time.monotonic() - self.began:6.1f} s] {trial.custom_dirname or trial}: {text}", flush=True)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.tell(trial, described(trial.config))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         self.tell(trial, f"level {result['level']}, {percent(result['sparsity'])}: metric {result['metric']:.4f}")
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.tell(trial, "failed or was lost; it goes on in its run directory")
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.tell(trial, f"failed: {reason(trial.get_error())}")
+        self.tell(trial, "failed")
 
 
 def described(choices: Mapping[str, Any]) -> str:
@@ -358,56 +378,64 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
-def reason(error: Any) -> str:
-    """What a trial died of, without Tune's pages around it."""
+def reason(error: Exception) -> str:
+    """What a trial died of, without Ray's pages around it."""
     cause = getattr(error, "cause", None) or error
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else type(cause).__name__
+    return first_line(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {first_line(cause)}"
 
 
 @dataclass(frozen=True)
 class Trial:
     """A trial as it ended: how far it came, and what it reported last."""
 
+    name: str
     choices: dict[str, Any]
     error: Exception | None
     level: int = 0
+    levels: int = 0
     sparsity: float = 0.0
-    metric: float = float("-inf")
+    score: float = float("-inf")
+    metric: float = 0.0
+    loss: float = float("inf")
     epochs: float = 0.0
     run: str = ""
 
-    def rank(self) -> tuple[bool, int, float]:
-        """The larger the better: what was stopped early comes behind what went on, and what failed last."""
-        return self.error is None, self.level, self.metric
-
-    def state(self, last: int) -> str:
+    @property
+    def state(self) -> str:
         if self.error:
-            return f"failed: {reason(self.error)}"
-        return "done" if self.level == last else f"stopped after level {self.level}"
+            return "failed"
+        return "done" if self.level == self.levels else f"stopped after level {self.level}"
+
+    def rank(self) -> tuple[bool, float]:
+        """The larger the better; what failed is last."""
+        return self.error is None, self.score
 
 
 def ended(result: Any) -> Trial:
     """A trial from Tune's account of it."""
-    told = {key: value for key, value in (result.metrics or {}).items() if key in Trial.__dataclass_fields__}
-    return Trial(result.config, result.error, **told)
+    told = {key: value for key, value in (result.metrics or {}).items() if key in REPORTED}
+    return Trial(Path(result.path).name, result.config, result.error, **told)
 
 
-def show_trials(console: Console, trials: Sequence[Trial], keys: Sequence[str], last: int) -> None:
+def show_trials(console: Console, trials: Sequence[Trial], keys: Sequence[str]) -> None:
     """All trials, best first."""
     table = Table(title=Text("trials, best first; the metric is on the select split"), title_justify="left")
-    for head in ("metric", "sparsity", "epochs", *keys, "state", "run directory"):
-        table.add_column(Text(head), justify="right" if head in ("metric", "sparsity", "epochs") else "left")
+    figures = ("metric", "sparsity", "epochs")
+    for head in ("trial", *figures, *keys, "state"):
+        table.add_column(Text(head), justify="right" if head in figures else "left", overflow="fold")
     for trial in trials:
-        figures = (f"{trial.metric:.4f}", percent(trial.sparsity), f"{trial.epochs:g}") if trial.level else ("", "", "")
+        told = (f"{trial.metric:.4f}", percent(trial.sparsity), f"{trial.epochs:g}") if trial.level else ("", "", "")
         choices = (shown(trial.choices[key]) for key in keys)
-        table.add_row(*map(Text, (*figures, *choices, trial.state(last), trial.run)))
+        table.add_row(*map(Text, (trial.name, *told, *choices, trial.state)))
     console.print(table)
+    for trial in trials:
+        if trial.error:
+            say(console, f"{trial.name} failed: {reason(trial.error)}")
 
 
-def show_best(console: Console, best: Trial, source: Path, overrides: Sequence[str], last: int) -> None:
+def show_best(console: Console, best: Trial, source: Path, overrides: Sequence[str]) -> None:
     """Where the best trial's model is, and the command that finds it again. Raises UserError when none was done."""
-    if best.error or best.level < last:
+    if best.state != "done":
         raise UserError("no trial came to its end; the same command tries again")
     settings = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in best.choices.items())]
     command = shlex.join(["raymask", "search", str(source), *(word for item in settings for word in ("--set", item))])

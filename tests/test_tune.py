@@ -21,10 +21,13 @@ from builders import refused
 from ray import tune as ray_tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from rich.console import Console
 
 import raymask
 from raymask import tune
+from raymask.cli import app
 from raymask.config import make_spec, varied
+from raymask.core.errors import UserError
 from raymask.core.records import Result
 from raymask.driver import cluster
 from raymask.space import Way
@@ -45,7 +48,10 @@ SPEC: dict[str, Any] = {
     "precision": "fp32",
 }
 """The quickstart in seconds."""
+SLOWER = SPEC | {"probe": SPEC["probe"] | {"epochs": 0.5}, "finetune": {"epochs": 1.0, "batch_size": 32}}
+"""With a middle to be killed in."""
 
+optuna = pytest.mark.skipif(find_spec("optuna") is None, reason="pip install 'raymask[optuna]'")
 CPUS = 2
 PATIENCE = 60.0  # seconds after which something that must happen counts as never happening
 
@@ -64,7 +70,7 @@ def two_cpus() -> Iterator[None]:
             yield
 
 
-def fit(folder: Path, space: dict[str, Any], metric: str = "metric", **config: Any) -> ray_tune.ResultGrid:
+def fit(folder: Path, space: dict[str, Any], metric: str = "score", **config: Any) -> ray_tune.ResultGrid:
     """A tuning in a folder, its trials in the order of the space."""
     with tune.quiet():
         return ray_tune.Tuner(
@@ -130,11 +136,48 @@ def test_the_last_number_of_randint_is_one_of_them() -> None:
 
 
 def test_what_does_not_go_together_is_said() -> None:
-    grid, levels = {"seed": Way(grid=[1, 2])}, {"levels.steps": Way(choice=[1, 2])}
+    levels = {"levels.steps": Way(choice=[1, 2])}
     assert "--scheduler asha" in refused(tune.require_agreement, levels, "asha", "random")
-    if find_spec("optuna"):
-        assert "make the grid of seed a choice" in refused(tune.require_agreement, grid, "none", "optuna")
-        assert "use --scheduler none" in refused(tune.require_agreement, {}, "asha", "optuna")
+
+
+@optuna
+def test_optuna_takes_no_grid() -> None:
+    grid = {"seed": Way(grid=[1, 2])}
+    assert "make the grid of seed a choice" in refused(tune.require_agreement, grid, "none", "optuna")
+
+
+@optuna
+def test_optuna_begins_with_what_it_has_chosen_before() -> None:
+    space = {"candidates.exponent": Way(uniform=(2.0, 10.0)), "candidates.ratios": Way(choice=[[0.005], [0.02]])}
+
+    def suggested(known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        with tune.quiet():
+            chooser = tune.searcher("optuna", 7, known)
+            chooser.set_search_properties("score", "max", {key: tune.domain(way) for key, way in space.items()})
+            return [chooser.suggest(str(number)) for number in range(3)]
+
+    first = suggested([])
+    assert suggested(json.loads(json.dumps(first[:2])))[:2] == first[:2]
+
+
+def test_the_table_has_the_best_trial_first_and_says_what_failed_and_why() -> None:
+    def trial(name: str, **told: Any) -> tune.Trial:
+        return tune.Trial(name, {"seed": 1}, told.pop("error", None), levels=2, sparsity=0.5, **told)
+
+    trials = [
+        trial("a", error=UserError("the cluster burns\nand more")),
+        trial("b", level=1, score=-1.0, metric=0.9),
+        trial("c", level=2, score=0.7, metric=0.7),
+        trial("d", level=2, score=0.8, metric=0.8),
+    ]
+    console = Console(record=True, width=100)
+    tune.show_trials(console, sorted(trials, key=tune.Trial.rank, reverse=True), ["seed"])
+    said = console.export_text()
+    assert re.findall(r"^│ (\w) ", said, re.MULTILINE) == ["d", "c", "b", "a"]
+    assert "stopped after level 1" in said
+    assert "a failed: the cluster burns\n" in said
+    message = refused(tune.show_best, console, trials[1], Path("spec.yaml"), [])
+    assert message == "no trial came to its end; the same command tries again"
 
 
 def test_without_optuna_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,8 +241,9 @@ def test_two_trials_side_by_side_report_their_levels(two_cpus: None, tmp_path: P
         assert list(told["level"]) == [1, 2]
         assert list(told["metric"]) == [level.finetuned.kept.metric for level in result.levels]
         assert list(told["sparsity"]) == [level.sparsity for level in result.levels]
-        assert list(told["epochs"]) == [0.5 + 0.4, 0.5 + 0.8]
-        assert not [key for key in trial.metrics if "report" in key or key == "accuracy"]
+        assert list(told["score"] - told["metric"]) == [-2, 0]
+        assert list(told["epochs"]) == pytest.approx([0.5 + 0.4, 0.5 + 0.8])
+        assert "accuracy" not in trial.metrics
         assert len({piece.worker for piece in result.timeline}) == 1
         assert RunDir(result.run).read_spec().candidates.exponent == exponent
         alone = raymask.search(
@@ -280,13 +324,10 @@ def test_a_killed_tuner_is_restored_and_its_trial_goes_on(tmp_path: Path) -> Non
     done = subprocess.run([sys.executable, "-c", script, "restore"], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     [run] = re.findall("RUN (.*)", done.stdout)
+    assert list(tmp_path.glob("tuning/*/run")) == [Path(run)]
     assert lines(tmp_path)[: len(before)] == before
     alone = raymask.search(varied(SLOWER, {"candidates.exponent": 2.0}), run=tmp_path / "alone", in_process=True)
     assert winners(result_of(run)) == winners(alone)
-
-
-SLOWER = SPEC | {"probe": SPEC["probe"] | {"epochs": 0.5}, "finetune": {"epochs": 1.0, "batch_size": 32}}
-"""With a middle to be killed in."""
 
 
 def kill_after_a_level(victim: subprocess.Popen[Any], folder: Path) -> None:
@@ -329,29 +370,31 @@ def raymask_tune(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 
-def said_and_refused(*words: str) -> str:
-    done = raymask_tune(*words)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr
+def run_here(*words: str) -> None:
+    """The same command, in this process."""
+    app(["tune", "spec.yaml", "space.yaml", *words], standalone_mode=False)
 
 
 def test_mistakes_are_said_and_nothing_is_written(here: Path) -> None:
     (here / "space.yaml").write_text("candidates.exponnet: {uniform: [2, 10]}")
-    assert "space.yaml: candidates.exponnet=2.0: candidates.exponnet: there is no such key" in said_and_refused()
-    assert "spec.yaml: probe.epocs: there is no such key" in said_and_refused("--set", "probe.epocs=1")
+    done = raymask_tune()
+    assert done.returncode == 2, done.stdout
+    assert "Traceback" not in done.stderr
+    assert "space.yaml: candidates.exponnet=2.0: candidates.exponnet: there is no such key" in done.stderr
+    assert "spec.yaml: probe.epocs: there is no such key" in refused(run_here, "--set", "probe.epocs=1")
     (here / "space.yaml").unlink()
-    assert "space.yaml: there is no such file" in said_and_refused()
+    assert "space.yaml: there is no such file" in refused(run_here)
     (here / "space.yaml").write_text("levels: {choice: [[0.5], [0.9]]}")
-    assert "with levels in the space" in said_and_refused("--scheduler", "asha")
-    assert "is not empty and not a tuning" in said_and_refused("--run", ".")
+    assert "with levels in the space" in refused(run_here, "--scheduler", "asha")
+    assert "is not empty and not a tuning" in refused(run_here, "--run", ".")
+    assert "give an endpoint by $AWS_ENDPOINT_URL" in refused(run_here, "--run", "s3://bucket/x?scheme=http")
+    assert "credentials do not belong in a URI" in refused(run_here, "--run", "s3://key:hunter2@bucket/x")
     assert sorted(path.name for path in here.iterdir()) == ["space.yaml", "spec.yaml"]
 
 
 @pytest.mark.ray
 @pytest.mark.long
 def test_a_tuning_prints_its_trials_and_the_best_one_s_command(here: Path) -> None:
-    """The same command again finds everything there, and Ray Tune tells TensorBoard; another space is refused."""
     words = ["--num-samples", "2", "--scheduler", "asha", "--run", "out", "--set", "seed=3"]
     done = raymask_tune(*words)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -360,38 +403,23 @@ def test_a_tuning_prints_its_trials_and_the_best_one_s_command(here: Path) -> No
     for noise in ("Configuration for experiment", "\x1b", "WARNING"):
         assert noise not in done.stdout + done.stderr
     [run] = re.findall("Next: raymask show (.*)", done.stdout)
-    best = result_of(run)
     [command] = re.findall("(raymask search spec.yaml .*)", done.stdout)
-    assert "--set seed=3 --set candidates.exponent=" in command
-    spec = RunDir(run).read_spec()
-    assert f"candidates.exponent={spec.candidates.exponent} " in command
-    journal = lines(here / "out")
-    assert list((here / "out").rglob("events.out.tfevents*"))
-
-    again = raymask_tune(*words)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.partition("Best: ")[2] == done.stdout.partition("Best: ")[2]
-    assert lines(here / "out") == journal
-    assert result_of(run) == best
+    assert f"--set seed=3 --set candidates.exponent={RunDir(run).read_spec().candidates.exponent} " in command
+    assert result_of(run).levels[-1].level == 2
+    assert list(here.glob("out/trial-*/events.out.tfevents*")), "there is nothing for TensorBoard"
 
     (here / "space.yaml").write_text("candidates.exponent: {uniform: [2, 5]}")
-    assert "out: was started with another space, see out/tuning.yaml" in said_and_refused(*words)
+    assert "out: was started with another space, see out/tuning.yaml" in refused(run_here, *words[2:6])
 
 
 @pytest.mark.ray
 @pytest.mark.long
-@pytest.mark.skipif(find_spec("optuna") is None, reason="Optuna is not installed: pip install 'raymask[optuna]'")
-def test_optuna_chooses_and_is_told_what_it_has_chosen_before(here: Path) -> None:
-    words = ["--algorithm", "optuna", "--run", "out"]
-    first = raymask_tune(*words, "--num-samples", "2")
-    assert first.returncode == 0, first.stdout + first.stderr
-    before = (here / "out" / "trials.jsonl").read_text()
-    assert len(before.splitlines()) == 2
-    more = raymask_tune(*words, "--num-samples", "3")
-    assert more.returncode == 0, more.stdout + more.stderr
-    after = (here / "out" / "trials.jsonl").read_text()
-    assert after.startswith(before)
-    assert len(after.splitlines()) == len(list((here / "out").glob("trial-*/run/result.json"))) == 3
+@optuna
+def test_optuna_chooses_from_the_command_line(here: Path) -> None:
+    done = raymask_tune("--algorithm", "optuna", "--run", "out", "--num-samples", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len((here / "out" / "trials.jsonl").read_text().splitlines()) == 2
+    assert done.stdout.count(" done ") == 2
 
 
 @pytest.mark.faults
@@ -406,6 +434,8 @@ def test_kill_9_and_the_same_command_go_on_with_every_trial(here: Path) -> None:
     assert all(path.read_text().startswith(text) for path, text in before.items())
     tried = [json.loads(line) for line in (here / "out" / "trials.jsonl").read_text().splitlines()]
     assert len(tried) == 2
+    again = raymask_tune(*words)
+    assert again.stdout.partition("Best: ")[2] == done.stdout.partition("Best: ")[2] != ""
     runs = {RunDir(run).read_spec().candidates.exponent: run for run in (here / "out").glob("trial-*/run")}
     for number, choices in enumerate(tried):
         alone = raymask.search(varied(SLOWER, choices), run=here / f"alone-{number}", in_process=True)
