@@ -87,9 +87,9 @@ def show(console: Console, found: Losses) -> None:
 
 
 def behind(gaps: Sequence[float]) -> tuple[str, str]:
-    """A mean with its standard error, and whether it is more than noise."""
+    """A mean with its standard error, and whether it is more than noise, which one seed cannot tell."""
     if len(gaps) < 2:
-        return f"{statistics.mean(gaps):+.4f}" if gaps else "", "unknown: more --seeds"
+        return f"{statistics.mean(gaps):+.4f}" if gaps else "", "one seed only"
     mean, error = statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
     return f"{mean:+.4f} ± {error:.4f}", "more than noise" if mean > 2 * error else "within noise"
 

@@ -95,8 +95,9 @@ def tune(
     space: Annotated[Path, typer.Argument(metavar="SPACE", help="A YAML file: which of its keys vary, and how.")],
     overrides: Overrides = None,
     samples: Annotated[
-        int, typer.Option("--num-samples", min=1, help="How many trials; with grids, how often they are gone through.")
-    ] = 8,
+        int | None,
+        typer.Option("--num-samples", min=1, help="How many trials, 8; with grids, how often they are gone through."),
+    ] = None,
     scheduler: Annotated[
         Scheduler, typer.Option(help="asha: at level 1, 2, 4, 8, only the better half of the trials goes on.")
     ] = Scheduler.none,

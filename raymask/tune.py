@@ -52,6 +52,7 @@ Algorithm = Literal["random", "optuna"]
 RUN = "run"  # a trial's run directory, in its folder
 SCHEMES = {"local": "", "s3": "s3://", "gcs": "gs://", "abfs": "abfs://"}
 REPORTED = ("score", "level", "levels", "sparsity", "metric", "loss", "epochs", "run")
+SAMPLES = 8
 ASKED, TRIALS = "tuning.yaml", "trials.jsonl"
 
 
@@ -103,11 +104,16 @@ def run_trial(data: Mapping[str, Any], choices: Mapping[str, Any], home: str) ->
 
 
 def place() -> str:
-    """Where this trial's run directory is: in its folder in Tune's storage."""
+    """Where this trial's run directory is: in its folder in Tune's storage. Raises UserError."""
     storage = tune.get_context().get_storage()
     kind = storage.storage_filesystem.type_name
     if kind not in SCHEMES:
         raise UserError(f"RunConfig.storage_path: a search cannot work on {kind}: give a path, s3://, gs:// or abfs://")
+    if kind == "local" and not Path(storage.experiment_fs_path).is_dir():  # which was made where Tune was started
+        raise UserError(
+            f"RunConfig.storage_path: there is no {storage.experiment_fs_path} on this node: give a folder that all "
+            "nodes reach, or s3://, gs:// or abfs://"
+        )
     return f"{SCHEMES[kind]}{storage.trial_fs_path}/{RUN}"
 
 
@@ -175,7 +181,7 @@ def run_tuning(
     overrides: Sequence[str],
     run: str,
     *,
-    samples: int,
+    samples: int | None,
     scheduler: Scheduler,
     algorithm: Algorithm,
     address: str | None,
@@ -208,7 +214,7 @@ def run_tuning(
             tune_config=tune.TuneConfig(
                 metric="score",
                 mode="max",
-                num_samples=samples,
+                num_samples=samples or how_many(space),
                 search_alg=searcher(algorithm, spec.seed, tried(storage)),
                 scheduler=halving(spec) if scheduler == "asha" else None,
                 trial_dirname_creator=Names(),
@@ -272,6 +278,11 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         words.setLevel(before)
+
+
+def how_many(space: Space) -> int:
+    """How often to sample when nobody says: once when only grids are gone through, since the same finds the same."""
+    return 1 if all(way.grid for way in space.values()) else SAMPLES
 
 
 def domain(way: Way) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +129,29 @@ def test_choices_may_be_dotted_or_nested_and_levels_win_whole() -> None:
 def test_a_trial_has_one_worker_when_nothing_is_said() -> None:
     assert tune.trial_spec(SPEC, {}).workers.count == 1
     assert tune.trial_spec(SPEC, {"workers.count": 3}).workers.count == 3
+
+
+def test_grids_alone_are_gone_through_once() -> None:
+    grid, other = Way(grid=[1, 2]), Way(choice=[1, 2])
+    assert (tune.how_many({"seed": grid}), tune.how_many({"seed": grid, "candidates.count": other})) == (1, 8)
+
+
+def test_a_trial_works_where_all_nodes_reach_and_says_so_when_it_cannot(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def placed(kind: str, folder: str) -> str:
+        storage = SimpleNamespace(
+            storage_filesystem=SimpleNamespace(type_name=kind),
+            experiment_fs_path=folder,
+            trial_fs_path=f"{folder}/trial",
+        )
+        monkeypatch.setattr(tune.tune, "get_context", lambda: SimpleNamespace(get_storage=lambda: storage))
+        return tune.place()
+
+    assert placed("local", str(tmp_path)) == f"{tmp_path}/trial/run"
+    assert placed("s3", "bucket/tuning") == "s3://bucket/tuning/trial/run"
+    assert "nowhere on this node: give a folder that all nodes reach" in refused(placed, "local", "/nowhere")
+    assert "a search cannot work on py::custom" in refused(placed, "py::custom", "x")
 
 
 def test_the_last_number_of_randint_is_one_of_them() -> None:
@@ -409,7 +433,7 @@ def test_a_tuning_prints_its_trials_and_the_best_one_s_command(here: Path) -> No
     assert list(here.glob("out/trial-*/events.out.tfevents*")), "there is nothing for TensorBoard"
 
     (here / "space.yaml").write_text("candidates.exponent: {uniform: [2, 5]}")
-    assert "out: was started with another space, see out/tuning.yaml" in refused(run_here, *words[2:6])
+    assert "out: was started with another space, see out/tuning.yaml" in refused(run_here, *words)
 
 
 @pytest.mark.ray
