@@ -177,7 +177,7 @@ def test_bert_base_jobs_take_every_glue_task(task: str, size: str) -> None:
 
 
 def test_the_commands_in_the_readme_and_in_jobs_exist() -> None:
-    files = [*JOBS, *(ROOT / "cluster").rglob("README.md")]
+    files = [*JOBS, *(ROOT / "jobs" / "spaces").glob("*.yaml"), *(ROOT / "cluster").rglob("README.md")]
     text = README + "".join(path.read_text() for path in files)
     help_texts: dict[str, str] = {}
     for command, options in re.findall(rf"raymask ({'|'.join(COMMANDS)})\b([^\n`]*)", text):
