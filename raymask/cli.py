@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -43,6 +46,18 @@ JobsAddress = Annotated[
     str | None,
     typer.Option(help="The cluster's dashboard, http://HOST:8265. Else $RAY_API_SERVER_ADDRESS, or this machine's."),
 ]
+
+
+class Scheduler(StrEnum):
+    none = "none"
+    asha = "asha"
+
+
+class Algorithm(StrEnum):
+    random = "random"
+    optuna = "optuna"
+
+
 Job = Annotated[str, typer.Argument(metavar="ID", help="A job, as `raymask jobs` names it.")]
 
 
@@ -99,13 +114,53 @@ def searched(console: Console, asked: Spec, folder: str, address: str | None, in
     from raymask.driver.search import search as run_search
     from raymask.report.terminal import watching
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a job is stopped: as by Ctrl-C
-    try:
-        with watching(console, asked) as watch:
-            return run_search(asked, folder, watch, address=address, in_process=in_process)
-    except KeyboardInterrupt:
-        print("raymask: stopped; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with stoppable(), watching(console, asked) as watch:
+        return run_search(asked, folder, watch, address=address, in_process=in_process)
+
+
+@app.command()
+def tune(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="A YAML spec.")],
+    space: Annotated[Path, typer.Argument(metavar="SPACE", help="A YAML file: which of its keys vary, and how.")],
+    overrides: Overrides = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--num-samples", min=1, help="How many trials, 8; with grids, how often they are gone through."),
+    ] = None,
+    scheduler: Annotated[
+        Scheduler, typer.Option(help="asha: at level 1, 2, 4, 8, only the better half of the trials goes on.")
+    ] = Scheduler.none,
+    algorithm: Annotated[
+        Algorithm, typer.Option(help="Who chooses the trials: chance, or Optuna (pip install 'raymask\\[optuna]').")
+    ] = Algorithm.random,
+    run: Annotated[
+        str | None,
+        typer.Option(help="Folder of the trials: a path, or a URI; runs/<spec's name>-<space's name> when not given."),
+    ] = None,
+    address: Address = None,
+) -> None:
+    """Find good settings for a spec: a search each, by Ray Tune, judged on select. The same command again continues.
+
+    SPACE says for example [bold]candidates.exponent: {uniform: \\[2, 10]}[/bold]; also loguniform, randint, choice and
+    grid. A search takes one worker, or workers.count.
+    """
+    folder = run or f"runs/{spec.stem}-{space.stem}"
+    console = make_console()
+    console.print(f"Folder of the trials: {folder}", highlight=False, markup=False)
+    from raymask.tune import run_tuning
+
+    with stoppable():
+        run_tuning(
+            console,
+            spec,
+            space,
+            overrides or (),
+            folder,
+            samples=samples,
+            scheduler=scheduler.value,
+            algorithm=algorithm.value,
+            address=address,
+        )
 
 
 @app.command()
@@ -211,6 +266,17 @@ def read(path: Path | None, overrides: list[str] | None) -> tuple[Spec, str]:
 
     source = spec_path(path)
     return load_spec(source, overrides or ()), source.stem
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """What SIGTERM, by which a job is stopped, and Ctrl-C end with a word and exit code 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("raymask: stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def make_console() -> Console:

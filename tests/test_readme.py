@@ -16,10 +16,11 @@ from pydantic import BaseModel
 
 from raymask.config import load_spec, parse_spec
 from raymask.core.spec import GLUE, Spec
+from raymask.space import load_space
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = ("search", "check", "audit", "show", "submit", "jobs", "status", "logs", "stop", "fetch")
+COMMANDS = ("search", "tune", "check", "audit", "show", "submit", "jobs", "status", "logs", "stop", "fetch")
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 
 
@@ -59,7 +60,7 @@ def test_the_file_tree_is_the_real_one() -> None:
 
 
 def test_the_spec_in_the_readme_is_one() -> None:
-    (text,) = blocks("yaml")
+    text, _ = blocks("yaml")
     assert len(text.splitlines()) == 5
     spec = parse_spec(text)
     assert (spec.candidates.count, spec.workers.gpus) == (16, 0.5)
@@ -71,6 +72,13 @@ def test_the_masks_in_the_readme_are_masks() -> None:
     assert all(
         "mask" in parse_spec(f"model: m\ntask: glue/mrpc\nlevels: [0.5]\n{line}").model_fields_set for line in lines
     )
+
+
+def test_the_space_in_the_readme_is_one(tmp_path: Path) -> None:
+    _, text = blocks("yaml")
+    (tmp_path / "space.yaml").write_text(text)
+    space = load_space(tmp_path / "space.yaml", {"model": "m", "task": "glue/mrpc"})
+    assert set(space) == {"candidates.exponent", "candidates.count", "candidates.ratios"}
 
 
 def test_every_key_of_a_spec_is_explained() -> None:
@@ -111,12 +119,27 @@ def test_the_defaults_in_the_readme_are_the_real_ones() -> None:
 @pytest.mark.ray
 @pytest.mark.long
 def test_the_python_examples_run(tmp_path: Path) -> None:
-    whole, pieces = blocks("python")
+    whole, pieces, _ = blocks("python")
     done = subprocess.run([sys.executable, "-c", whole], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert "accuracy" in done.stdout
     check = "\nassert all(int((model.get_parameter(n) != 0).sum()) == m.numel() // 16 for n, m in mask.items())"
     subprocess.run([sys.executable, "-c", pieces + check], cwd=tmp_path, check=True, timeout=280)
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_the_example_for_tune_runs(tmp_path: Path) -> None:
+    """As it stands but for the folder; a Ray of its own, by Tune's own means."""
+    *_, text = blocks("python")
+    code = text.replace("/tmp/tuning", str(tmp_path / "tuning"))  # noqa: S108
+    environ = clean_environ() | {"RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout.strip().splitlines()[-1]
+    assert "'finetune.learning_rate'" in said
+    assert said.endswith("/run")
+    assert f" {tmp_path}/tuning/rates/" in said
 
 
 @pytest.mark.faults
@@ -165,7 +188,7 @@ def test_bert_base_jobs_take_every_glue_task(task: str, size: str) -> None:
 
 
 def test_the_commands_in_the_readme_and_in_jobs_exist() -> None:
-    files = [*JOBS, *(ROOT / "cluster").rglob("README.md")]
+    files = [*JOBS, *(ROOT / "jobs" / "spaces").glob("*.yaml"), *(ROOT / "cluster").rglob("README.md")]
     text = README + "".join(path.read_text() for path in files)
     help_texts: dict[str, str] = {}
     for command, options in re.findall(rf"raymask ({'|'.join(COMMANDS)})\b([^\n`]*)", text):

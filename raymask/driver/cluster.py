@@ -48,7 +48,12 @@ def slots(need: Resources, nodes: Sequence[Resources]) -> int:
 
 
 def alive() -> list[Resources]:
-    """Resources of every node of the cluster that answers."""
+    """Resources of every node of the cluster that answers; in a placement group, such as a trial of Ray Tune has, of
+    its bundles, since what is started from inside it is placed there.
+    """
+    group = ray.util.get_current_placement_group()
+    if group is not None:
+        return list(group.bundle_specs)
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 

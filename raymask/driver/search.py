@@ -91,10 +91,15 @@ def prepare(spec: Spec) -> Plan:
     corpus = load_corpus(spec.task, spec.seed, class_names(config) if spec.dense.epochs == 0 else ())
     source = describe(spec.model, config, tokenizer, corpus.classes)
     recipe = resolve(spec)
-    require_whole_blocks(source, recipe)
-    require_something_kept(source, recipe)
+    require_masks(source, recipe)
     data = tokenize(corpus, tokenizer, positions(config), vocabulary(config))
     return Plan(recipe, source, corpus, Job(spec, source.config, data, source.prunable, source.sizes.whole))
+
+
+def require_masks(source: Source, recipe: Recipe) -> None:
+    """Raise UserError when there is no mask of some matrix as the recipe asks for it."""
+    require_whole_blocks(source, recipe)
+    require_something_kept(source, recipe)
 
 
 def require_whole_blocks(source: Source, recipe: Recipe) -> None:
