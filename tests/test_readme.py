@@ -127,6 +127,7 @@ def test_the_python_examples_run(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", pieces + check], cwd=tmp_path, check=True, timeout=280)
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.long
 def test_the_example_for_tune_runs(tmp_path: Path) -> None:

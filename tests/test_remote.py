@@ -425,6 +425,7 @@ def test_workers_on_ray_find_bitwise_what_one_process_finds(
         assert_same(backwards[1 - index], alone[index])
 
 
+@pytest.mark.faults
 def test_rungs_are_climbed_on_ray_as_in_one_process_also_when_a_worker_dies(
     ours: None, attentive: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
@@ -538,6 +539,7 @@ def test_workers_that_died_while_idle_are_nobodys_fault(
         assert by_index(climbed(evaluate, parent, pool[:1])) == {0: undisturbed[0]}
 
 
+@pytest.mark.faults
 def test_a_candidate_past_its_deadline_is_recorded_and_the_others_get_a_fresh_worker(
     ours: None,
     attentive: None,

@@ -417,6 +417,7 @@ def test_mistakes_are_said_and_nothing_is_written(here: Path) -> None:
     assert sorted(path.name for path in here.iterdir()) == ["space.yaml", "spec.yaml"]
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.long
 def test_a_tuning_prints_its_trials_and_the_best_one_s_command(here: Path) -> None:
@@ -460,6 +461,7 @@ def test_kill_9_and_the_same_command_go_on_with_every_trial(here: Path) -> None:
         assert winners(result_of(runs[choices["candidates.exponent"]])) == winners(alone)
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.long
 def test_ctrl_c_ends_a_tuning_with_a_word(here: Path) -> None:
