@@ -135,7 +135,7 @@ class Reporter(Silent):
         """All before `level` is done."""
         for number in sorted(number for number in self.done if number < level):
             kept = self.done.pop(number)
-            self.report(max(kept, key=lambda record: (record.finetuned.kept.metric, -record.finetuned.kept.loss)))
+            self.report(max(kept, key=lambda record: record.finetuned.kept.rank))
 
     def finish(self, level: Level) -> None:
         """The search is over, with its last level."""

@@ -224,12 +224,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Result:
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_9_and_the_same_command_find_the_same_mask(tmp_path: Path, undisturbed: Result, moment: str) -> None:
     """Killed on Ray, continued on Ray, compared with a search that ran undisturbed in one process."""
-    killed(tmp_path / "run", SHORT, MOMENTS[moment])
-    known = lines(tmp_path / "run")
-    done = raymask("search", "--run", tmp_path / "run", *SHORT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert lines(tmp_path / "run")[: len(known)] == known
-    result = result_of(tmp_path / "run")
+    result = killed_and_continued(tmp_path / "run", SHORT, MOMENTS[moment])
     mine = [(level.digest, level.winner.candidate, level.winner.score) for level in result.levels]
     assert mine == [(level.digest, level.winner.candidate, level.winner.score) for level in undisturbed.levels]
     assert result.rows == undisturbed.rows
@@ -255,12 +250,8 @@ def undisturbed_tree(tmp_path_factory: pytest.TempPathFactory) -> Result:
 def test_kill_9_of_a_tree_of_rungs_and_the_same_command_find_the_same_tree(
     tmp_path: Path, undisturbed_tree: Result, moment: str
 ) -> None:
-    killed(tmp_path / "run", TREE, MOMENTS_OF_A_TREE[moment])
-    known = lines(tmp_path / "run")
-    done = raymask("search", "--run", tmp_path / "run", *TREE)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert lines(tmp_path / "run")[: len(known)] == known
-    assert tree_of(result_of(tmp_path / "run")) == tree_of(undisturbed_tree)
+    result = killed_and_continued(tmp_path / "run", TREE, MOMENTS_OF_A_TREE[moment])
+    assert tree_of(result) == tree_of(undisturbed_tree)
 
 
 def tree_of(result: Result) -> list[Any]:
@@ -270,8 +261,8 @@ def tree_of(result: Result) -> list[Any]:
     return [*winners, *((level.digest, level.gain, level.confidence) for level in levels), result.rows]
 
 
-def killed(run: Path, settings: list[str], moment: str) -> None:
-    """A search on Ray that ended by kill -9 soon after it said something."""
+def killed_and_continued(run: Path, settings: list[str], moment: str) -> Result:
+    """A search on Ray that ended by kill -9 soon after it said something, and goes on without repeating anything."""
     command = [RAYMASK, "search", "--run", str(run), *settings]
     victim = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert victim.stdout is not None
@@ -283,6 +274,11 @@ def killed(run: Path, settings: list[str], moment: str) -> None:
     time.sleep(0.3)
     os.kill(victim.pid, signal.SIGKILL)
     victim.communicate()
+    known = lines(run)
+    done = raymask("search", "--run", run, *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert lines(run)[: len(known)] == known
+    return result_of(run)
 
 
 def lines(run: Path) -> list[str]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymask.core.records import Candidate, Evaluation, Noise
-from raymask.core.rungs import Ladder, climbs, cost, places
+from raymask.core.rungs import Ladder, climbs, cost, places, share
 
 RUNGS = [(1.0,), (0.5, 1.0), (0.25, 0.5, 1.0), (0.1, 0.2, 0.4, 1.0)]
 NOISE = Noise(exponent=5.0, ratio=1e-3)
@@ -182,3 +182,9 @@ def test_a_repeat_that_fails_does_not_count():
     assert [evaluation.losses().mean() for evaluation in ladder.finalists()] == pytest.approx(
         [doubtful_losses(1, index).mean() for index in range(2)], rel=1e-4
     )
+
+
+def test_a_repeat_is_a_whole_evaluation_and_a_climb_a_part_of_one():
+    rungs = (0.25, 0.5, 1.0)
+    assert [share(rungs, rung) for rung in range(3)] == [0.25, 0.25, 0.5]
+    assert share(rungs, 2, order=1) == 1.0

@@ -89,6 +89,11 @@ class Point(Record):
     metric: float
     agreement: float | None = None
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """By which fine-tuned models are compared, the larger the better: the metric, on a tie the loss."""
+        return self.metric, -self.loss
+
 
 class Evaluation(Record):
     """What the early evaluation of one candidate found at a `rung`, in an `order`, or the `error` that ended it.

@@ -21,8 +21,8 @@ def places(rivals: int, rungs: Sequence[float]) -> list[int]:
     `rungs`: shares of the early evaluation in (0, 1], increasing.
     """
     found = [rivals]
-    for share, following in pairwise(rungs):
-        found.append(math.ceil(found[-1] * share / following))
+    for here, following in pairwise(rungs):
+        found.append(math.ceil(found[-1] * here / following))
     return found
 
 
@@ -33,8 +33,12 @@ def climbs(rivals: int, controls: int, rungs: Sequence[float]) -> int:
 
 def cost(rivals: int, controls: int, rungs: Sequence[float]) -> float:
     """The same in whole early evaluations."""
-    steps = [share - before for share, before in zip(rungs, (0.0, *rungs), strict=False)]
-    return sum((controls + seats) * step for seats, step in zip(places(rivals, rungs), steps, strict=True))
+    return sum((controls + seats) * share(rungs, rung) for rung, seats in enumerate(places(rivals, rungs)))
+
+
+def share(rungs: Sequence[float], rung: int, order: int = 0) -> float:
+    """Which share of an early evaluation lies between the rung below and this one; all of it for a repeat."""
+    return rungs[rung] - (rungs[rung - 1] if rung and not order else 0.0)
 
 
 class Ladder:

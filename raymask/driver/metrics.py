@@ -8,6 +8,7 @@ from functools import cached_property
 from ray.util.metrics import Counter, Gauge
 
 from raymask.core.records import Evaluation, Level, Watch
+from raymask.core.rungs import share
 from raymask.report.progress import Progress
 from raymask.train.worker import Job
 
@@ -18,6 +19,7 @@ class Meter:
     def __init__(self, inner: Watch, job: Job) -> None:
         self.inner = inner
         self.progress = Progress(job.spec)
+        self.rungs = job.spec.probe.rungs
         self.examples = job.spec.probe.epochs * len(job.data.train)  # in one probe
 
     # Made at the first event: before Ray runs, a metric goes nowhere.
@@ -66,7 +68,8 @@ class Meter:
         self.progress.evaluated(evaluation)
         if evaluation.ok:
             self.seconds.set(evaluation.seconds)
-            self.speed.set(self.examples / max(evaluation.seconds, 1e-9))
+            examples = self.examples * share(self.rungs, evaluation.rung, evaluation.order)
+            self.speed.set(examples / max(evaluation.seconds, 1e-9))
         self.tell()
 
     def settled(self, lineage: str, level: Level) -> None:

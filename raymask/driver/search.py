@@ -208,14 +208,21 @@ def bearing(recipe: Recipe, store: RunDir, level: int) -> list[int]:
         return [1]
     if not recipe.spec.select.beam:
         return [best_branch(recipe, store, level - 1)]
-    return [n for n, lineage in enumerate(branches(recipe.spec), 1) if store.has_level(lineage, level - 1)]
+    return done_branches(recipe, store, level - 1)
+
+
+def done_branches(recipe: Recipe, store: RunDir, level: int) -> list[int]:
+    """The branches that a level has."""
+    return [n for n, lineage in enumerate(branches(recipe.spec), 1) if store.has_level(lineage, level)]
 
 
 def best_branch(recipe: Recipe, store: RunDir, level: int) -> int:
     """The branch that is best on `select` after fine-tuning; on a tie that with the better early score."""
-    done = [n for n, lineage in enumerate(branches(recipe.spec), 1) if store.has_level(lineage, level)]
-    kept = {number: store.read_level(branch(number), level).finetuned.kept for number in done}
-    return max(done, key=lambda number: (kept[number].metric, -kept[number].loss, -number))
+    # the first of equals
+    return max(
+        done_branches(recipe, store, level),
+        key=lambda number: store.read_level(branch(number), level).finetuned.kept.rank,
+    )
 
 
 def made(store: RunDir, lineage: str, level: int) -> bool:

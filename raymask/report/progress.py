@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from raymask.core.recipe import climbs_of, finetune_stage, probe_epochs, resolve, runs_imp, warm_stage
 from raymask.core.records import Evaluation, Level
+from raymask.core.rungs import share
 from raymask.core.spec import Spec
 from raymask.report.words import duration
 from raymask.store import DENSE, IMP, SEARCH, branches
@@ -64,9 +65,8 @@ class Progress:
         self.count(evaluation)
         self.shares.pop(evaluation.candidate.name, None)
         if evaluation.ok:
-            rungs = (0.0, *self.recipe.spec.probe.rungs)
-            share = rungs[evaluation.rung + 1] - rungs[evaluation.rung]
-            self.measure(evaluation.seconds, share * self.recipe.spec.probe.epochs)
+            probe = self.recipe.spec.probe
+            self.measure(evaluation.seconds, probe.epochs * share(probe.rungs, evaluation.rung, evaluation.order))
 
     def settled(self, lineage: str, level: Level) -> None:
         self.done += 1

@@ -216,10 +216,9 @@ class Worker:
         def look(step: int) -> None:
             point, _ = self.look(step, data.select)
             curve.append(point)
-            rank = (point.metric, -point.loss)
-            if np.isfinite(point.loss) and (not best or rank > best[0]):
+            if np.isfinite(point.loss) and (not best or point.rank > best[0]):
                 state = {} if optimizer is None else loop.optimizer_state(self.module, optimizer)
-                best[:] = [rank, len(curve) - 1, pack(self.live), pack(state)]
+                best[:] = [point.rank, len(curve) - 1, pack(self.live), pack(state)]
 
         optimizer = None
         if total == 0:
