@@ -9,7 +9,7 @@ from raymask.core.tensors import load
 from raymask.train import calibration
 from raymask.train.calibration import calibrate
 from raymask.train.data import Rows
-from raymask.train.loop import collate, task_loss
+from raymask.train.loop import Counts, collate, task_loss
 from raymask.train.model import build, persistent
 
 
@@ -49,7 +49,7 @@ def one_by_one(module, job):
     hooks = [layers[name].register_forward_pre_hook(hear(name)) for name in job.prunable]
     for row in range(len(rows)):
         batch = collate(rows, np.array([row]), job.data.padding)
-        (task_loss(module, batch, job.data.regression) / len(rows)).backward()
+        task_loss(module, batch, job.data.regression, Counts.of(rows.lengths)).backward()
     for hook in hooks:
         hook.remove()
     gradients = {name: module.get_parameter(name).grad.clone() for name in job.prunable}

@@ -270,6 +270,8 @@ def test_an_unknown_key_inside_a_long_form_is_answered_alike():
         ("probe: {score: f1}", "probe.score", "'loss', 'metric' or 'agreement'", "'f1'"),
         ("imp: {run: perhaps}", "imp.run", "valid boolean", "'perhaps'"),
         ("precision: fp8", "precision", "'auto', 'fp32' or 'bf16'", "'fp8'"),
+        ("dense: {shards: 6}", "dense.shards", "must be 1, 2, 4, 8 or a higher power of two, not 6", "6"),
+        ("finetune: {shards: 0}", "finetune.shards", "greater than or equal to 1", "0"),
         ("workers: 4", "workers", "valid dictionary", "4"),
         ("levels: 0.9", "levels", "valid dictionary", "0.9"),
         ("levels: [0.5, high]", "levels.sparsities.1", "valid number", "'high'"),

@@ -18,8 +18,8 @@ from raymask.core.tensors import load, pack
 from raymask.train import loop
 from raymask.train.data import Rows, tokenize
 from raymask.train.loop import (
+    Counts,
     collate,
-    distillation,
     endless,
     make_optimizer,
     optimizer_state,
@@ -28,7 +28,6 @@ from raymask.train.loop import (
     predict,
     row_losses,
     steps_in,
-    task_loss,
 )
 from raymask.train.model import build, find_prunable, persistent
 
@@ -82,6 +81,20 @@ def fit(module, rows, stage=STAGE, *, optimizer=None, **changes):
     loop.train(module, rows, stage, **settings | changes)
 
 
+def task_loss(module, batch, regression):
+    """Of a whole batch."""
+    return loop.task_loss(module, batch, regression, counted(batch))
+
+
+def distillation(module, teacher, batch, regression):
+    """Of a whole batch."""
+    return loop.distillation(module, teacher, batch, regression, counted(batch))
+
+
+def counted(batch):
+    return Counts.of(batch["attention_mask"].sum(1).numpy())
+
+
 def weights_of(module):
     return {name: tensor.detach().clone() for name, tensor in persistent(module).items()}
 
@@ -109,19 +122,19 @@ def uneven(data):
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=80), st.integers(1, 20), st.integers(0, 99))
 def test_every_epoch_covers_every_row_once(lengths, size, seed):
     rows, stage = numbered(lengths), staged(batch_size=size)
-    batches = endless(rows, size, 0, seed)
+    batches = endless(rows, size, seed)
     for _ in range(3):
-        epoch = [next(batches)["labels"] for _ in range(per_epoch(stage, len(rows)))]
-        assert torch.cat(epoch).sort().values.tolist() == list(range(len(rows)))
-        assert all(len(labels) <= size for labels in epoch)
+        epoch = [next(batches) for _ in range(per_epoch(stage, len(rows)))]
+        assert np.sort(np.concatenate(epoch)).tolist() == list(range(len(rows)))
+        assert all(len(chosen) <= size for chosen in epoch)
 
 
 def test_the_order_is_the_seed_s_and_new_every_epoch():
     rows = numbered([5] * 40)
 
     def epochs(seed):
-        batches = endless(rows, 8, 0, seed)
-        return [torch.cat([next(batches)["labels"] for _ in range(5)]).tolist() for _ in range(2)]
+        batches = endless(rows, 8, seed)
+        return [np.concatenate([next(batches) for _ in range(5)]).tolist() for _ in range(2)]
 
     assert epochs(1) == epochs(1)
     assert epochs(1) != epochs(2)
@@ -131,8 +144,8 @@ def test_the_order_is_the_seed_s_and_new_every_epoch():
 
 def test_rows_of_like_length_share_a_batch():
     lengths = np.random.default_rng(0).integers(1, 60, 200)
-    batches = endless(numbered(lengths), 10, 0, seed=0)
-    widths = [next(batches)["input_ids"].shape[1] for _ in range(20)]
+    batches = endless(numbered(lengths), 10, seed=0)
+    widths = [lengths[next(batches)].max() for _ in range(20)]
     assert sum(widths) * 10 < 1.1 * lengths.sum()
     assert widths != sorted(widths)
 

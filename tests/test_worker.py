@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from builders import FAMILIES, refused, tiny_job, tiny_snapshot
 
 from raymask.core.allocations import ALLOCATIONS
@@ -235,12 +236,14 @@ def test_any_other_error_of_a_candidate_is_recorded_by_kind_and_cut(job, dense, 
         torch.OutOfMemoryError("no room"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: no room"),
         RuntimeError("CUDA error: an illegal memory access was encountered, no room"),
+        RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer, no room"),
+        dist.DistNetworkError("no room"),
     ],
-    ids=["python", "cuda", "cpu", "sticky"],
+    ids=["python", "cuda", "cpu", "sticky", "a gang's", "a gang's start"],
 )
 @pytest.mark.parametrize("work", ["probe", "settle"])
 def test_the_machine_s_own_faults_are_raised(job, dense, monkeypatch, fault, work):
-    def fail(*_):
+    def fail(*_, **__):
         raise fault
 
     monkeypatch.setattr(Worker, "look", fail)
@@ -251,7 +254,7 @@ def test_the_machine_s_own_faults_are_raised(job, dense, monkeypatch, fault, wor
 
 
 def test_memory_that_really_runs_out_is_the_machine_s_fault(job, dense, monkeypatch):
-    monkeypatch.setattr(Worker, "look", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr(Worker, "look", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
     with pytest.raises(MachineFault, match="allocate"):
         probe(Worker(job, "cpu"), dense, pool(job)[0])
 
@@ -263,7 +266,7 @@ def scripted(monkeypatch, points):
     """Let the looks find (loss, metric) of `points` in turn; returns a list that gets the weights at each look."""
     seen, script = [], iter(points)
 
-    def look(self, step, rows):
+    def look(self, step, rows, gang):
         seen.append(pack(self.live).buffer)
         loss, metric = next(script)
         return Point(step=step, loss=loss, metric=metric), torch.zeros(1)

@@ -133,10 +133,14 @@ class Evaluation(Record):
 
 
 class Stage(Record):
-    """One training: as many `epochs` as asked, at a peak `learning_rate` reached after the `warmup` share of steps."""
+    """One training: as many `epochs` as asked, at a peak `learning_rate` reached after the `warmup` share of steps.
+
+    `shards`: parts of a batch, each of which may be another worker's.
+    """
 
     epochs: float
     batch_size: int
+    shards: int = 1
     learning_rate: float
     schedule: str
     warmup: float
@@ -146,7 +150,7 @@ class Stage(Record):
 class FineTuned(Record):
     """How a fine-tuning went: every look at `select`, and which one (`best`, an index) was kept.
 
-    `started`: Unix time, seconds.
+    `started`: Unix time, seconds. `helpers`: workers who trained it together with `worker`.
     """
 
     curve: tuple[Point, ...]
@@ -154,6 +158,7 @@ class FineTuned(Record):
     started: float
     seconds: float
     worker: str
+    helpers: tuple[str, ...] = ()
 
     @property
     def kept(self) -> Point:

@@ -11,7 +11,16 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from raymask.core.schedules import SCHEDULES
 
@@ -21,12 +30,21 @@ Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Score = Literal["loss", "metric", "agreement"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
+
+def power_of_two(value: int) -> int:
+    """The value, if it is 1, 2, 4, 8, ..."""
+    if value & (value - 1):
+        raise ValueError(f"must be 1, 2, 4, 8 or a higher power of two, not {value}")
+    return value
+
+
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 # Strict numbers: YAML tells 1, true and "1" apart, and so do we.
 Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
 Positive = Annotated[float, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Shards = Annotated[Count, AfterValidator(power_of_two)]
 
 
 class Section(BaseModel):
@@ -199,13 +217,17 @@ class Candidates(Section):
 
 
 class Dense(Section):
-    """Fine-tuning of the dense model (`epochs: 0` when it is already fine-tuned), then dense distillation."""
+    """Fine-tuning of the dense model (`epochs: 0` when it is already fine-tuned), then dense distillation.
+
+    `shards`: as in `finetune`.
+    """
 
     epochs: Annotated[float, Field(ge=0, strict=True)] = 3.0
     distill_epochs: Annotated[float, Field(ge=0, strict=True)] = 1.0
     batch_size: Count = 32
     learning_rate: Positive = 5e-5
     warmup: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.1
+    shards: Shards = 1
 
 
 class Probe(Section):
@@ -249,12 +271,17 @@ class Select(Section):
 
 
 class Finetune(Section):
-    """Training of the winner's mask from the parent: constant rate after warm-up, linear decay at the last level."""
+    """Training of the winner's mask from the parent: constant rate after warm-up, linear decay at the last level.
+
+    `shards`: parts of each batch, a power of two. As many workers as there are shards, or fewer, train one model
+    together where they would stand idle; how many do changes no bit of the result, the number of shards does.
+    """
 
     epochs: Positive = 10.0
     batch_size: Count = 64
     learning_rate: Positive = 5e-5
     warmup: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.1
+    shards: Shards = 1
 
 
 class Imp(Section):

@@ -420,8 +420,9 @@ def worked(store: RunDir, dense: Level, levels: Sequence[Level], imp: Sequence[L
     for level in sorted({level.level for level in levels}):
         work += [("early evaluation", level, found) for found in store.evaluations(level) if found.started]
     return tuple(
-        Piece(worker=found.worker, kind=kind, level=number, started=found.started, seconds=found.seconds)
+        Piece(worker=worker, kind=kind, level=number, started=found.started, seconds=found.seconds)
         for kind, number, found in sorted(work, key=lambda item: item[2].started)
+        for worker in (found.worker, *(found.helpers if isinstance(found, FineTuned) else ()))
     )
 
 

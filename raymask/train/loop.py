@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,30 @@ from raymask.core.records import Stage
 from raymask.core.seeds import derive
 from raymask.core.spec import Optimizer
 from raymask.train.data import Rows
+from raymask.train.gang import ALONE, Gang, tree_sum
 from raymask.train.kernels import kernels_for
 
 BUCKET = 50  # batches that are sorted by length together: little padding, still a new mix every epoch
 EVAL_BATCH = 128
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a batch's sums of losses are divided by: rows, real tokens, and pairs of real tokens of one row."""
+
+    rows: float
+    tokens: float
+    pairs: float
+
+    @classmethod
+    def of(cls, lengths: np.ndarray) -> Counts:
+        """Of a batch with rows of these lengths."""
+        tokens = lengths.astype(float)
+        return cls(len(tokens), tokens.sum(), np.square(tokens).sum())
+
+
+NOTHING = Counts(math.inf, math.inf, math.inf)  # makes every loss zero, with zero gradients
 
 Autocast = Callable[[], AbstractContextManager[object]]
 Batch = dict[str, Tensor]
@@ -54,12 +74,14 @@ def train(
     look: Callable[[int], None],
     tell: Callable[[float], None],
     steps: tuple[int, int] | None = None,
+    gang: Gang = ALONE,
 ) -> None:
     """Train in place, the mask applied before the first and after every optimizer step.
 
     `seed` fixes the order of rows and the dropout, so two
     masks see the same of both. After each step in `looks` `look(step)` is called, in evaluation mode; `tell` gets the
-    share of them that is done. `steps`: only those after so many, until so many are done.
+    share of them that is done. `steps`: only those after so many, until so many are done. `gang`: who trains the same
+    model at the same time; every member ends with the same bits.
     """
     parameters = dict(module.named_parameters())
     pruned = [parameters[name].data for name in mask]
@@ -67,7 +89,17 @@ def train(
     device = next(module.parameters()).device
     total = steps_in(stage, len(rows))
     begin, end = steps or (0, total)
-    batches = endless(rows, stage.batch_size, padding, seed, begin)
+    batches = endless(rows, stage.batch_size, seed, begin)
+
+    def backward(part: np.ndarray, whole: Counts) -> None:
+        batch = moved(collate(rows, part, padding), device)
+        with autocast(), kernels():
+            if teacher:
+                loss = distillation(module, teacher, batch, regression, whole)
+            else:
+                loss = task_loss(module, batch, regression, whole)
+        loss.backward()  # type: ignore[no-untyped-call]
+
     torch.manual_seed(derive(seed, "dropout", *([begin] if begin else [])))
     multiply(pruned, masks)
     module.train()
@@ -75,10 +107,14 @@ def train(
     for step in range(begin + 1, end + 1):
         for group in optimizer.param_groups:
             group["lr"] = stage.learning_rate * pace(stage, step, total)
-        batch = moved(next(batches), device)
-        with autocast(), kernels():
-            loss = distillation(module, teacher, batch, regression) if teacher else task_loss(module, batch, regression)
-        loss.backward()  # type: ignore[no-untyped-call]
+        chosen = next(batches)
+        whole = Counts.of(rows.lengths[chosen])
+
+        if stage.shards == 1:
+            backward(chosen, whole)
+        else:
+            dropout = derive(seed, "dropout", step)
+            sum_of_shards(parameters.values(), backward, chosen, whole, stage.shards, dropout, gang)
         nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -89,6 +125,38 @@ def train(
             module.train()
         tell((step - begin) / (end - begin))
     module.eval()
+
+
+def sum_of_shards(
+    parameters: Collection[nn.Parameter],
+    backward: Callable[[np.ndarray, Counts], None],
+    chosen: np.ndarray,
+    whole: Counts,
+    shards: int,
+    seed: int,
+    gang: Gang,
+) -> None:
+    """Leave a batch's gradients with the parameters, summed over its shards, those of the gang's others too.
+
+    `backward` gets the rows of one shard and what to divide its sums by. `seed`: of the dropout, each shard's its own.
+    """
+    used: list[nn.Parameter] = []
+
+    def gradients() -> Iterator[Tensor]:
+        for shard in gang.mine(shards):
+            torch.manual_seed(derive(seed, "shard", shard))
+            rows = chosen[shard::shards]  # each has some of the long ones
+            backward(*((rows, whole) if len(rows) else (chosen[:1], NOTHING)))
+            used[:] = [parameter for parameter in parameters if parameter.grad is not None]
+            yield torch.cat([parameter.grad.flatten() for parameter in used if parameter.grad is not None])
+            for parameter in used:
+                parameter.grad = None
+
+    total = tree_sum(gradients())
+    gang.add_up(total)
+    sizes = [parameter.numel() for parameter in used]
+    for parameter, gradient in zip(used, torch.split(total, sizes), strict=True):
+        parameter.grad = gradient.view_as(parameter)
 
 
 def multiply(weights: list[Tensor], masks: list[Tensor]) -> None:
@@ -105,13 +173,12 @@ def pace(stage: Stage, step: int, total: int) -> float:
     return 1.0 if stage.schedule == "constant" else (total - step + 1) / (total - warm)
 
 
-def endless(rows: Rows, size: int, padding: int, seed: int, begin: int = 0) -> Iterator[Batch]:
-    """Training batches after the first `begin`, epoch after epoch, every row once an epoch, like lengths together."""
+def endless(rows: Rows, size: int, seed: int, begin: int = 0) -> Iterator[np.ndarray]:
+    """Rows of the batches after the first `begin`, epoch after epoch, each row once an epoch, like lengths together."""
     epoch, skipped = divmod(begin, math.ceil(len(rows) / size))
     while True:
         rng = np.random.default_rng(derive(seed, "order", epoch))
-        for chosen in order(rows.lengths, size, rng)[skipped:]:
-            yield collate(rows, chosen, padding)
+        yield from order(rows.lengths, size, rng)[skipped:]
         epoch, skipped = epoch + 1, 0
 
 
@@ -170,50 +237,64 @@ def agreement(logits: Tensor, standard: Tensor, regression: bool) -> float:
     return -float(F.kl_div(ours, theirs, reduction="batchmean", log_target=True))
 
 
-def task_loss(module: nn.Module, batch: Batch, regression: bool) -> Tensor:
-    """The mean loss against the labels."""
+def task_loss(module: nn.Module, batch: Batch, regression: bool, whole: Counts) -> Tensor:
+    """The mean loss against the labels; of a shard, its part in that of the `whole` batch."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    return row_losses(module(**inputs).logits, batch["labels"], regression).mean()
+    return over_rows(row_losses(module(**inputs).logits, batch["labels"], regression), whole)
 
 
-def distillation(module: nn.Module, teacher: Callable[..., Any], batch: Batch, regression: bool) -> Tensor:
+def over_rows(losses: Tensor, whole: Counts) -> Tensor:
+    """The sum over (rows,), divided by the rows of the `whole` batch."""
+    return losses.mean() * (len(losses) / whole.rows)
+
+
+def distillation(
+    module: nn.Module, teacher: Callable[..., Any], batch: Batch, regression: bool, whole: Counts
+) -> Tensor:
     """Sum over layers of MSE of attention probabilities and of hidden states, plus soft cross-entropy at
-    temperature 1 (a regression: MSE to the labels). Means are over real tokens only, so padding changes nothing.
+    temperature 1 (a regression: MSE to the labels). Means are over real tokens only, so padding changes nothing; of a
+    shard, it is its part in those of the `whole` batch.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     student_out = module(**inputs, output_attentions=True, output_hidden_states=True)
     with torch.no_grad():
         teacher_out = teacher(**inputs, output_attentions=True, output_hidden_states=True)
     real = batch["attention_mask"].float()
-    tokens, pairs = real.sum(), real.sum(1).square().sum()
     if regression:
-        loss = row_losses(student_out.logits, batch["labels"], regression).mean()
+        losses = row_losses(student_out.logits, batch["labels"], regression)
     else:
         soft = teacher_out.logits.float().softmax(-1)
-        loss = -(soft * student_out.logits.float().log_softmax(-1)).sum(-1).mean()
+        losses = -(soft * student_out.logits.float().log_softmax(-1)).sum(-1)
+    loss = over_rows(losses, whole)
     for mine, theirs in zip(student_out.hidden_states, teacher_out.hidden_states, strict=True):
-        loss = loss + ((mine.float() - theirs.float()).square().mean(-1) * real).sum() / tokens
+        loss = loss + ((mine.float() - theirs.float()).square().mean(-1) * real).sum() / whole.tokens
     for mine, theirs in zip(student_out.attentions, teacher_out.attentions, strict=True):
         error = (mine.float() - theirs.float()).square().sum(-1).mean(1)  # over keys, then heads: (rows, queries)
-        loss = loss + (error * real).sum() / pairs
+        loss = loss + (error * real).sum() / whole.pairs
     return loss
 
 
 @torch.no_grad()
-def predict(module: nn.Module, rows: Rows, *, padding: int, autocast: Autocast) -> Tensor:
-    """Logits of all rows, float32 (rows, outputs), on the CPU and in the rows' order; the module is in eval mode."""
+def predict(module: nn.Module, rows: Rows, *, padding: int, autocast: Autocast, gang: Gang = ALONE) -> Tensor:
+    """Logits of all rows, float32 (rows, outputs), on the CPU and in the rows' order; the module is in eval mode.
+
+    A gang shares the work, and all its members get the same bits.
+    """
     device = next(module.parameters()).device
-    sorted_rows = np.argsort(rows.lengths, kind="stable")
+    batches = np.split(np.argsort(rows.lengths, kind="stable"), range(EVAL_BATCH, len(rows), EVAL_BATCH))
+    sharing = gang if len(batches) >= gang.size else ALONE
+    mine = batches[sharing.rank :: sharing.size]
     found = []
-    for start in range(0, len(rows), EVAL_BATCH):
-        batch = collate(rows, sorted_rows[start : start + EVAL_BATCH], padding)
-        inputs = {name: tensor for name, tensor in moved(batch, device).items() if name != "labels"}
+    for chosen in mine:
+        inputs = {
+            name: tensor for name, tensor in moved(collate(rows, chosen, padding), device).items() if name != "labels"
+        }
         with autocast():
             found.append(module(**inputs).logits.float())
-    logits = torch.cat(found).cpu()
-    unsorted = torch.empty_like(logits)
-    unsorted[torch.from_numpy(sorted_rows)] = logits
-    return unsorted
+    logits = torch.zeros(len(rows), found[0].shape[1], device=device)
+    logits[torch.from_numpy(np.concatenate(mine)).to(device)] = torch.cat(found)
+    sharing.add_up(logits.view(-1))
+    return logits.cpu()
 
 
 def make_optimizer(module: nn.Module, settings: Optimizer, state: Mapping[str, Tensor] | None) -> torch.optim.AdamW:

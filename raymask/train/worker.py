@@ -7,12 +7,13 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -28,6 +29,7 @@ from raymask.core.tensors import load, pack
 from raymask.train import loop
 from raymask.train.calibration import ROWS, calibrate
 from raymask.train.data import Data, Rows
+from raymask.train.gang import ALONE, Gang
 from raymask.train.metrics import measure, overall
 from raymask.train.model import build, persistent
 from raymask.train.teacher import Teacher
@@ -38,7 +40,7 @@ class MachineFault(Exception):  # noqa: N818 - a fault is what it is called ever
     """Says nothing about a candidate: no memory, or a broken device. Another worker may well do the same work."""
 
 
-SYMPTOMS = ("can't allocate memory", "not enough memory", "CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
+SYMPTOMS = ("can't allocate memory", "not enough memory", "CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "/gloo/")
 """By which torch's plain RuntimeErrors give a machine's fault away; after one, a CUDA process is of no more use."""
 
 
@@ -188,16 +190,20 @@ class Worker:
         )
         return evaluation, pause
 
-    def settle(self, parent: Snapshot, settling: Settling) -> Checkpoint:
-        """Fine-tune one mask from its parent; the look with the best metric on `select` is kept.
+    def settle(
+        self, parent: Snapshot, settling: Settling, gathered: AbstractContextManager[Gang] | None = None
+    ) -> Checkpoint | None:
+        """Fine-tune one mask from its parent, alone or in a gang; the look with the best metric on `select` is kept.
 
-        Raises UserError when the mask is not the one that was scored, or when the training diverged, and MachineFault.
+        Only a gang's first member returns a checkpoint. Raises UserError when the mask is not the one that was scored,
+        or when the training diverged, and MachineFault.
         """
-        with isolated(self.job.spec, self.device), faults_told_apart():
-            return self.fine_tune(parent, settling)
+        with isolated(self.job.spec, self.device), faults_told_apart(), gathered or nullcontext(ALONE) as gang:
+            return self.fine_tune(parent, settling, gang)
 
-    def fine_tune(self, parent: Snapshot, settling: Settling) -> Checkpoint:
+    def fine_tune(self, parent: Snapshot, settling: Settling, gang: Gang) -> Checkpoint | None:
         started, began = time.time(), time.perf_counter()
+        name, *helpers = gang.names(self.name, self.device)
         spec, data, stage = self.job.spec, self.job.data, settling.stage
         mask = self.reset(parent, settling.candidate)
         bits = masks.pack_bits(mask)
@@ -214,7 +220,7 @@ class Worker:
         best: list[Any] = []
 
         def look(step: int) -> None:
-            point, _ = self.look(step, data.select)
+            point, _ = self.look(step, data.select, gang=gang)
             curve.append(point)
             if np.isfinite(point.loss) and (not best or point.rank > best[0]):
                 state = {} if optimizer is None else loop.optimizer_state(self.module, optimizer)
@@ -226,7 +232,7 @@ class Worker:
         else:
             optimizer = self.optimizer(parent)
             seed = derive(spec.seed, "fine-tune", settling.candidate.level)
-            self.train(parent, stage, mask, seed, looks, look, optimizer)
+            self.train(parent, stage, mask, seed, looks, look, optimizer, gang=gang)
         if not best:
             raise UserError(
                 f"level {settling.candidate.level}: fine-tuning diverged, the loss on select is {curve[-1].loss}. "
@@ -234,6 +240,10 @@ class Worker:
             )
         _, index, weights, state = best
         load(weights, self.live)
+        # in float32, as whoever loads the export will
+        logits = loop.predict(self.module, data.report, padding=data.padding, autocast=nullcontext, gang=gang)
+        if gang.rank > 0:
+            return None
         return Checkpoint(
             weights=weights,
             optimizer=state,
@@ -246,10 +256,10 @@ class Worker:
                 best=index,
                 started=started,
                 seconds=time.perf_counter() - began,
-                worker=self.name,
+                worker=name,
+                helpers=tuple(helpers),
             ),
-            # in float32, as whoever loads the export will
-            logits=loop.predict(self.module, data.report, padding=data.padding, autocast=nullcontext).numpy(),
+            logits=logits.numpy(),
         )
 
     def reset(self, snapshot: Snapshot, candidate: Candidate) -> masks.Mask:
@@ -308,6 +318,7 @@ class Worker:
         *,
         steps: tuple[int, int] | None = None,
         shared: bool = False,
+        gang: Gang = ALONE,
     ) -> None:
         """One stage from the snapshot, on the live model, or only some `steps` of it, as `loop.train` takes them.
 
@@ -327,6 +338,7 @@ class Worker:
             teacher=self.taught_by(snapshot).begin(seed, first, keep=shared) if stage.distill else None,
             regression=self.job.data.regression,
             steps=steps,
+            gang=gang,
             looks=frozenset(looks),
             look=look,
             tell=self.tell,
@@ -341,17 +353,19 @@ class Worker:
             self.teacher = Teacher(module)
         return self.teacher
 
-    def logits(self, rows: Rows) -> Tensor:
+    def logits(self, rows: Rows, gang: Gang = ALONE) -> Tensor:
         """The live model's, float32 (rows, outputs)."""
-        return loop.predict(self.module, rows, padding=self.job.data.padding, autocast=self.autocast)
+        return loop.predict(self.module, rows, padding=self.job.data.padding, autocast=self.autocast, gang=gang)
 
-    def look(self, step: int, rows: Rows, standard: Tensor | None = None) -> tuple[Point, Tensor]:
+    def look(
+        self, step: int, rows: Rows, standard: Tensor | None = None, *, gang: Gang = ALONE
+    ) -> tuple[Point, Tensor]:
         """Measure on rows of `select`: the point, and the loss of every row, float32 (rows,).
 
         `standard`: the dense model's logits of the rows, float32 (rows, outputs), to state the agreement with.
         """
         data = self.job.data
-        logits = self.logits(rows)
+        logits = self.logits(rows, gang)
         losses = loop.row_losses(logits, torch.from_numpy(rows.labels), data.regression)
         loss = float(losses.double().mean())
         finite = bool(torch.isfinite(logits).all())
@@ -376,6 +390,8 @@ def faults_told_apart() -> Iterator[None]:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise MachineFault(f"out of memory: {error}") from error
+    except dist.DistError as error:
+        raise MachineFault(str(error)) from error
     except RuntimeError as error:
         if any(symptom in str(error) for symptom in SYMPTOMS):
             raise MachineFault(str(error)) from error
