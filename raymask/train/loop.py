@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raymask.core.masks import Mask
@@ -18,13 +17,13 @@ from raymask.core.seeds import derive
 from raymask.core.spec import Optimizer
 from raymask.train.data import Rows
 from raymask.train.kernels import kernels_for
+from raymask.train.objectives import Batch, Counts, Objective, counts
 
 BUCKET = 50  # batches that are sorted by length together: little padding, still a new mix every epoch
 EVAL_BATCH = 128
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Autocast = Callable[[], AbstractContextManager[object]]
-Batch = dict[str, Tensor]
 
 
 def steps_in(stage: Stage, rows: int) -> int:
@@ -49,7 +48,7 @@ def train(
     max_grad_norm: float,
     autocast: Autocast,
     teacher: Callable[..., Any] | None,
-    regression: bool,
+    objective: Objective,
     looks: Container[int],
     look: Callable[[int], None],
     tell: Callable[[float], None],
@@ -75,9 +74,14 @@ def train(
     for step in range(begin + 1, end + 1):
         for group in optimizer.param_groups:
             group["lr"] = stage.learning_rate * pace(stage, step, total)
-        batch = moved(next(batches), device)
+        batch = next(batches)
+        whole, batch = counts(batch), moved(batch, device)
         with autocast(), kernels():
-            loss = distillation(module, teacher, batch, regression) if teacher else task_loss(module, batch, regression)
+            loss = (
+                distillation(module, teacher, batch, objective, whole)
+                if teacher
+                else task_loss(module, batch, objective, whole)
+            )
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
         optimizer.step()
@@ -154,48 +158,31 @@ def moved(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def row_losses(logits: Tensor, labels: Tensor, regression: bool) -> Tensor:
-    """float32 (rows,): cross-entropy, or squared error of the one output."""
-    if regression:
-        return F.mse_loss(logits[:, 0].float(), labels.float(), reduction="none")
-    return F.cross_entropy(logits.float(), labels, reduction="none")
-
-
-def agreement(logits: Tensor, standard: Tensor, regression: bool) -> float:
-    """Minus the mean Kullback-Leibler divergence of the logits' probabilities from the standard's; float32 (rows,
-    outputs) both. A regression: minus the mean squared difference."""
-    if regression:
-        return -float(F.mse_loss(logits.double(), standard.double()))
-    ours, theirs = logits.double().log_softmax(-1), standard.double().log_softmax(-1)
-    return -float(F.kl_div(ours, theirs, reduction="batchmean", log_target=True))
-
-
-def task_loss(module: nn.Module, batch: Batch, regression: bool) -> Tensor:
-    """The mean loss against the labels."""
+def task_loss(module: nn.Module, batch: Batch, objective: Objective, whole: Counts) -> Tensor:
+    """The mean loss against the labels; `whole`: the counts of the batch, or of one that it is a part of."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    return row_losses(module(**inputs).logits, batch["labels"], regression).mean()
+    return objective.hard(module(**inputs).logits, batch["labels"]).sum() / objective.targets(whole)
 
 
-def distillation(module: nn.Module, teacher: Callable[..., Any], batch: Batch, regression: bool) -> Tensor:
-    """Sum over layers of MSE of attention probabilities and of hidden states, plus soft cross-entropy at
-    temperature 1 (a regression: MSE to the labels). Means are over real tokens only, so padding changes nothing.
+def distillation(
+    module: nn.Module, teacher: Callable[..., Any], batch: Batch, objective: Objective, whole: Counts
+) -> Tensor:
+    """Sum over layers of MSE of attention probabilities and of hidden states, plus the objective's soft targets.
+
+    Means are over real tokens only, so padding changes nothing; `whole` as in `task_loss`.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     student_out = module(**inputs, output_attentions=True, output_hidden_states=True)
     with torch.no_grad():
         teacher_out = teacher(**inputs, output_attentions=True, output_hidden_states=True)
     real = batch["attention_mask"].float()
-    tokens, pairs = real.sum(), real.sum(1).square().sum()
-    if regression:
-        loss = row_losses(student_out.logits, batch["labels"], regression).mean()
-    else:
-        soft = teacher_out.logits.float().softmax(-1)
-        loss = -(soft * student_out.logits.float().log_softmax(-1)).sum(-1).mean()
+    costs = objective.soft(student_out.logits, teacher_out.logits, batch["labels"])
+    loss = costs.sum() / objective.targets(whole)
     for mine, theirs in zip(student_out.hidden_states, teacher_out.hidden_states, strict=True):
-        loss = loss + ((mine.float() - theirs.float()).square().mean(-1) * real).sum() / tokens
+        loss = loss + ((mine.float() - theirs.float()).square().mean(-1) * real).sum() / whole.tokens
     for mine, theirs in zip(student_out.attentions, teacher_out.attentions, strict=True):
         error = (mine.float() - theirs.float()).square().sum(-1).mean(1)  # over keys, then heads: (rows, queries)
-        loss = loss + (error * real).sum() / pairs
+        loss = loss + (error * real).sum() / whole.pairs
     return loss
 
 
