@@ -9,8 +9,9 @@ from raymask.core.tensors import load
 from raymask.train import calibration
 from raymask.train.calibration import calibrate
 from raymask.train.data import Rows
-from raymask.train.loop import Counts, collate, task_loss
+from raymask.train.loop import collate, task_loss
 from raymask.train.model import build, persistent
+from raymask.train.objectives import OBJECTIVES, counts
 
 
 def prepared(family="bert", *, regression=False):
@@ -31,7 +32,7 @@ def ragged(rows):
 
 def calibrated(module, job):
     rows = ragged(job.data.train)
-    return calibrate(module, job.prunable, rows, padding=job.data.padding, regression=job.data.regression)
+    return calibrate(module, job.prunable, rows, padding=job.data.padding, objective=OBJECTIVES[job.data.kind])
 
 
 def one_by_one(module, job):
@@ -49,7 +50,7 @@ def one_by_one(module, job):
     hooks = [layers[name].register_forward_pre_hook(hear(name)) for name in job.prunable]
     for row in range(len(rows)):
         batch = collate(rows, np.array([row]), job.data.padding)
-        task_loss(module, batch, job.data.regression, Counts.of(rows.lengths)).backward()
+        task_loss(module, batch, OBJECTIVES[job.data.kind], counts(rows.lengths)).backward()
     for hook in hooks:
         hook.remove()
     gradients = {name: module.get_parameter(name).grad.clone() for name in job.prunable}

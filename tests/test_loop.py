@@ -18,19 +18,22 @@ from raymask.core.tensors import load, pack
 from raymask.train import loop
 from raymask.train.data import Rows, tokenize
 from raymask.train.loop import (
-    Counts,
     collate,
+    distillation,
     endless,
     make_optimizer,
     optimizer_state,
     pace,
     per_epoch,
     predict,
-    row_losses,
     steps_in,
+    task_loss,
 )
 from raymask.train.model import build, find_prunable, persistent
+from raymask.train.objectives import OBJECTIVES, Counts, counts
 
+OUTPUTS = {"classification": 2, "regression": 1}
+CLASSIFICATION, REGRESSION = OBJECTIVES["classification"], OBJECTIVES["regression"]
 STAGE = Stage(epochs=1, batch_size=16, learning_rate=0.01, schedule="constant", warmup=0.0, distill=False)
 
 
@@ -73,7 +76,7 @@ def fit(module, rows, stage=STAGE, *, optimizer=None, **changes):
         "max_grad_norm": 1.0,
         "autocast": nullcontext,
         "teacher": None,
-        "regression": False,
+        "objective": CLASSIFICATION,
         "looks": frozenset(),
         "look": lambda step: None,
         "tell": lambda share: None,
@@ -81,18 +84,16 @@ def fit(module, rows, stage=STAGE, *, optimizer=None, **changes):
     loop.train(module, rows, stage, **settings | changes)
 
 
-def task_loss(module, batch, regression):
-    """Of a whole batch."""
-    return loop.task_loss(module, batch, regression, counted(batch))
-
-
-def distillation(module, teacher, batch, regression):
-    """Of a whole batch."""
-    return loop.distillation(module, teacher, batch, regression, counted(batch))
+def loss_of(module, batch, objective=CLASSIFICATION, teacher=None, whole=None):
+    """What a step would go down, of a batch on its own or as a part of a whole one."""
+    whole = whole or counted(batch)
+    if teacher:
+        return distillation(module, teacher, batch, objective, whole)
+    return task_loss(module, batch, objective, whole)
 
 
 def counted(batch):
-    return Counts.of(batch["attention_mask"].sum(1).numpy())
+    return counts(batch["attention_mask"].sum(1).numpy())
 
 
 def weights_of(module):
@@ -295,9 +296,9 @@ def test_gradients_are_clipped_to_their_norm(data):
 
 def test_training_learns_the_task(data):
     module = tiny_module(dropout=0.0)
-    before = task_loss(module, collate(data.select, np.arange(16), 0), False).item()
+    before = loss_of(module, collate(data.select, np.arange(16), 0)).item()
     fit(module, data.train, staged(epochs=20))
-    assert task_loss(module, collate(data.select, np.arange(16), 0), False).item() < before / 2
+    assert loss_of(module, collate(data.select, np.arange(16), 0)).item() < before / 2
 
 
 # The optimizer's state.
@@ -365,21 +366,49 @@ def test_a_parameter_that_gets_no_gradient_does_not_stop_a_restored_optimizer():
 def test_row_losses_are_cross_entropies():
     logits, labels = torch.tensor([[0.0, 0.0], [1.0, 3.0]]), torch.tensor([0, 1])
     expected = [np.log(2), np.log(1 + np.exp(-2))]
-    assert row_losses(logits, labels, False).tolist() == pytest.approx(expected)
+    assert CLASSIFICATION.hard(logits, labels).tolist() == pytest.approx(expected)
 
 
 def test_row_losses_of_a_regression_are_squared_errors():
     logits, labels = torch.tensor([[1.0], [-2.0]], dtype=torch.bfloat16), torch.tensor([1.5, 1.0])
-    found = row_losses(logits, labels, True)
+    found = REGRESSION.hard(logits, labels)
     assert found.tolist() == [0.25, 9.0]
     assert found.dtype == torch.float32
 
 
-@pytest.mark.parametrize("regression", [False, True])
-def test_the_task_loss_is_the_mean_over_rows(uneven, regression):
-    module = tiny_module(num_labels=1 if regression else 2)
-    each = [task_loss(module, collate(uneven, np.array([row]), 0), regression).item() for row in range(4)]
-    assert task_loss(module, collate(uneven, np.arange(4), 0), regression).item() == pytest.approx(np.mean(each))
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_the_task_loss_is_the_mean_over_rows(uneven, kind):
+    module = tiny_module(num_labels=OUTPUTS[kind])
+    each = [loss_of(module, collate(uneven, np.array([row]), 0), OBJECTIVES[kind]).item() for row in range(4)]
+    assert loss_of(module, collate(uneven, np.arange(4), 0), OBJECTIVES[kind]).item() == pytest.approx(np.mean(each))
+
+
+def test_counts_are_of_what_is_no_padding(uneven):
+    assert counts(uneven.lengths) == Counts(rows=4, tokens=22, pairs=9 + 25 + 64 + 36)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_losses_of_a_batch_s_parts_add_up_to_its_own(uneven, distilled, kind):
+    module, teacher = (tiny_module(seed, num_labels=OUTPUTS[kind]) for seed in (0, 1))
+    whole = collate(uneven, np.arange(4), 0)
+
+    def added(*parts):
+        module.zero_grad()
+        batches = [collate(uneven, np.array(part), 0) for part in parts]
+        loss = sum(
+            loss_of(module, batch, OBJECTIVES[kind], teacher if distilled else None, counted(whole))
+            for batch in batches
+        )
+        loss.backward()
+        return loss.item(), {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+
+    loss, gradients = added([0, 1, 2, 3])
+    for parts in ([0, 2], [1, 3]), ([3], [0, 1, 2]):
+        parted_loss, parted_gradients = added(*parts)
+        assert parted_loss == pytest.approx(loss, rel=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(parted_gradients[name], gradient, rtol=1e-3, atol=1e-5)
 
 
 def widened(batch, by):
@@ -390,15 +419,14 @@ def widened(batch, by):
     }
 
 
-@pytest.mark.parametrize("regression", [False, True])
+@pytest.mark.parametrize("kind", ["classification", "regression"])
 @pytest.mark.parametrize("distilled", [False, True])
-def test_padding_changes_neither_loss_nor_gradient(uneven, distilled, regression):
-    outputs = 1 if regression else 2
-    module, teacher = tiny_module(0, num_labels=outputs), tiny_module(1, num_labels=outputs)
+def test_padding_changes_neither_loss_nor_gradient(uneven, distilled, kind):
+    module, teacher = (tiny_module(seed, num_labels=OUTPUTS[kind]) for seed in (0, 1))
     batch = collate(uneven, np.arange(4), 0)
     found = []
     for inputs in (batch, widened(batch, 7)):
-        loss = distillation(module, teacher, inputs, regression) if distilled else task_loss(module, inputs, regression)
+        loss = loss_of(module, inputs, OBJECTIVES[kind], teacher if distilled else None)
         loss.backward()
         found.append((loss.item(), {name: parameter.grad.clone() for name, parameter in module.named_parameters()}))
         module.zero_grad()
@@ -422,7 +450,7 @@ def test_distillation_is_the_sum_of_its_terms_over_real_tokens(uneven):
             attention += float((ours - taught).square().mean(1).sum())
         length = inputs["input_ids"].shape[1]
         tokens, pairs = tokens + length, pairs + length**2
-    found = distillation(module, teacher, collate(uneven, np.arange(4), 0), False).item()
+    found = loss_of(module, collate(uneven, np.arange(4), 0), teacher=teacher).item()
     assert found == pytest.approx(soft / 4 + hidden / tokens + attention / pairs, rel=1e-5)
 
 
@@ -431,7 +459,7 @@ def test_a_model_that_is_its_own_teacher_is_left_with_the_teacher_s_entropy(unev
     batch = collate(uneven, np.arange(4), 0)
     logits = predict(module, uneven, padding=0, autocast=nullcontext)
     entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
-    loss = distillation(module, module, batch, False)
+    loss = loss_of(module, batch, teacher=module)
     assert loss.item() == pytest.approx(float(entropy), rel=1e-6)
     loss.backward()
     assert max(float(parameter.grad.abs().max()) for parameter in module.parameters()) < 1e-6
@@ -440,13 +468,13 @@ def test_a_model_that_is_its_own_teacher_is_left_with_the_teacher_s_entropy(unev
 def test_a_regression_that_is_its_own_teacher_is_left_with_the_labels_error(uneven):
     module = tiny_module(num_labels=1)
     batch = collate(uneven, np.arange(4), 0)
-    errors = row_losses(predict(module, uneven, padding=0, autocast=nullcontext), batch["labels"], True)
-    assert distillation(module, module, batch, True).item() == pytest.approx(float(errors.mean()), rel=1e-6)
+    errors = REGRESSION.hard(predict(module, uneven, padding=0, autocast=nullcontext), batch["labels"])
+    assert loss_of(module, batch, REGRESSION, module).item() == pytest.approx(float(errors.mean()), rel=1e-6)
 
 
 def test_the_teacher_gets_no_gradient(uneven):
     module, teacher = tiny_module(0), tiny_module(1)
-    distillation(module, teacher, collate(uneven, np.arange(4), 0), False).backward()
+    loss_of(module, collate(uneven, np.arange(4), 0), teacher=teacher).backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(parameter.grad is not None for parameter in module.parameters())
 
@@ -454,9 +482,9 @@ def test_the_teacher_gets_no_gradient(uneven):
 def test_distilling_draws_a_student_near_its_teacher(data):
     module, teacher = tiny_module(0, dropout=0.0), tiny_module(1)
     batch = collate(data.select, np.arange(16), 0)
-    before = distillation(module, teacher, batch, False).item()
+    before = loss_of(module, batch, teacher=teacher).item()
     fit(module, data.train, staged(epochs=8), teacher=teacher)
-    assert distillation(module, teacher, batch, False).item() < before / 2
+    assert loss_of(module, batch, teacher=teacher).item() < before / 2
 
 
 # Predictions.

@@ -22,6 +22,7 @@ from raymask.train import loop, worker
 from raymask.train.calibration import calibrate
 from raymask.train.metrics import measure
 from raymask.train.model import build, persistent
+from raymask.train.objectives import OBJECTIVES
 from raymask.train.worker import Job, MachineFault, Worker, autocasting, deterministic
 
 CPU = torch.device("cpu")
@@ -630,15 +631,15 @@ def test_agreement_with_the_dense_model_is_a_score(regression):
     itself = Worker(job, "cpu")
     probe(itself, snapshot, pool(job)[0])
     with torch.no_grad():
-        assert loop.agreement(itself.standard, itself.standard, regression) == pytest.approx(0.0, abs=1e-12)
+        assert itself.objective.agreement(itself.standard, itself.standard) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_agreement_is_minus_the_divergence_of_the_probabilities():
     ours, theirs = torch.tensor([[0.0, 1.0], [2.0, -1.0]]), torch.tensor([[1.0, 0.0], [2.0, -1.0]])
     p, q = theirs.softmax(-1), ours.softmax(-1)
     expected = -float((p * (p / q).log()).sum(-1).mean())
-    assert loop.agreement(ours, theirs, False) == pytest.approx(expected, rel=1e-6)
-    assert loop.agreement(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]]), True) == -2.0
+    assert OBJECTIVES["classification"].agreement(ours, theirs) == pytest.approx(expected, rel=1e-6)
+    assert OBJECTIVES["regression"].agreement(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]])) == -2.0
 
 
 def test_a_repeat_is_the_same_mask_in_another_order(dense):

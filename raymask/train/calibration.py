@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from raymask.core.scorers import Calibration
 from raymask.train.data import Rows
-from raymask.train.loop import Counts, collate, moved, task_loss
+from raymask.train.loop import collate, moved, task_loss
+from raymask.train.objectives import Objective, counts
 
 ROWS = 128  # as many as Wanda takes
 BATCH = 32
 
 
 def calibrate(
-    module: nn.Module, prunable: Sequence[str], rows: Rows, *, padding: int, regression: bool
+    module: nn.Module, prunable: Sequence[str], rows: Rows, *, padding: int, objective: Objective
 ) -> dict[str, Calibration]:
     """By name, for weights of linear layers. The module is in evaluation mode; nothing is left behind in it.
 
@@ -38,12 +39,12 @@ def calibrate(
         by_weight[id(layer.weight)] += times * inputs.reshape(-1, inputs.shape[-1]).square().sum(0)
 
     hooks = [layer.register_forward_pre_hook(meet) for layer in module.modules() if id_of_weight(layer) in by_weight]
-    whole = Counts.of(rows.lengths)
+    whole = counts(rows.lengths)
     try:
         for chosen in np.split(np.argsort(rows.lengths, kind="stable"), range(BATCH, len(rows), BATCH)):
             batch = moved(collate(rows, chosen, padding), weights[0].device)
             real = batch["attention_mask"].bool()
-            loss = task_loss(module, batch, regression, whole)
+            loss = task_loss(module, batch, objective, whole)
             torch._foreach_add_(gradients, torch.autograd.grad(loss, weights))
     finally:
         for hook in hooks:

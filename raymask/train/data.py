@@ -124,14 +124,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Data:
-    """The three splits as token ids, and what it takes to measure on them."""
+    """The three splits as token ids, and what it takes to train and to measure on them. `kind`: a spec's task.kind."""
 
     train: Rows
     select: Rows
     report: Rows
     parts: dict[str, tuple[int, int]]
     metrics: tuple[str, ...]
-    regression: bool
+    kind: str
     padding: int
 
     def digest(self) -> str:
@@ -400,9 +400,8 @@ def tokenize(corpus: Corpus, tokenizer: Any, positions: int = sys.maxsize, vocab
             "belong together"
         )
     padding = tokenizer.pad_token_id
-    return Data(
-        train, select, report, corpus.parts, corpus.metrics, not corpus.classes, 0 if padding is None else padding
-    )
+    kind = "classification" if corpus.classes else "regression"
+    return Data(train, select, report, corpus.parts, corpus.metrics, kind, 0 if padding is None else padding)
 
 
 def to_rows(texts: Texts, tokenizer: Any, limit: int) -> Rows:

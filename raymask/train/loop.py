@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raymask.core.masks import Mask
@@ -20,31 +18,13 @@ from raymask.core.spec import Optimizer
 from raymask.train.data import Rows
 from raymask.train.gang import ALONE, Gang, tree_sum
 from raymask.train.kernels import kernels_for
+from raymask.train.objectives import NOTHING, Batch, Counts, Objective, counts
 
 BUCKET = 50  # batches that are sorted by length together: little padding, still a new mix every epoch
 EVAL_BATCH = 128
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
-@dataclass(frozen=True)
-class Counts:
-    """What a batch's sums of losses are divided by: rows, real tokens, and pairs of real tokens of one row."""
-
-    rows: float
-    tokens: float
-    pairs: float
-
-    @classmethod
-    def of(cls, lengths: np.ndarray) -> Counts:
-        """Of a batch with rows of these lengths."""
-        tokens = lengths.astype(float)
-        return cls(len(tokens), tokens.sum(), np.square(tokens).sum())
-
-
-NOTHING = Counts(math.inf, math.inf, math.inf)  # makes every loss zero, with zero gradients
-
 Autocast = Callable[[], AbstractContextManager[object]]
-Batch = dict[str, Tensor]
 
 
 def steps_in(stage: Stage, rows: int) -> int:
@@ -69,7 +49,7 @@ def train(
     max_grad_norm: float,
     autocast: Autocast,
     teacher: Callable[..., Any] | None,
-    regression: bool,
+    objective: Objective,
     looks: Container[int],
     look: Callable[[int], None],
     tell: Callable[[float], None],
@@ -95,9 +75,9 @@ def train(
         batch = moved(collate(rows, part, padding), device)
         with autocast(), kernels():
             if teacher:
-                loss = distillation(module, teacher, batch, regression, whole)
+                loss = distillation(module, teacher, batch, objective, whole)
             else:
-                loss = task_loss(module, batch, regression, whole)
+                loss = task_loss(module, batch, objective, whole)
         loss.backward()  # type: ignore[no-untyped-call]
 
     torch.manual_seed(derive(seed, "dropout", *([begin] if begin else [])))
@@ -108,8 +88,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = stage.learning_rate * pace(stage, step, total)
         chosen = next(batches)
-        whole = Counts.of(rows.lengths[chosen])
-
+        whole = counts(rows.lengths[chosen])
         if stage.shards == 1:
             backward(chosen, whole)
         else:
@@ -221,51 +200,26 @@ def moved(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def row_losses(logits: Tensor, labels: Tensor, regression: bool) -> Tensor:
-    """float32 (rows,): cross-entropy, or squared error of the one output."""
-    if regression:
-        return F.mse_loss(logits[:, 0].float(), labels.float(), reduction="none")
-    return F.cross_entropy(logits.float(), labels, reduction="none")
-
-
-def agreement(logits: Tensor, standard: Tensor, regression: bool) -> float:
-    """Minus the mean Kullback-Leibler divergence of the logits' probabilities from the standard's; float32 (rows,
-    outputs) both. A regression: minus the mean squared difference."""
-    if regression:
-        return -float(F.mse_loss(logits.double(), standard.double()))
-    ours, theirs = logits.double().log_softmax(-1), standard.double().log_softmax(-1)
-    return -float(F.kl_div(ours, theirs, reduction="batchmean", log_target=True))
-
-
-def task_loss(module: nn.Module, batch: Batch, regression: bool, whole: Counts) -> Tensor:
-    """The mean loss against the labels; of a shard, its part in that of the `whole` batch."""
+def task_loss(module: nn.Module, batch: Batch, objective: Objective, whole: Counts) -> Tensor:
+    """The mean loss against the labels; `whole`: the counts of the batch, or of one that it is a part of."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    return over_rows(row_losses(module(**inputs).logits, batch["labels"], regression), whole)
-
-
-def over_rows(losses: Tensor, whole: Counts) -> Tensor:
-    """The sum over (rows,), divided by the rows of the `whole` batch."""
-    return losses.mean() * (len(losses) / whole.rows)
+    return objective.hard(module(**inputs).logits, batch["labels"]).sum() / objective.targets(whole)
 
 
 def distillation(
-    module: nn.Module, teacher: Callable[..., Any], batch: Batch, regression: bool, whole: Counts
+    module: nn.Module, teacher: Callable[..., Any], batch: Batch, objective: Objective, whole: Counts
 ) -> Tensor:
-    """Sum over layers of MSE of attention probabilities and of hidden states, plus soft cross-entropy at
-    temperature 1 (a regression: MSE to the labels). Means are over real tokens only, so padding changes nothing; of a
-    shard, it is its part in those of the `whole` batch.
+    """Sum over layers of MSE of attention probabilities and of hidden states, plus the objective's soft targets.
+
+    Means are over real tokens only, so padding changes nothing; `whole` as in `task_loss`.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     student_out = module(**inputs, output_attentions=True, output_hidden_states=True)
     with torch.no_grad():
         teacher_out = teacher(**inputs, output_attentions=True, output_hidden_states=True)
     real = batch["attention_mask"].float()
-    if regression:
-        losses = row_losses(student_out.logits, batch["labels"], regression)
-    else:
-        soft = teacher_out.logits.float().softmax(-1)
-        losses = -(soft * student_out.logits.float().log_softmax(-1)).sum(-1)
-    loss = over_rows(losses, whole)
+    costs = objective.soft(student_out.logits, teacher_out.logits, batch["labels"])
+    loss = costs.sum() / objective.targets(whole)
     for mine, theirs in zip(student_out.hidden_states, teacher_out.hidden_states, strict=True):
         loss = loss + ((mine.float() - theirs.float()).square().mean(-1) * real).sum() / whole.tokens
     for mine, theirs in zip(student_out.attentions, teacher_out.attentions, strict=True):

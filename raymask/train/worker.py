@@ -32,6 +32,7 @@ from raymask.train.data import Data, Rows
 from raymask.train.gang import ALONE, Gang
 from raymask.train.metrics import measure, overall
 from raymask.train.model import build, persistent
+from raymask.train.objectives import OBJECTIVES
 from raymask.train.teacher import Teacher
 from raymask.train.teacher import memory as teacher_memory
 
@@ -101,6 +102,7 @@ class Worker:
     def __init__(self, job: Job, device: str, tell: Callable[[float], None] = lambda share: None) -> None:
         self.job = job
         self.recipe = resolve(job.spec)
+        self.objective = OBJECTIVES[job.data.kind]
         self.device = torch.device(device)
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
@@ -282,7 +284,7 @@ class Worker:
             return {}
         data = self.job.data
         rows = data.train.sample(ROWS, derive(self.job.spec.seed, "calibration"))
-        return calibrate(self.module, self.job.prunable, rows, padding=data.padding, regression=data.regression)
+        return calibrate(self.module, self.job.prunable, rows, padding=data.padding, objective=self.objective)
 
     def draw(
         self, candidate: Candidate, calibration: dict[str, Calibration], prepared: dict[object, Draw]
@@ -336,7 +338,7 @@ class Worker:
             max_grad_norm=self.job.spec.optimizer.max_grad_norm,
             autocast=self.autocast,
             teacher=self.taught_by(snapshot).begin(seed, first, keep=shared) if stage.distill else None,
-            regression=self.job.data.regression,
+            objective=self.objective,
             steps=steps,
             gang=gang,
             looks=frozenset(looks),
@@ -366,11 +368,11 @@ class Worker:
         """
         data = self.job.data
         logits = self.logits(rows, gang)
-        losses = loop.row_losses(logits, torch.from_numpy(rows.labels), data.regression)
+        losses = self.objective.hard(logits, torch.from_numpy(rows.labels))
         loss = float(losses.double().mean())
         finite = bool(torch.isfinite(logits).all())
         metric = overall(measure(data.metrics, logits.numpy(), rows.labels)) if finite else 0.0
-        agreement = loop.agreement(logits, standard, data.regression) if standard is not None and finite else None
+        agreement = self.objective.agreement(logits, standard) if standard is not None and finite else None
         return Point(step=step, loss=loss, metric=metric, agreement=agreement), losses
 
 
