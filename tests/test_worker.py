@@ -419,6 +419,30 @@ def test_bf16_is_near_float32_and_keeps_float32_weights(job, dense):
 
 
 @pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("distill", [False, True])
+def test_weights_in_bf16_are_multiplied_as_they_are_and_stay_so(monkeypatch, distill, native):
+    monkeypatch.setattr(worker, "native_bf16", lambda device: native)
+    exact, half = (tiny_job(model={"dtype": dtype}, precision="auto", distill=distill) for dtype in ("fp32", "bf16"))
+    dense = tiny_snapshot(half)
+    busy = Worker(half, "cpu")
+    with busy.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    found = probe(busy, dense, pool(half)[1])
+    assert found.ok, found.error
+    assert found.worker.endswith(" bf16")
+    assert found.score == pytest.approx(probed(exact, tiny_snapshot(exact), pool(exact)[1]).score, rel=0.1)
+    assert findings(probed(half, dense, pool(half)[1])) == findings(found)
+    settled_here = busy.settle(dense, settling(half, pool(half)[1], found.digest))
+    weights, state = settled_here.weights.views(), settled_here.optimizer.views()
+    for name in half.prunable:
+        assert {weights[name].dtype, state[f"exp_avg/{name}"].dtype} == {torch.bfloat16}
+        assert not weights[name][~unpack_bits(settled_here.mask)[name]].any()
+    assert settled_here.logits.dtype == np.float32
+    second = probed(half, after(dense, settled_here), pool(half, 2)[1])
+    assert np.isfinite(second.score)
+
+
+@pytest.mark.parametrize("native", [False, True])
 def test_auto_is_bf16_where_the_device_has_it(monkeypatch, native):
     monkeypatch.setattr(worker, "native_bf16", lambda device: native)
     with autocasting("auto", CPU)():

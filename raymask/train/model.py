@@ -18,6 +18,9 @@ from raymask.core.spec import QUICKSTART, Model
 from raymask.core.tensors import Packed, pack
 from raymask.train import quickstart
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What a spec calls the types of weights."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -80,6 +83,7 @@ def describe(model: Model, config: Any, tokenizer: Any, classes: tuple[str, ...]
 
     Raises UserError when there is no such classifier, or nothing in it to prune.
     """
+    config.dtype = DTYPES[model.dtype]
     config.num_labels = len(classes) or 1
     config.problem_type = "single_label_classification" if classes else "regression"
     if classes:
@@ -99,7 +103,7 @@ def describe(model: Model, config: Any, tokenizer: Any, classes: tuple[str, ...]
 
 
 def load_weights(model: Model, config: Any, seed: int, fine_tuned: bool) -> Packed:
-    """The checkpoint's weights, float32; a head that it lacks is drawn from the seed.
+    """The checkpoint's weights, in `model.dtype`; a head that it lacks is drawn from the seed.
 
     `fine_tuned`: the head must be there too. Raises UserError when the weights cannot be used.
     """
@@ -110,7 +114,7 @@ def load_weights(model: Model, config: Any, seed: int, fine_tuned: bool) -> Pack
 
 
 def load_module(model: Model, config: Any, fine_tuned: bool) -> nn.Module:
-    """The checkpoint in float32; only safetensors, never a pickle."""
+    """The checkpoint in `model.dtype`; only safetensors, never a pickle."""
     from transformers import AutoModelForSequenceClassification
 
     try:
@@ -121,7 +125,7 @@ def load_module(model: Model, config: Any, fine_tuned: bool) -> nn.Module:
                 revision=model.revision,
                 trust_remote_code=model.trust_remote_code,
                 use_safetensors=True,
-                dtype=torch.float32,
+                dtype=DTYPES[model.dtype],
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, with their shapes
             )
@@ -172,13 +176,14 @@ def unloadable(model: Model, error: BaseException) -> str:
 
 
 def build(config: Any, trust_remote_code: bool = False, *, show_attention: bool = False) -> nn.Module:
-    """A model of this configuration with new weights; `show_attention` lets it return attention probabilities."""
+    """A model of this configuration, in its dtype, with new weights; `show_attention` lets it return attention
+    probabilities."""
     from transformers import AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification.from_config(  # type: ignore[no-any-return]
         config,
         trust_remote_code=trust_remote_code,
-        dtype=torch.float32,
+        dtype=config.dtype or torch.float32,
         attn_implementation="eager" if show_attention else None,
     )
 

@@ -103,7 +103,8 @@ class Worker:
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
         self.tell = tell
-        self.autocast = autocasting(job.spec.precision, self.device)
+        in_bf16 = job.spec.model.dtype == "bf16"  # what is multiplied is in bf16 already, without autocast
+        self.autocast = nullcontext if in_bf16 else autocasting(job.spec.precision, self.device)
         with isolated(job.spec, self.device):
             self.module = self.new_module()
         self.live = persistent(self.module)
@@ -248,7 +249,7 @@ class Worker:
                 seconds=time.perf_counter() - began,
                 worker=self.name,
             ),
-            # in float32, as whoever loads the export will
+            # without autocast, as whoever loads the export will
             logits=loop.predict(self.module, data.report, padding=data.padding, autocast=nullcontext).numpy(),
         )
 
@@ -404,7 +405,7 @@ def native_bf16(device: torch.device) -> bool:
 def describe(device: torch.device, spec: Spec) -> str:
     """Where a result was computed, in words: host, process, device, threads and precision."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{spec.workers.threads} threads"
-    precision = "bf16" if computes_bf16(spec.precision, device) else "fp32"
+    precision = "bf16" if spec.model.dtype == "bf16" or computes_bf16(spec.precision, device) else "fp32"
     return f"{platform.node()}/{os.getpid()} {device.type} {kind} {precision}"
 
 
