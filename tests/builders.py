@@ -107,7 +107,7 @@ def tiny_job(
     corpus, tokenizer = tiny_corpus(regression, rows), tiny_tokenizer(family)
     spec = Spec.model_validate(sections)
     model = spec.model.model_copy(update={"name": family})
-    source = describe(model, tiny_config(family), tokenizer, corpus.classes)
+    source = describe(model, tiny_config(family), tokenizer, corpus.classes, checkpointing=spec.checkpointing)
     return Job(spec, source.config, tokenize(corpus, tokenizer), source.prunable, source.sizes.whole)
 
 

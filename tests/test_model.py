@@ -326,6 +326,16 @@ def test_a_model_without_linear_layers_is_refused():
     assert message == "model: no matrix of gpt2 can be pruned"
 
 
+def test_a_model_whose_layers_cannot_run_again_is_refused_where_they_would_have_to():
+    config = tiny_config("albert")
+    message = refused(describe, Model(name="some/albert"), config, None, CLASSES, checkpointing=True)
+    assert message == (
+        "checkpointing: some/albert has no way to compute its activations again: take it out, and lower batch_size of "
+        "dense, probe and finetune where memory is short"
+    )
+    assert describe(Model(name="some/albert"), config, None, CLASSES).prunable
+
+
 @pytest.mark.parametrize("keys", [{"include": ("nothing.*",)}, {"exclude": ("*",)}], ids=["include", "exclude"])
 def test_patterns_that_leave_nothing_to_prune_are_refused(keys):
     message = refused(describe, Model(name="tiny", **keys), tiny_config(), None, CLASSES)

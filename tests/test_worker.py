@@ -474,6 +474,44 @@ def test_every_family_is_probed_and_settled_with_a_teacher(family):
     assert np.isfinite(found.logits).all()
 
 
+# Checkpointing.
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *(pytest.param(family, {"distill": True}, id=family) for family in FAMILIES if family != "albert"),
+        pytest.param("bert", {}, id="labels"),
+        pytest.param("bert", {"precision": "bf16", "distill": True}, id="autocast"),
+        pytest.param("bert", {"model": {"dtype": "bf16"}, "precision": "auto"}, id="weights in bf16"),
+        pytest.param("bert", {"mask": {"score": "saliency"}}, id="calibrated"),
+    ],
+)
+def test_checkpointing_changes_no_bit(family, settings):
+    plain, frugal = (tiny_job(family, **settings, checkpointing=on) for on in (False, True))
+    dense, candidate = tiny_snapshot(plain), pool(plain)[1]
+    found = probed(plain, dense, candidate)
+    assert findings(probed(frugal, dense, candidate)) == findings(found)
+    first, second = (
+        Worker(job, "cpu").settle(dense, settling(job, candidate, found.digest)) for job in (plain, frugal)
+    )
+    assert first.finetuned.curve == second.finetuned.curve
+    assert np.array_equal(first.weights.buffer, second.weights.buffer)
+    assert np.array_equal(first.optimizer.buffer, second.optimizer.buffer)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("distill", [False, True])
+def test_checkpointed_layers_run_again_in_each_step_and_in_no_look(checkpointing, distill):
+    job, trained, looked = tiny_job(checkpointing=checkpointing, distill=distill), [], []
+    busy = Worker(job, "cpu")
+    for layer in busy.module.bert.encoder.layer:
+        layer.output.register_forward_pre_hook(lambda part, _: (trained if part.training else looked).append(part))
+    assert probe(busy, tiny_snapshot(job), pool(job)[1]).ok
+    assert len(trained) == 3 * 2 * (1 + checkpointing)  # steps, layers
+    assert len(looked) == (3 + distill) * 2  # and the dense model, which the candidates are held against
+
+
 # Where sparsity goes.
 
 WHERE = [

@@ -314,6 +314,7 @@ class Spec(Section):
     distill: bool = True
     optimizer: Optimizer = Optimizer()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpointing: bool = False
     workers: Workers = Workers()
     seed: Seed = 0
 

@@ -29,7 +29,7 @@ from raymask.train import loop
 from raymask.train.calibration import ROWS, calibrate
 from raymask.train.data import Data, Rows
 from raymask.train.metrics import measure, overall
-from raymask.train.model import build, persistent
+from raymask.train.model import build, checkpoint_activations, persistent
 from raymask.train.teacher import Teacher
 from raymask.train.teacher import memory as teacher_memory
 
@@ -107,6 +107,8 @@ class Worker:
         self.autocast = nullcontext if in_bf16 else autocasting(job.spec.precision, self.device)
         with isolated(job.spec, self.device):
             self.module = self.new_module()
+        if job.spec.checkpointing:
+            checkpoint_activations(self.module, self.device)
         self.live = persistent(self.module)
         self.teacher: Teacher | None = None
         self.name = describe(self.device, job.spec)
