@@ -607,6 +607,24 @@ def test_memory_counts_the_weights_and_the_teacher(job):
     assert other.shared_memory > job.shared_memory
 
 
+def test_memory_is_less_by_each_key_that_is_there_to_save_it(job):
+    def bytes_a_weight(**settings):
+        spec = tiny_job(**settings).spec
+        large, none = (Job(spec, job.config, job.data, job.prunable, count) for count in (10**9, 0))
+        sizes = (large.memory(on_gpu=False), large.memory(on_gpu=True), large.shared_memory)
+        return [
+            (size - rest) / 10**9
+            for size, rest in zip(
+                sizes, (none.memory(on_gpu=False), none.memory(on_gpu=True), none.shared_memory), strict=True
+            )
+        ]
+
+    assert bytes_a_weight() == [64, 12, 52]
+    assert bytes_a_weight(model={"dtype": "bf16"}, precision="auto") == [32, 6, 26]
+    assert bytes_a_weight(optimizer={"name": "adafactor"}) == [32, 4, 20]
+    assert bytes_a_weight(checkpointing=True) == [40, 12, 52]
+
+
 def test_a_worker_s_live_tensors_are_its_module_s(job):
     fresh = Worker(job, "cpu")
     assert all(fresh.live[name] is tensor for name, tensor in persistent(fresh.module).items())

@@ -271,8 +271,12 @@ class Imp(Section):
 
 
 class Optimizer(Section):
-    """AdamW's settings, the same in every stage."""
+    """The same in every stage. `adafactor` keeps a row and a column of second moments of a matrix, and no first ones.
 
+    Its learning rate is relative: a step is at most that share of a tensor's root mean square.
+    """
+
+    name: Literal["adamw", "adafactor"] = "adamw"
     weight_decay: Annotated[float, Field(ge=0, strict=True)] = 0.0
     max_grad_norm: Positive = 1.0
 

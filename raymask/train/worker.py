@@ -29,7 +29,7 @@ from raymask.train import loop
 from raymask.train.calibration import ROWS, calibrate
 from raymask.train.data import Data, Rows
 from raymask.train.metrics import measure, overall
-from raymask.train.model import build, checkpoint_activations, persistent
+from raymask.train.model import DTYPES, build, checkpoint_activations, persistent
 from raymask.train.teacher import Teacher
 from raymask.train.teacher import memory as teacher_memory
 
@@ -57,20 +57,32 @@ class Job:
         """The rows of `select` by which candidates are scored."""
         return self.data.select.sample(self.spec.probe.rows, derive(self.spec.seed, "look"))
 
+    @property
+    def weights(self) -> int:
+        """Bytes of one model."""
+        return DTYPES[self.spec.model.dtype].itemsize * self.parameters
+
+    @property
+    def moments(self) -> int:
+        """Bytes of what the optimizer keeps, about: of Adafactor's, next to none."""
+        return 2 * self.weights if self.spec.optimizer.name == "adamw" else 0
+
     def memory(self, *, on_gpu: bool) -> int:
         """Bytes of the machine's memory that one worker needs, about.
 
         Everywhere Python, torch, and what comes and goes: the best weights and moments, packed. On a CPU also weights,
         gradients, masks, moments, a calibration, a teacher with what is kept of its answers, and as much again for
-        activations.
+        activations, which is a quarter with checkpointing.
         """
         calibrated = SCORERS[self.spec.mask.score] not in BLIND
-        passing, living = 3 * 4 * self.parameters, (5 + calibrated + self.spec.distill) * 4 * self.parameters
+        passing = self.weights + self.moments
+        living = (3 + self.spec.distill) * self.weights + self.moments + 4 * calibrated * self.parameters
         if on_gpu:
             return 2**30 * 3 + passing
         rows = int(self.spec.probe.epochs * len(self.data.train))
         answers = teacher_memory(rows, self.data.train.lengths, self.config) if self.spec.distill else 0
-        return 2**29 + 2 * (passing + living) + answers
+        activations = (passing + living) // (4 if self.spec.checkpointing else 1)
+        return 2**29 + passing + living + activations + answers
 
     @property
     def shared_memory(self) -> int:
@@ -78,7 +90,7 @@ class Job:
         candidates that pause at a rung."""
         lineages, pausing = self.spec.select.keep + 1, len(self.spec.probe.rungs) > 1
         paused = parents_of(self.spec, 2) * (self.spec.candidates.count + 1) * pausing
-        return (3 * (2 * lineages + paused) + 1) * 4 * self.parameters
+        return (2 * lineages + paused) * (self.weights + self.moments) + self.weights
 
 
 @dataclass(frozen=True)
@@ -294,8 +306,8 @@ class Worker:
             prepared=prepared,
         )
 
-    def optimizer(self, snapshot: Snapshot) -> torch.optim.AdamW:
-        """AdamW as the snapshot left it."""
+    def optimizer(self, snapshot: Snapshot) -> torch.optim.Optimizer:
+        """The optimizer as the snapshot left it."""
         state = snapshot.optimizer.views() if snapshot.optimizer else None
         return loop.make_optimizer(self.module, self.job.spec.optimizer, state)
 
@@ -307,7 +319,7 @@ class Worker:
         seed: int,
         looks: list[int],
         look: Callable[[int], None],
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         *,
         steps: tuple[int, int] | None = None,
         shared: bool = False,
