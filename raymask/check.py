@@ -37,10 +37,10 @@ def show_check(console: Console, spec: Spec, address: str | None) -> None:
 
 
 def show_model(console: Console, plan: Plan) -> None:
-    sizes = plan.source.sizes
+    sizes, model = plan.source.sizes, plan.recipe.spec.model
     say(
         console,
-        f"model    {plan.recipe.spec.model.name}: {sizes.whole:,} parameters, {sizes.encoder:,} in the encoder; "
+        f"model    {model.name}: {sizes.whole:,} parameters in {model.dtype}, {sizes.encoder:,} in the encoder; "
         f"{len(plan.source.prunable)} matrices with {sizes.prunable:,} weights to prune",
     )
 

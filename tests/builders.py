@@ -16,7 +16,7 @@ import torch
 from raymask.core.errors import UserError
 from raymask.core.records import Candidate, Evaluate, Evaluation, Snapshot
 from raymask.core.rungs import Ladder
-from raymask.core.spec import QUICKSTART, Model, Spec
+from raymask.core.spec import QUICKSTART, Spec
 from raymask.core.tensors import Packed, pack
 from raymask.train import quickstart
 from raymask.train.data import Corpus, Texts, tokenize
@@ -93,7 +93,7 @@ def tiny_job(
 ) -> Job:
     """A worker's job of a few steps; `settings` are sections of the spec, merged into its own."""
     sections: dict[str, Any] = {
-        "model": QUICKSTART,
+        "model": {"name": QUICKSTART},
         "task": QUICKSTART,
         "levels": [0.5, 0.75],
         "candidates": {"count": 3, "ratios": [0.01]},
@@ -105,8 +105,9 @@ def tiny_job(
     for name, section in settings.items():
         sections[name] = sections.get(name, {}) | section if isinstance(section, dict) else section
     corpus, tokenizer = tiny_corpus(regression, rows), tiny_tokenizer(family)
-    source = describe(Model(name=family), tiny_config(family), tokenizer, corpus.classes)
     spec = Spec.model_validate(sections)
+    model = spec.model.model_copy(update={"name": family})
+    source = describe(model, tiny_config(family), tokenizer, corpus.classes, checkpointing=spec.checkpointing)
     return Job(spec, source.config, tokenize(corpus, tokenizer), source.prunable, source.sizes.whole)
 
 

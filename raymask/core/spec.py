@@ -85,12 +85,15 @@ class Model(Section):
     """A hub id or a folder that `AutoModelForSequenceClassification` loads, and which of its matrices to prune.
 
     Without `include` these are the linear weights inside the repeated blocks; `include` replaces that choice
-    by shell-style patterns on parameter names, `exclude` takes away from either.
+    by shell-style patterns on parameter names, `exclude` takes away from either. `dtype`: what the weights are kept in
+    everywhere. In bf16 what a step adds to a weight is lost where it is less than about 1/256 of it, so that bf16 is
+    for models that do not fit in fp32.
     """
 
     name: Text
     revision: str | None = None
     trust_remote_code: bool = False
+    dtype: Literal["fp32", "bf16"] = "fp32"
     include: tuple[Text, ...] = ()
     exclude: tuple[Text, ...] = ()
 
@@ -295,8 +298,12 @@ class Imp(Section):
 
 
 class Optimizer(Section):
-    """AdamW's settings, the same in every stage."""
+    """The same in every stage. `adafactor` keeps a row and a column of second moments of a matrix, and no first ones.
 
+    Its learning rate is relative: a step is at most that share of a tensor's root mean square.
+    """
+
+    name: Literal["adamw", "adafactor"] = "adamw"
     weight_decay: Annotated[float, Field(ge=0, strict=True)] = 0.0
     max_grad_norm: Positive = 1.0
 
@@ -338,6 +345,7 @@ class Spec(Section):
     distill: bool = True
     optimizer: Optimizer = Optimizer()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpointing: bool = False
     workers: Workers = Workers()
     seed: Seed = 0
 
@@ -363,6 +371,14 @@ class Spec(Section):
             raise ValueError("the quickstart's model and task go together: set both to 'quickstart', or neither")
         if self.model.name == QUICKSTART and self.dense.epochs == 0:
             raise ValueError("the quickstart's model is built untrained: dense.epochs must be more than 0")
+        return self
+
+    @model_validator(mode="after")
+    def precision_suits_the_weights(self) -> Spec:
+        if self.model.dtype == "bf16" and self.precision == "fp32":
+            raise ValueError(
+                "precision: fp32 is not to be had from weights in bf16: take it out, or set model.dtype to fp32"
+            )
         return self
 
     @model_validator(mode="after")

@@ -89,7 +89,7 @@ def prepare(spec: Spec) -> Plan:
     """Read the data and the model's configuration; the weights are read when they are needed."""
     config, tokenizer = read_config(spec.model)
     corpus = load_corpus(spec.task, spec.seed, class_names(config) if spec.dense.epochs == 0 else ())
-    source = describe(spec.model, config, tokenizer, corpus.classes)
+    source = describe(spec.model, config, tokenizer, corpus.classes, checkpointing=spec.checkpointing)
     recipe = resolve(spec)
     require_masks(source, recipe)
     data = tokenize(corpus, tokenizer, positions(config), vocabulary(config))

@@ -22,17 +22,17 @@ def calibrate(
 ) -> dict[str, Calibration]:
     """By name, for weights of linear layers. The module is in evaluation mode; nothing is left behind in it.
 
-    In float32, on the labels' loss whatever the training distils from; padding counts for nothing.
+    Summed in float32, on the labels' loss whatever the training distils from; padding counts for nothing.
     """
     parameters = dict(module.named_parameters())
     weights = [parameters[name] for name in prunable]
-    squares = [torch.zeros_like(weight[0]) for weight in weights]
-    gradients = [torch.zeros_like(weight) for weight in weights]
+    squares = [torch.zeros_like(weight[0], dtype=torch.float32) for weight in weights]
+    gradients = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     by_weight = {id(weight): total for weight, total in zip(weights, squares, strict=True)}
     real = torch.empty(0)
 
     def meet(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        inputs = arguments[0].detach()
+        inputs = arguments[0].detach().float()
         times = 1 if len(inputs) == len(real) else len(real)  # what all rows share, such as relative positions
         if inputs.shape[:-1] == real.shape:  # tokens, rather than one vector a row
             inputs = inputs[real]

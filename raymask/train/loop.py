@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ from raymask.train.objectives import NOTHING, Batch, Counts, Objective, counts
 
 BUCKET = 50  # batches that are sorted by length together: little padding, still a new mix every epoch
 EVAL_BATCH = 128
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -251,24 +251,43 @@ def predict(module: nn.Module, rows: Rows, *, padding: int, autocast: Autocast, 
     return logits.cpu()
 
 
-def make_optimizer(module: nn.Module, settings: Optimizer, state: Mapping[str, Tensor] | None) -> torch.optim.AdamW:
-    """AdamW over all parameters, continuing from `state` as `optimizer_state` gives it."""
-    optimizer = torch.optim.AdamW(module.parameters(), weight_decay=settings.weight_decay, fused=True)
-    if state:
-        for name, parameter in module.named_parameters():
-            if f"{MOMENTS[0]}/{name}" not in state:
-                continue  # it never got a gradient
-            mine = {"step": state["step"], **{moment: state[f"{moment}/{name}"] for moment in MOMENTS}}
+def make_optimizer(module: nn.Module, settings: Optimizer, state: Mapping[str, Tensor] | None) -> torch.optim.Optimizer:
+    """The spec's optimizer over all parameters, continuing from `state` as `optimizer_state` gives it."""
+    optimizer = OPTIMIZERS[settings.name](module.parameters(), weight_decay=settings.weight_decay)
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in (state or {}).items():
+        moment, _, name = key.partition("/")
+        moments.setdefault(name, {})[moment] = value
+    for name, parameter in module.named_parameters():
+        if name in moments:  # else it never got a gradient
+            mine = moments[""] | moments[name]
             optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in mine.items()}
     return optimizer
 
 
+def adafactor(parameters: Iterable[nn.Parameter], weight_decay: float) -> torch.optim.Optimizer:
+    """One tensor after the other, since torch's foreach makes a copy of all of them.
+
+    Gradients count as 1e-12 at least, below which the product of two squares would underflow. Torch's own floor, the
+    type's resolution, lies above nearly all of a large model's gradients: with it a step in bf16 is no step.
+    """
+    return torch.optim.Adafactor(parameters, eps=(1e-12, 1e-3), weight_decay=weight_decay, foreach=False)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, fused=True),
+    "adafactor": adafactor,
+}
+
+
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Flat tensors: `step`, 0-d float32, and `<moment>/<parameter>` shaped as the parameter; empty before a step."""
+    """Flat tensors: `step`, 0-d float32, and `<moment>/<parameter>`; empty before a step.
+
+    AdamW's moments are shaped as the parameter; Adafactor's have a last dimension of 1 (row_var), or the one before it
+    (col_var), and are shaped as the parameter where that is no matrix (variance).
+    """
     state: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
-        known = optimizer.state.get(parameter)
-        if known:
-            state["step"] = known["step"]
-            state.update({f"{moment}/{name}": known[moment] for moment in MOMENTS})
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            state["step" if moment == "step" else f"{moment}/{name}"] = value
     return state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,10 @@ from raymask.core.masks import matching
 from raymask.core.spec import QUICKSTART, Model
 from raymask.core.tensors import Packed, pack
 from raymask.train import quickstart
+from raymask.train.kernels import kernels_for
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What a spec calls the types of weights."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,15 @@ def class_names(config: Any) -> tuple[str, ...]:
     return tuple(str(name) for _, name in sorted((config.id2label or {}).items()))
 
 
-def describe(model: Model, config: Any, tokenizer: Any, classes: tuple[str, ...]) -> Source:
+def describe(
+    model: Model, config: Any, tokenizer: Any, classes: tuple[str, ...], *, checkpointing: bool = False
+) -> Source:
     """The classifier that a configuration gives for these classes (none: a regression), built without memory.
 
-    Raises UserError when there is no such classifier, or nothing in it to prune.
+    Raises UserError when there is no such classifier, nothing in it to prune, or no `checkpointing` though it is asked
+    for.
     """
+    config.dtype = DTYPES[model.dtype]
     config.num_labels = len(classes) or 1
     config.problem_type = "single_label_classification" if classes else "regression"
     if classes:
@@ -90,6 +98,14 @@ def describe(model: Model, config: Any, tokenizer: Any, classes: tuple[str, ...]
             module = build(config, model.trust_remote_code)
     except Exception as error:  # noqa: BLE001 - transformers raises its own kinds
         raise UserError(f"model.name: {model.name} makes no sequence classifier: {first_line(error)}") from None
+    if checkpointing:
+        try:
+            checkpoint_activations(module, torch.device("meta"))
+        except ValueError:
+            raise UserError(
+                f"checkpointing: {model.name} has no way to compute its activations again: take it out, and lower "
+                "batch_size of dense, probe and finetune where memory is short"
+            ) from None
     prunable = find_prunable(module, model.include, model.exclude)
     if not prunable:
         chosen = ": model.include and model.exclude leave none" if model.include or model.exclude else ""
@@ -99,7 +115,7 @@ def describe(model: Model, config: Any, tokenizer: Any, classes: tuple[str, ...]
 
 
 def load_weights(model: Model, config: Any, seed: int, fine_tuned: bool) -> Packed:
-    """The checkpoint's weights, float32; a head that it lacks is drawn from the seed.
+    """The checkpoint's weights, in `model.dtype`; a head that it lacks is drawn from the seed.
 
     `fine_tuned`: the head must be there too. Raises UserError when the weights cannot be used.
     """
@@ -110,7 +126,7 @@ def load_weights(model: Model, config: Any, seed: int, fine_tuned: bool) -> Pack
 
 
 def load_module(model: Model, config: Any, fine_tuned: bool) -> nn.Module:
-    """The checkpoint in float32; only safetensors, never a pickle."""
+    """The checkpoint in `model.dtype`; only safetensors, never a pickle."""
     from transformers import AutoModelForSequenceClassification
 
     try:
@@ -121,7 +137,7 @@ def load_module(model: Model, config: Any, fine_tuned: bool) -> nn.Module:
                 revision=model.revision,
                 trust_remote_code=model.trust_remote_code,
                 use_safetensors=True,
-                dtype=torch.float32,
+                dtype=DTYPES[model.dtype],
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, with their shapes
             )
@@ -172,15 +188,29 @@ def unloadable(model: Model, error: BaseException) -> str:
 
 
 def build(config: Any, trust_remote_code: bool = False, *, show_attention: bool = False) -> nn.Module:
-    """A model of this configuration with new weights; `show_attention` lets it return attention probabilities."""
+    """A model of this configuration, in its dtype, with new weights; `show_attention` lets it return attention
+    probabilities."""
     from transformers import AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification.from_config(  # type: ignore[no-any-return]
         config,
         trust_remote_code=trust_remote_code,
-        dtype=torch.float32,
+        dtype=config.dtype or torch.float32,
         attn_implementation="eager" if show_attention else None,
     )
+
+
+def checkpoint_activations(module: Any, device: torch.device) -> None:
+    """Let a model keep no more than its layers' inputs for the backward pass, which computes the rest again.
+
+    Results stay the same: there are the same kernels again, and the same random state, so that dropout falls as it
+    fell. Raises ValueError when the model's layers are not made for it.
+    """
+    kernels = kernels_for(module, device)
+    options = {"use_reentrant": False, "preserve_rng_state": True, "context_fn": lambda: (nullcontext(), kernels())}
+    # the older name warns where there is the newer one
+    enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+    enable(options)
 
 
 def persistent(module: nn.Module) -> dict[str, Tensor]:

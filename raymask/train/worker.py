@@ -31,7 +31,7 @@ from raymask.train.calibration import ROWS, calibrate
 from raymask.train.data import Data, Rows
 from raymask.train.gang import ALONE, Gang
 from raymask.train.metrics import measure, overall
-from raymask.train.model import build, persistent
+from raymask.train.model import DTYPES, build, checkpoint_activations, persistent
 from raymask.train.objectives import OBJECTIVES
 from raymask.train.teacher import Teacher
 from raymask.train.teacher import memory as teacher_memory
@@ -60,20 +60,32 @@ class Job:
         """The rows of `select` by which candidates are scored."""
         return self.data.select.sample(self.spec.probe.rows, derive(self.spec.seed, "look"))
 
+    @property
+    def weights(self) -> int:
+        """Bytes of one model."""
+        return DTYPES[self.spec.model.dtype].itemsize * self.parameters
+
+    @property
+    def moments(self) -> int:
+        """Bytes of what the optimizer keeps, about: of Adafactor's, next to none."""
+        return 2 * self.weights if self.spec.optimizer.name == "adamw" else 0
+
     def memory(self, *, on_gpu: bool) -> int:
         """Bytes of the machine's memory that one worker needs, about.
 
         Everywhere Python, torch, and what comes and goes: the best weights and moments, packed. On a CPU also weights,
         gradients, masks, moments, a calibration, a teacher with what is kept of its answers, and as much again for
-        activations.
+        activations, which is a quarter with checkpointing.
         """
         calibrated = SCORERS[self.spec.mask.score] not in BLIND
-        passing, living = 3 * 4 * self.parameters, (5 + calibrated + self.spec.distill) * 4 * self.parameters
+        passing = self.weights + self.moments
+        living = (3 + self.spec.distill) * self.weights + self.moments + 4 * calibrated * self.parameters
         if on_gpu:
             return 2**30 * 3 + passing
         rows = int(self.spec.probe.epochs * len(self.data.train))
         answers = teacher_memory(rows, self.data.train.lengths, self.config) if self.spec.distill else 0
-        return 2**29 + 2 * (passing + living) + answers
+        activations = (passing + living) // (4 if self.spec.checkpointing else 1)
+        return 2**29 + passing + living + activations + answers
 
     @property
     def shared_memory(self) -> int:
@@ -81,7 +93,7 @@ class Job:
         candidates that pause at a rung."""
         lineages, pausing = self.spec.select.keep + 1, len(self.spec.probe.rungs) > 1
         paused = parents_of(self.spec, 2) * (self.spec.candidates.count + 1) * pausing
-        return (3 * (2 * lineages + paused) + 1) * 4 * self.parameters
+        return (2 * lineages + paused) * (self.weights + self.moments) + self.weights
 
 
 @dataclass(frozen=True)
@@ -107,9 +119,12 @@ class Worker:
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
         self.tell = tell
-        self.autocast = autocasting(job.spec.precision, self.device)
+        in_bf16 = job.spec.model.dtype == "bf16"  # what is multiplied is in bf16 already, without autocast
+        self.autocast = nullcontext if in_bf16 else autocasting(job.spec.precision, self.device)
         with isolated(job.spec, self.device):
             self.module = self.new_module()
+        if job.spec.checkpointing:
+            checkpoint_activations(self.module, self.device)
         self.live = persistent(self.module)
         self.teacher: Teacher | None = None
         self.name = describe(self.device, job.spec)
@@ -242,7 +257,7 @@ class Worker:
             )
         _, index, weights, state = best
         load(weights, self.live)
-        # in float32, as whoever loads the export will
+        # without autocast, as whoever loads the export will
         logits = loop.predict(self.module, data.report, padding=data.padding, autocast=nullcontext, gang=gang)
         if gang.rank > 0:
             return None
@@ -303,8 +318,8 @@ class Worker:
             prepared=prepared,
         )
 
-    def optimizer(self, snapshot: Snapshot) -> torch.optim.AdamW:
-        """AdamW as the snapshot left it."""
+    def optimizer(self, snapshot: Snapshot) -> torch.optim.Optimizer:
+        """The optimizer as the snapshot left it."""
         state = snapshot.optimizer.views() if snapshot.optimizer else None
         return loop.make_optimizer(self.module, self.job.spec.optimizer, state)
 
@@ -316,7 +331,7 @@ class Worker:
         seed: int,
         looks: list[int],
         look: Callable[[int], None],
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         *,
         steps: tuple[int, int] | None = None,
         shared: bool = False,
@@ -422,7 +437,7 @@ def native_bf16(device: torch.device) -> bool:
 def describe(device: torch.device, spec: Spec) -> str:
     """Where a result was computed, in words: host, process, device, threads and precision."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{spec.workers.threads} threads"
-    precision = "bf16" if computes_bf16(spec.precision, device) else "fp32"
+    precision = "bf16" if spec.model.dtype == "bf16" or computes_bf16(spec.precision, device) else "fp32"
     return f"{platform.node()}/{os.getpid()} {device.type} {kind} {precision}"
 
 
