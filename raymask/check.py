@@ -117,7 +117,7 @@ def show_offer(console: Console, plan: Plan, address: str | None) -> None:
         cluster.require_room(need, nodes)
     where = "machine" if address is None else f"{len(nodes)} nodes"
     offers = "; ".join(cluster.offer(node) for node in nodes)
-    room = min(cluster.slots(need, nodes), asked.count or sys.maxsize)
+    room = min(cluster.slots(need, nodes) // asked.gang, asked.count or sys.maxsize)
     say(console, f"{where:8} {offers}: room for {room} workers")
     show_idle(console, plan.recipe, room)
 

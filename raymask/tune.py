@@ -159,13 +159,13 @@ class Reporter(Silent):
 
 def bundles(spec: Spec) -> Any:
     """What a trial takes: a driver, which mostly waits and takes nothing, and its workers. Raises UserError."""
-    need, nodes, count = needs(job_of(spec), alive()), alive(), spec.workers.count or 1
+    need, nodes, count = needs(job_of(spec), alive()), alive(), (spec.workers.count or 1) * spec.workers.gang
     if not spec.workers.wait:
         require_room(need, nodes)
         if slots(need, nodes) < count:
             raise UserError(
-                f"workers.count: a trial asks for {count} workers at once, each with {offer(need)}; there is room for "
-                f"{slots(need, nodes)}"
+                f"workers.count: a trial asks for {count} processes at once, each with {offer(need)}; there is room "
+                f"for {slots(need, nodes)}"
             )
     return tune.PlacementGroupFactory([{}, *[dict(need)] * count])
 

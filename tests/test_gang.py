@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from raymask.core import masks
 from raymask.core.recipe import dense_stage, finetune_stage, propose, resolve
-from raymask.core.records import Settling
+from raymask.core.records import Climb, Settling
 from raymask.core.tensors import pack
-from raymask.train import gang, loop
+from raymask.train import gang, loop, sharding
 from raymask.train.gang import ALONE, Gang, gathered, opened, tree_sum
-from raymask.train.worker import Worker
+from raymask.train.worker import MachineFault, Worker
 
 SHARDS = {"dense": {"epochs": 1, "batch_size": 16, "shards": 4}, "finetune": {"shards": 4}}
 
@@ -60,12 +60,12 @@ def test_who_is_alone_has_everything_and_adds_nothing():
     assert ALONE.names("me", torch.device("cpu")) == ("me",)
 
 
-def in_a_gang(size, function, *arguments):
+def in_a_gang(size, function, *arguments, cut=False):
     """What `function(gathered gang, *arguments)` returns in each of so many processes, by rank."""
     store, meeting = opened(gang.LOOPBACK)
     with ProcessPoolExecutor(size, get_context("spawn")) as processes:
         ranks = [
-            processes.submit(one_of_a_gang, Gang(rank, size), meeting, function, arguments) for rank in range(size)
+            processes.submit(one_of_a_gang, Gang(rank, size, cut), meeting, function, arguments) for rank in range(size)
         ]
         found = [rank.result(timeout=120) for rank in ranks]
     del store
@@ -119,9 +119,7 @@ def settled(gathering, jobs):
             for settling in settlings(job):
                 checkpoint = worker.settle(snapshot, settling, nullcontext(member))
                 model = pack(worker.live).buffer.tobytes()
-                found.append(
-                    (checkpoint, model, masks.digest(masks.pack_bits(worker.reset(snapshot, settling.candidate))))
-                )
+                found.append((checkpoint, model, masks.digest(worker.reset(snapshot, settling.candidate)[1])))
     return found
 
 
@@ -173,3 +171,50 @@ def test_gradients_of_shards_add_up_to_those_of_the_batch(monkeypatch, settings,
     assert max(float(gradient.abs().max()) for gradient in whole.values()) > 1e-3
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+# A model in parts.
+
+
+def in_parts(gathering, job):
+    """What a worker with a part of the model finds of a candidate, on a rung and on the next, and of its tuning."""
+    with gathering as member:
+        worker, snapshot = Worker(job, "cpu", gang=member), tiny_snapshot(job)
+        candidate = propose(resolve(job.spec), 1)[1]
+        first, paused = worker.probe(snapshot, Climb(candidate, 0))
+        second, _ = worker.probe(snapshot, Climb(candidate, 1))
+        largest = max(tensor.numel() for tensor in sharding.parts(worker.live).values())
+        return first, paused, second, [worker.settle(snapshot, settling) for settling in settlings(job)], largest
+
+
+@pytest.mark.parametrize("settings", [{}, {"distill": True}], ids=["labels", "distilled"])
+def test_a_model_in_parts_is_scored_and_tuned_as_one_in_one_piece(settings):
+    job = tiny_job(rows=(51, 300, 12), dense={"epochs": 1, "batch_size": 16}, probe={"rungs": [0.5, 1.0]}, **settings)
+    job.config.hidden_dropout_prob = job.config.attention_probs_dropout_prob = 0.0
+    expected = in_parts(nullcontext(ALONE), job)
+    first, second = in_a_gang(2, in_parts, job, cut=True)
+    assert second[1] is None
+    assert second[3] == [None, None]
+    assert first[4] <= expected[4] / 2
+    for mine, wanted in [(first[0], expected[0]), (first[2], expected[2])]:
+        assert (mine.ok, mine.digest, mine.distance) == (True, wanted.digest, wanted.distance)
+        assert mine.score == pytest.approx(wanted.score, rel=1e-5)
+        np.testing.assert_allclose(mine.losses(), wanted.losses(), rtol=1e-3, atol=1e-5)
+    assert first[1].weights.index == expected[1].weights.index
+    for mine, wanted in zip(first[3], expected[3], strict=True):
+        assert (mine.digest, mine.kept, mine.total) == (wanted.digest, wanted.kept, wanted.total)
+        for whole, other in [(mine.weights, wanted.weights), (mine.optimizer, wanted.optimizer)]:
+            assert whole.index.keys() == other.index.keys()
+            for name, tensor in other.views().items():
+                if not name.endswith("key.bias"):  # no loss depends on it, so that AdamW follows rounding errors
+                    torch.testing.assert_close(whole.views()[name], tensor, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(mine.logits, wanted.logits, rtol=1e-3, atol=1e-4)
+
+
+def test_a_candidate_s_own_failure_is_a_record_in_all_parts_and_any_other_the_machine_s(monkeypatch):
+    monkeypatch.setattr(Worker, "evaluate", lambda *_: 1 / 0)
+    job = tiny_job()
+    worker = Worker(job, "cpu")
+    worker.gang = Gang(0, 2, cut=True)
+    with pytest.raises(MachineFault, match="ZeroDivisionError: division by zero"):
+        worker.probe(tiny_snapshot(job), Climb(propose(resolve(job.spec), 1)[1]))

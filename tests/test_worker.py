@@ -244,7 +244,7 @@ def test_any_other_error_of_a_candidate_is_recorded_by_kind_and_cut(job, dense, 
 )
 @pytest.mark.parametrize("work", ["probe", "settle"])
 def test_the_machine_s_own_faults_are_raised(job, dense, monkeypatch, fault, work):
-    def fail(*_, **__):
+    def fail(*_):
         raise fault
 
     monkeypatch.setattr(Worker, "look", fail)
@@ -255,7 +255,7 @@ def test_the_machine_s_own_faults_are_raised(job, dense, monkeypatch, fault, wor
 
 
 def test_memory_that_really_runs_out_is_the_machine_s_fault(job, dense, monkeypatch):
-    monkeypatch.setattr(Worker, "look", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr(Worker, "look", lambda *_: torch.empty(2**60, dtype=torch.uint8))
     with pytest.raises(MachineFault, match="allocate"):
         probe(Worker(job, "cpu"), dense, pool(job)[0])
 
@@ -267,7 +267,7 @@ def scripted(monkeypatch, points):
     """Let the looks find (loss, metric) of `points` in turn; returns a list that gets the weights at each look."""
     seen, script = [], iter(points)
 
-    def look(self, step, rows, gang):
+    def look(self, step, rows, *_):
         seen.append(pack(self.live).buffer)
         loss, metric = next(script)
         return Point(step=step, loss=loss, metric=metric), torch.zeros(1)
@@ -324,7 +324,7 @@ def test_the_mask_that_was_scored_is_drawn_again(job, dense, index):
     bits, weights = unpack_bits(found.mask), found.weights.views()
     assert found.digest == digest
     assert set(bits) == set(job.prunable)
-    assert (found.kept, found.total) == (kept(bits), 4096)
+    assert (found.kept, found.total) == (kept(found.mask), 4096)
     assert found.kept == 2048  # half of every matrix
     for name, mask in bits.items():
         assert not weights[name][~mask].any()

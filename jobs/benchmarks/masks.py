@@ -112,7 +112,7 @@ def same_masks(size: int, pairs: int) -> None:
             "slow": reference.voted(weight, DENSITY, NOISE.exponent, NOISE.ratio, rng),
         }
         for side, mask in both.items():
-            distance = masks.distance({"w": mask}, {"w": control})
+            distance = masks.distance(masks.pack_bits({"w": mask}), masks.pack_bits({"w": control}))
             found[side].append([distance, *(float(mask.reshape(-1)[band].float().mean()) for band in bands)])
     fast, slow = (torch.tensor(found[side]) for side in ("fast", "slow"))
     error = torch.sqrt((fast.var(0) + slow.var(0)) / pairs + 1e-12)

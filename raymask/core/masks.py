@@ -7,7 +7,7 @@ is worth, a pattern which weights compete, a sampler where chance comes in, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from hashlib import blake2b
 
@@ -39,6 +39,7 @@ def draw(
     pattern: Pattern = UNSTRUCTURED,
     calibration: Mapping[str, Calibration] | None = None,
     prepared: dict[object, Draw] | None = None,
+    take: Callable[[str, Tensor], Tensor] = lambda name, mask: mask,
 ) -> Mask:
     """The mask that `candidate` stands for on `weights`, of any float dtypes and of shapes that the pattern fits.
 
@@ -46,9 +47,9 @@ def draw(
     order of the others nor their weights matter. Ratios mean the same for every allocation and pattern: the votes are
     those of a matrix of their mean size, counted in weights. `calibration`: by name, for scorers that need it.
     `prepared`: pass the same dict for every draw from the same weights, and what depends only on them is computed once.
+    `take`: what to keep of each matrix's mask, called as soon as it is drawn, so that not all need be there at once.
     Raises ValueError when a weight, or what it scores, is not finite.
     """
-    prepared = {} if prepared is None else prepared
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     mask = {}
     for names, density in allocation(shapes, candidate.density).items():
@@ -59,14 +60,15 @@ def draw(
         places = budget(scores.shape[1], density)
         if candidate.noise is not None:
             key = (names, density, candidate.noise)
-            if key not in prepared:
+            ready = {} if prepared is None else prepared
+            if key not in ready:
                 entries = sum(weights[name].numel() for name in names) // len(names)
                 count = rounds(entries, budget(entries, density), candidate.noise.ratio)
-                prepared[key] = sampler(scores, places, candidate.noise.exponent, count)
+                ready[key] = sampler(scores, places, candidate.noise.exponent, count)
             rng = torch.Generator(scores.device).manual_seed(derive(candidate.seed, "mask", *names))
-            scores = prepared[key](scores, rng)
+            scores = ready[key](scores, rng)
         for name, kept in zip(names, torch.split(winners(scores, places), widths, 1), strict=True):
-            mask[name] = pattern.unfold(kept, shapes[name])
+            mask[name] = take(name, pattern.unfold(kept, shapes[name]))
     return {name: mask[name] for name in weights}
 
 
@@ -94,25 +96,38 @@ def apply(tensors: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> None:
         tensors[name].mul_(kept)
 
 
-def kept(mask: Mapping[str, Tensor]) -> int:
-    """How many entries the mask keeps."""
-    return sum(int(bits.count_nonzero()) for bits in mask.values())
+def kept(bits: Packed) -> int:
+    """How many entries a packed mask keeps."""
+    return int(np.bitwise_count(bits.buffer).sum(dtype=np.int64))
 
 
-def distance(mask: Mapping[str, Tensor], control: Mapping[str, Tensor]) -> float:
-    """Share in [0, 1] of the kept entries that `control` prunes."""
-    strays = sum(int((bits & ~control[name]).count_nonzero()) for name, bits in mask.items())
-    return strays / max(kept(mask), 1)
+def distance(bits: Packed, control: Packed) -> float:
+    """Share in [0, 1] of the entries that one packed mask keeps and `control`, of the same matrices, prunes."""
+    strays = np.bitwise_count(bits.buffer & ~control.buffer).sum(dtype=np.int64)
+    return int(strays) / max(kept(bits), 1)
 
 
 def pack_bits(mask: Mapping[str, Tensor]) -> Packed:
     """One bit an entry, row-major, most significant bit first, each matrix padded to whole bytes."""
-    bits = {name: np.packbits(tensor.cpu().numpy().reshape(-1)) for name, tensor in mask.items()}
-    index, end = {}, 0
+    packed = vacant_bits({name: tuple(tensor.shape) for name, tensor in mask.items()})
     for name, tensor in mask.items():
-        index[name] = (end, len(bits[name]), tuple(tensor.shape), "bool")
-        end += len(bits[name])
-    return Packed(np.concatenate([*bits.values(), np.zeros(0, np.uint8)]), index)
+        put_bits(packed, name, tensor)
+    return packed
+
+
+def vacant_bits(shapes: Shapes) -> Packed:
+    """Room for the packed bits of a mask of these shapes, all of them 0."""
+    index, end = {}, 0
+    for name, shape in shapes.items():
+        index[name] = (end, -(-math.prod(shape) // 8), shape, "bool")
+        end += index[name][1]
+    return Packed(np.zeros(end, np.uint8), index)
+
+
+def put_bits(packed: Packed, name: str, tensor: Tensor) -> None:
+    """Write the bits of one matrix where they belong."""
+    offset, size, _, _ = packed.index[name]
+    packed.buffer[offset : offset + size] = np.packbits(tensor.cpu().numpy().reshape(-1))
 
 
 def unpack_bits(packed: Packed) -> Mask:

@@ -313,7 +313,8 @@ class Workers(Section):
 
     `gpus` may be a fraction; when not said, one a worker where there are any. `deadline`: seconds for one candidate's
     probe, and for each epoch of a fine-tuning (on Ray); `retries`: how often a job is tried again when its machine
-    failed. `wait`: seconds for which a cluster that grows by itself may stay without room for any worker.
+    failed. `wait`: seconds for which a cluster that grows by itself may stay without room for any worker. `gang`:
+    processes of one worker, a power of two, each with these CPUs and GPUs, among which a model is cut (FSDP).
     """
 
     count: Count | None = None
@@ -322,6 +323,7 @@ class Workers(Section):
     deadline: Positive = 3600.0
     retries: Annotated[int, Field(ge=0, strict=True)] = 3
     wait: Annotated[float, Field(ge=0, strict=True)] = 0.0
+    gang: Shards = 1
 
     @property
     def threads(self) -> int:
@@ -378,6 +380,25 @@ class Spec(Section):
         if self.model.dtype == "bf16" and self.precision == "fp32":
             raise ValueError(
                 "precision: fp32 is not to be had from weights in bf16: take it out, or set model.dtype to fp32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def what_a_gang_can_do(self) -> Spec:
+        if self.workers.gang == 1:
+            return self
+        mistakes = []
+        if self.mask.score != "magnitude":
+            mistakes.append(f"mask.score: {self.mask.score} needs a model that lies on one device")
+        if self.optimizer.name != "adamw":
+            mistakes.append("optimizer.name: adamw is the one whose state a gang can cut")
+        if self.dense.shards > 1 or self.finetune.shards > 1:
+            mistakes.append("dense.shards and finetune.shards: a gang cuts batches by itself, leave them at 1")
+        if 0 < (self.workers.gpus or 0) < 1:
+            mistakes.append("workers.gpus: each process of a gang has a GPU, or none has")
+        if mistakes:
+            raise ValueError(
+                f"workers.gang: {self.workers.gang} does not go with other settings; {'; '.join(mistakes)}"
             )
         return self
 

@@ -36,15 +36,20 @@ class Packed:
         }
 
 
-def pack(tensors: Mapping[str, Tensor]) -> Packed:
-    """Copy `tensors`, from any device, into one buffer."""
+def vacant(tensors: Mapping[str, Tensor]) -> Packed:
+    """A buffer of zeros with room for such `tensors`."""
     index, end = {}, 0
     for name, tensor in tensors.items():
         offset = -(-end // ALIGN) * ALIGN
         size = tensor.numel() * tensor.element_size()
         index[name] = (offset, size, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         end = offset + size
-    packed = Packed(np.zeros(end, np.uint8), index)
+    return Packed(np.zeros(end, np.uint8), index)
+
+
+def pack(tensors: Mapping[str, Tensor]) -> Packed:
+    """Copy `tensors`, from any device, into one buffer."""
+    packed = vacant(tensors)
     for name, view in packed.views().items():
         view.copy_(tensors[name].detach())
     return packed

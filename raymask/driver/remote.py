@@ -7,18 +7,21 @@ on a fresh actor; the candidate's own fault is a record and never retried.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raymask.core.errors import UserError, first_line
 from raymask.core.records import (
@@ -33,7 +36,7 @@ from raymask.core.records import (
     Watch,
 )
 from raymask.core.tensors import Packed
-from raymask.driver.cluster import alive, connected, needs, offer, require_room, slots
+from raymask.driver.cluster import Resources, alive, connected, needs, offer, require_room, slots
 from raymask.train import gang
 from raymask.train.gang import ALONE, Gang, Meeting
 from raymask.train.worker import Job, MachineFault, Worker
@@ -50,11 +53,30 @@ REMOTE_CODE = "transformers_modules."
 
 
 class Desk:
-    """What an actor runs: a Worker behind object references, and a second thread that says how far it is."""
+    """What an actor runs: a Worker behind object references, and a second thread that says how far it is.
 
-    def __init__(self, job: Job, on_gpu: bool) -> None:
+    Where a model is cut, the first process of the gang starts the others, its followers, and tells them all it is told.
+    """
+
+    def __init__(self, job: Job, need: Resources, member: Gang = ALONE, meeting: Meeting | None = None) -> None:
         self.share = 0.0
-        self.worker = Worker(job, "cuda" if on_gpu else "cpu", self.tell)
+        self.followers: list[Any] = []
+        self.leads = meeting is None
+        device = torch.device("cuda" if need["GPU"] > 0 else "cpu")
+        if job.spec.workers.gang > 1 and meeting is None:
+            member = Gang(0, job.spec.workers.gang, cut=True)
+            meeting = self.meet()
+            where: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+            if ray.util.get_current_placement_group():  # a trial of Ray Tune has a place for all of them
+                where = "DEFAULT"
+            self.followers = [
+                hire(need).options(scheduling_strategy=where).remote(job, need, replace(member, rank=rank), meeting)
+                for rank in range(1, member.size)
+            ]
+        if meeting is not None:
+            self.gathered = gang.gathered(member, meeting, device, self.store if self.leads else None)
+            self.gathered.__enter__()  # for as long as the process lives
+        self.worker = Worker(job, device.type, self.tell, member)
 
     def tell(self, share: float) -> None:
         self.share = share
@@ -67,7 +89,9 @@ class Desk:
     ) -> tuple[Evaluation, Snapshot | None]:
         """`paused`: a reference to where the candidate paused, if there is one; it may be lost."""
         try:
-            return self.worker.probe(snapshot(key, refs), climb, still_there(paused))
+            below = still_there(paused)
+            with self.followed("probe", key, refs, climb, paused if below else []):
+                return self.worker.probe(snapshot(key, refs), climb, below)
         finally:
             self.share = 0.0  # here, not at the next start: who asks in between must not hear of the last work
 
@@ -89,9 +113,33 @@ class Desk:
         if meeting is not None:
             gathered = gang.gathered(member, meeting, self.worker.device, None if member.rank else self.store)
         try:
-            return self.worker.settle(snapshot(key, refs), settling, gathered)
+            with self.followed("settle", key, refs, settling):
+                return self.worker.settle(snapshot(key, refs), settling, gathered)
         finally:
             self.share = 0.0
+
+    @contextmanager
+    def followed(self, method: str, *arguments: Any) -> Iterator[None]:
+        """The followers do the same as this process does in the block; whoever cannot ends, so that no one waits."""
+        refs = [getattr(follower, method).remote(*arguments) for follower in self.followers]
+        try:
+            yield
+        except MachineFault:
+            if not self.leads:
+                os._exit(1)
+            raise
+        ray.get(refs)
+
+
+def hire(need: Resources) -> Any:
+    """What starts an actor."""
+    return ray.remote(
+        num_cpus=need["CPU"],
+        num_gpus=need["GPU"],
+        memory=need["memory"],
+        max_restarts=0,
+        concurrency_groups={"aside": 1},
+    )(Desk)
 
 
 def snapshot(key: str, refs: Mapping[str, Any]) -> Snapshot:
@@ -149,13 +197,7 @@ class Pool:
         if type(job.config).__module__.startswith(REMOTE_CODE):  # the node that unpickles it may not have the module
             ray.cloudpickle.register_pickle_by_value(sys.modules[type(job.config).__module__])
         self.job = ray.put(job)
-        self.actor = ray.remote(
-            num_cpus=self.need["CPU"],
-            num_gpus=self.need["GPU"],
-            memory=self.need["memory"],
-            max_restarts=0,
-            concurrency_groups={"aside": 1},
-        )(Desk)
+        self.actor = hire(self.need)
 
     def close(self) -> None:
         for actor in self.actors():
@@ -291,10 +333,10 @@ class Pool:
         # On a cluster that grows, waiting actors are what makes it.
         room = self.workers.count or sys.maxsize
         if not self.workers.wait:
-            room = min(slots(self.need, alive()), room)
+            room = min(slots(self.need, alive()) // self.workers.gang, room)
         work = sum(call.hands for call in islice(wanted(), room))
         for _ in range(min(work, room) - len(self.actors())):
-            actor = self.actor.remote(self.job, self.need["GPU"] > 0)
+            actor = self.actor.remote(self.job, self.need)
             self.starting[actor.__ray_ready__.remote()] = actor
 
     def welcome_back(self, ref: Any) -> None:
@@ -404,7 +446,7 @@ def workers(job: Job, watch: Watch, address: str | None) -> Iterator[tuple[Evalu
     watch.note(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
     with connected(job, address):
         pool = Pool(job, watch)
-        watch.note(f"room for {slots(pool.need, alive())} workers; each has {offer(pool.need)}")
+        watch.note(f"room for {slots(pool.need, alive()) // pool.workers.gang} workers; each has {offer(pool.need)}")
 
         def evaluate(parents: Mapping[int, Snapshot], wanted: Callable[[], Iterable[Climb]]) -> Iterator[Evaluation]:
             pool.keep(list(parents.values()))

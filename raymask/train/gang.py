@@ -28,11 +28,12 @@ class Gang:
 
     A batch is cut into shards, as many or more, a power of two too, and each process has neighbouring ones. Whatever is
     summed over shards is summed as a balanced binary tree, inside a process and between them, so that who has which
-    shards changes nothing.
+    shards changes nothing. `cut`: the model lies in parts on the processes, instead of whole on each.
     """
 
     rank: int = 0
     size: int = 1
+    cut: bool = False
 
     def mine(self, shards: int) -> range:
         """The shards of so many that this process has."""

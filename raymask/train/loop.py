@@ -20,6 +20,7 @@ from raymask.train.data import Rows
 from raymask.train.gang import ALONE, Gang, tree_sum
 from raymask.train.kernels import kernels_for
 from raymask.train.objectives import NOTHING, Batch, Counts, Objective, counts
+from raymask.train.sharding import beside, local
 
 BUCKET = 50  # batches that are sorted by length together: little padding, still a new mix every epoch
 EVAL_BATCH = 128
@@ -64,7 +65,7 @@ def train(
     model at the same time; every member ends with the same bits.
     """
     parameters = dict(module.named_parameters())
-    pruned = [parameters[name].data for name in mask]
+    pruned = [local(parameters[name]) for name in mask]
     masks = [mask[name].to(weight.dtype) for name, weight in zip(mask, pruned, strict=True)]
     device = next(module.parameters()).device
     total = steps_in(stage, len(rows))
@@ -89,10 +90,12 @@ def train(
             group["lr"] = stage.learning_rate * pace(stage, step, total)
         chosen = next(batches)
         whole = counts(rows.lengths[chosen])
-        if stage.shards == 1:
+        dropout = derive(seed, "dropout", step)
+        if gang.cut:  # which sums the gradients as it computes them
+            backward(*shard(chosen, whole, gang.rank, gang.size, dropout))
+        elif stage.shards == 1:
             backward(chosen, whole)
         else:
-            dropout = derive(seed, "dropout", step)
             sum_of_shards(parameters.values(), backward, chosen, whole, stage.shards, dropout, gang)
         nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
         optimizer.step()
@@ -106,6 +109,13 @@ def train(
     module.eval()
 
 
+def shard(chosen: np.ndarray, whole: Counts, number: int, shards: int, seed: int) -> tuple[np.ndarray, Counts]:
+    """The rows of one of so many shards, and what to divide their sums by; the seed is that of each shard's dropout."""
+    torch.manual_seed(derive(seed, "shard", number))
+    rows = chosen[number::shards]  # each has some of the long ones
+    return (rows, whole) if len(rows) else (chosen[:1], NOTHING)
+
+
 def sum_of_shards(
     parameters: Collection[nn.Parameter],
     backward: Callable[[np.ndarray, Counts], None],
@@ -117,15 +127,13 @@ def sum_of_shards(
 ) -> None:
     """Leave a batch's gradients with the parameters, summed over its shards, those of the gang's others too.
 
-    `backward` gets the rows of one shard and what to divide its sums by. `seed`: of the dropout, each shard's its own.
+    `backward` gets the rows of one shard and what to divide its sums by.
     """
     used: list[nn.Parameter] = []
 
     def gradients() -> Iterator[Tensor]:
-        for shard in gang.mine(shards):
-            torch.manual_seed(derive(seed, "shard", shard))
-            rows = chosen[shard::shards]  # each has some of the long ones
-            backward(*((rows, whole) if len(rows) else (chosen[:1], NOTHING)))
+        for number in gang.mine(shards):
+            backward(*shard(chosen, whole, number, shards, seed))
             used[:] = [parameter for parameter in parameters if parameter.grad is not None]
             yield torch.cat([parameter.grad.flatten() for parameter in used if parameter.grad is not None])
             for parameter in used:
@@ -238,15 +246,16 @@ def predict(module: nn.Module, rows: Rows, *, padding: int, autocast: Autocast, 
     batches = np.split(np.argsort(rows.lengths, kind="stable"), range(EVAL_BATCH, len(rows), EVAL_BATCH))
     sharing = gang if len(batches) >= gang.size else ALONE
     mine = batches[sharing.rank :: sharing.size]
+    missing = -(-len(batches) // sharing.size) - len(mine)  # where a model is cut, all must compute equally often
     found = []
-    for chosen in mine:
+    for chosen in (*mine, *batches[: missing * gang.cut]):
         inputs = {
             name: tensor for name, tensor in moved(collate(rows, chosen, padding), device).items() if name != "labels"
         }
         with autocast():
             found.append(module(**inputs).logits.float())
     logits = torch.zeros(len(rows), found[0].shape[1], device=device)
-    logits[torch.from_numpy(np.concatenate(mine)).to(device)] = torch.cat(found)
+    logits[torch.from_numpy(np.concatenate(mine)).to(device)] = torch.cat(found[: len(mine)])
     sharing.add_up(logits.view(-1))
     return logits.cpu()
 
@@ -261,7 +270,7 @@ def make_optimizer(module: nn.Module, settings: Optimizer, state: Mapping[str, T
     for name, parameter in module.named_parameters():
         if name in moments:  # else it never got a gradient
             mine = moments[""] | moments[name]
-            optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in mine.items()}
+            optimizer.state[parameter] = {key: beside(parameter, value) for key, value in mine.items()}
     return optimizer
 
 

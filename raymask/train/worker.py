@@ -25,8 +25,8 @@ from raymask.core.samplers import Draw
 from raymask.core.scorers import BLIND, SCORERS, Calibration
 from raymask.core.seeds import derive
 from raymask.core.spec import Score, Spec
-from raymask.core.tensors import load, pack
-from raymask.train import loop
+from raymask.core.tensors import Packed, load, pack
+from raymask.train import loop, sharding
 from raymask.train.calibration import ROWS, calibrate
 from raymask.train.data import Data, Rows
 from raymask.train.gang import ALONE, Gang
@@ -96,31 +96,41 @@ class Job:
         return (2 * lineages + paused) * (self.weights + self.moments) + self.weights
 
 
+Drawn = tuple[masks.Mask, Packed]
+"""A mask, or this process's rows of it, and the packed bits of the whole one."""
+
+
 @dataclass(frozen=True)
 class Shared:
     """What all candidates of one level and parent have in common: computed once a worker."""
 
     calibration: dict[str, Calibration]
-    control: masks.Mask
+    control: Drawn
     prepared: dict[object, Draw]
 
 
 class Worker:
     """A model of the job's shape that is reset for every piece of work; nothing else carries over.
 
-    `tell` gets the share in [0, 1] of the present work that is done.
+    `tell` gets the share in [0, 1] of the present work that is done. `gang`: on whose devices the model lies, when it
+    is too big for one; all its processes are told the same, and the first one has the results.
     """
 
-    def __init__(self, job: Job, device: str, tell: Callable[[float], None] = lambda share: None) -> None:
+    def __init__(
+        self, job: Job, device: str, tell: Callable[[float], None] = lambda share: None, gang: Gang = ALONE
+    ) -> None:
         self.job = job
+        self.gang = gang
         self.recipe = resolve(job.spec)
         self.objective = OBJECTIVES[job.data.kind]
         self.device = torch.device(device)
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
         self.tell = tell
-        in_bf16 = job.spec.model.dtype == "bf16"  # what is multiplied is in bf16 already, without autocast
-        self.autocast = nullcontext if in_bf16 else autocasting(job.spec.precision, self.device)
+        self.mesh = sharding.mesh(device, gang.size) if gang.cut else None
+        # what is multiplied is in bf16 already, without autocast, or becomes it block by block
+        unaided = job.spec.model.dtype == "bf16" or gang.cut
+        self.autocast = nullcontext if unaided else autocasting(job.spec.precision, self.device)
         with isolated(job.spec, self.device):
             self.module = self.new_module()
         if job.spec.checkpointing:
@@ -134,7 +144,11 @@ class Worker:
 
     def new_module(self) -> torch.nn.Module:
         spec = self.job.spec
-        module = build(self.job.config, spec.model.trust_remote_code, show_attention=spec.distill)
+        with sharding.without_parameters() if self.gang.cut else nullcontext():
+            module = build(self.job.config, spec.model.trust_remote_code, show_attention=spec.distill)
+        if self.mesh is not None:
+            lower = spec.model.dtype == "fp32" and computes_bf16(spec.precision, self.device)
+            sharding.shard(module, self.mesh, torch.bfloat16 if lower else None)
         return module.to(self.device).eval()
 
     def probe(
@@ -153,7 +167,9 @@ class Worker:
                     found, pause = self.evaluate(parent, climb, paused)
             except MachineFault:
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever a candidate dies of is on record; the search goes on
+            except Exception as error:  # whatever a candidate dies of is on record; the search goes on
+                if self.gang.cut and not isinstance(error, FloatingPointError):
+                    raise MachineFault(f"{type(error).__name__}: {error}") from error  # the others may wait in vain
                 problem = f"{type(error).__name__}: {error}"[:2000]
                 found = Evaluation(candidate=climb.candidate, rung=climb.rung, order=climb.order, error=problem)
         seconds = time.perf_counter() - began
@@ -166,18 +182,18 @@ class Worker:
         total = loop.steps_in(stage, len(data.train))
         ends = [0, *(max(1, round(total * share)) for share in spec.probe.rungs)]
         if parent.teacher is not None and self.standard is None:
-            load(parent.teacher, self.live)
-            self.standard = self.logits(self.scored)
-        mask = self.reset(parent, candidate)
-        stray = masks.distance(mask, self.shared[parent.key, candidate.density].control)
+            sharding.load(parent.teacher, self.live)
+            self.standard = self.logits(self.scored, self.gang)
+        mask, bits = self.reset(parent, candidate)
+        stray = masks.distance(bits, self.shared[parent.key, candidate.density].control[1])
         if paused is not None:
-            load(paused.weights, self.live)
+            sharding.load(paused.weights, self.live)
         optimizer = self.optimizer(paused or parent)
         curve: list[Point] = []
         losses: list[Tensor] = []
 
         def look(step: int) -> None:
-            point, rows = self.look(step, self.scored, self.standard)
+            point, rows = self.look(step, self.scored, self.standard, self.gang)
             if not np.isfinite(point.loss):
                 raise FloatingPointError(f"the loss on select is {point.loss} after {step} steps")
             curve.append(point)
@@ -188,13 +204,16 @@ class Worker:
             begin, end = ends[rung : rung + 2]
             whole = range(spec.probe.eval_every, end + 1, spec.probe.eval_every)
             looks = [step for step in whole if step > begin][-spec.probe.last :] if rung == climb.rung else []
-            self.train(parent, stage, mask, seed, looks, look, optimizer, steps=(begin, end), shared=True)
+            steps = (begin, end)
+            self.train(parent, stage, mask, seed, looks, look, optimizer, steps=steps, shared=True, gang=self.gang)
         if not curve:
             look(end)
         pause = None
         if end < total:
             state = loop.optimizer_state(self.module, optimizer)
-            pause = Snapshot(f"{parent.key}: {candidate.name} after {end} steps", pack(self.live), pack(state))
+            weights, moments = self.gathered(self.live), self.gathered(state)
+            if weights and moments:
+                pause = Snapshot(f"{parent.key}: {candidate.name} after {end} steps", weights, moments)
         evaluation = Evaluation(
             candidate=candidate,
             rung=climb.rung,
@@ -203,7 +222,7 @@ class Worker:
             curve=tuple(curve),
             row_losses=torch.stack(losses).mean(0).numpy().tobytes(),
             distance=stray,
-            digest=masks.digest(masks.pack_bits(mask)),
+            digest=masks.digest(bits),
         )
         return evaluation, pause
 
@@ -215,15 +234,14 @@ class Worker:
         Only a gang's first member returns a checkpoint. Raises UserError when the mask is not the one that was scored,
         or when the training diverged, and MachineFault.
         """
-        with isolated(self.job.spec, self.device), faults_told_apart(), gathered or nullcontext(ALONE) as gang:
+        with isolated(self.job.spec, self.device), faults_told_apart(), gathered or nullcontext(self.gang) as gang:
             return self.fine_tune(parent, settling, gang)
 
     def fine_tune(self, parent: Snapshot, settling: Settling, gang: Gang) -> Checkpoint | None:
         started, began = time.time(), time.perf_counter()
-        name, *helpers = gang.names(self.name, self.device)
+        name, *helpers = (self.name,) if gang.cut else gang.names(self.name, self.device)
         spec, data, stage = self.job.spec, self.job.data, settling.stage
-        mask = self.reset(parent, settling.candidate)
-        bits = masks.pack_bits(mask)
+        mask, bits = self.reset(parent, settling.candidate)
         digest = masks.digest(bits)
         if settling.digest is not None and digest != settling.digest:
             raise UserError(
@@ -237,11 +255,13 @@ class Worker:
         best: list[Any] = []
 
         def look(step: int) -> None:
-            point, _ = self.look(step, data.select, gang=gang)
+            point, _ = self.look(step, data.select, None, gang)
             curve.append(point)
             if np.isfinite(point.loss) and (not best or point.rank > best[0]):
-                state = {} if optimizer is None else loop.optimizer_state(self.module, optimizer)
-                best[:] = [point.rank, len(curve) - 1, pack(self.live), pack(state)]
+                best[:] = [point.rank, len(curve) - 1, pack(sharding.parts(self.live)), pack(sharding.parts(moments()))]
+
+        def moments() -> dict[str, Tensor]:
+            return {} if optimizer is None else loop.optimizer_state(self.module, optimizer)
 
         optimizer = None
         if total == 0:
@@ -256,7 +276,10 @@ class Worker:
                 "Lower finetune.learning_rate (dense.learning_rate at level 0) and start in a new run directory"
             )
         _, index, weights, state = best
-        load(weights, self.live)
+        load(weights, sharding.parts(self.live))
+        if gang.cut:
+            load(state, sharding.parts(moments()))
+            weights, state = self.gathered(self.live), self.gathered(moments())
         # without autocast, as whoever loads the export will
         logits = loop.predict(self.module, data.report, padding=data.padding, autocast=nullcontext, gang=gang)
         if gang.rank > 0:
@@ -266,8 +289,8 @@ class Worker:
             optimizer=state,
             mask=bits,
             digest=digest,
-            kept=masks.kept(mask),
-            total=sum(bits.numel() for bits in mask.values()),
+            kept=masks.kept(bits),
+            total=sum(math.prod(shape) for _, _, shape, _ in bits.index.values()),
             finetuned=FineTuned(
                 curve=tuple(curve),
                 best=index,
@@ -279,19 +302,26 @@ class Worker:
             logits=logits.numpy(),
         )
 
-    def reset(self, snapshot: Snapshot, candidate: Candidate) -> masks.Mask:
+    def gathered(self, tensors: dict[str, Tensor]) -> Packed | None:
+        """Whole tensors, packed, for the first process of a gang, and for whoever is alone."""
+        return sharding.gather(tensors, here=self.gang.rank == 0)
+
+    def reset(self, snapshot: Snapshot, candidate: Candidate) -> Drawn:
         """The snapshot's weights in the live model, and the candidate's mask on them; none for a dense one."""
-        load(snapshot.weights, self.live)
+        sharding.load(snapshot.weights, self.live)
         if candidate.density == 1.0:
-            return {}
+            return {}, masks.pack_bits({})
         key = (snapshot.key, candidate.density)
         if key not in self.shared:
             self.shared = {known: value for known, value in self.shared.items() if known[1] == candidate.density}
             calibration = self.calibrate()
-            control = self.draw(candidate.model_copy(update={"noise": None}), calibration, {})
+            control = self.draw(snapshot, candidate.model_copy(update={"noise": None}), calibration, None)
             self.shared[key] = Shared(calibration, control, {})
         shared = self.shared[key]
-        return shared.control if candidate.is_control else self.draw(candidate, shared.calibration, shared.prepared)
+        if candidate.is_control:
+            return shared.control
+        # what is prepared is as large as the whole weights
+        return self.draw(snapshot, candidate, shared.calibration, None if self.gang.cut else shared.prepared)
 
     def calibrate(self) -> dict[str, Calibration]:
         """What the scorer needs to know of the live weights, by name: always from the same training rows."""
@@ -302,13 +332,19 @@ class Worker:
         return calibrate(self.module, self.job.prunable, rows, padding=data.padding, objective=self.objective)
 
     def draw(
-        self, candidate: Candidate, calibration: dict[str, Calibration], prepared: dict[object, Draw]
-    ) -> masks.Mask:
-        """The candidate's mask on the live weights."""
-        weights = {name: self.live[name] for name in self.job.prunable}
+        self,
+        snapshot: Snapshot,
+        candidate: Candidate,
+        calibration: dict[str, Calibration],
+        prepared: dict[object, Draw] | None,
+    ) -> Drawn:
+        """The candidate's mask on the live weights, which are the snapshot's."""
+        live = {name: self.live[name] for name in self.job.prunable}
+        views = snapshot.weights.views() if self.gang.cut else live
         verbs = self.recipe
-        return masks.draw(
-            weights,
+        return sharding.draw(
+            {name: views[name] for name in live},
+            live,
             candidate,
             allocation=verbs.allocation,
             scorer=verbs.scorer,
@@ -352,7 +388,10 @@ class Worker:
             optimizer=optimizer,
             max_grad_norm=self.job.spec.optimizer.max_grad_norm,
             autocast=self.autocast,
-            teacher=self.taught_by(snapshot).begin(seed, first, keep=shared) if stage.distill else None,
+            # what is kept differs between the members of a gang, who must ask equally often
+            teacher=self.taught_by(snapshot).begin(seed, first, keep=shared and not gang.cut)
+            if stage.distill
+            else None,
             objective=self.objective,
             steps=steps,
             gang=gang,
@@ -366,7 +405,7 @@ class Worker:
         assert snapshot.teacher is not None
         if self.teacher is None:
             module = self.new_module().requires_grad_(False)
-            load(snapshot.teacher, persistent(module))
+            sharding.load(snapshot.teacher, persistent(module))
             self.teacher = Teacher(module)
         return self.teacher
 
@@ -374,9 +413,7 @@ class Worker:
         """The live model's, float32 (rows, outputs)."""
         return loop.predict(self.module, rows, padding=self.job.data.padding, autocast=self.autocast, gang=gang)
 
-    def look(
-        self, step: int, rows: Rows, standard: Tensor | None = None, *, gang: Gang = ALONE
-    ) -> tuple[Point, Tensor]:
+    def look(self, step: int, rows: Rows, standard: Tensor | None = None, gang: Gang = ALONE) -> tuple[Point, Tensor]:
         """Measure on rows of `select`: the point, and the loss of every row, float32 (rows,).
 
         `standard`: the dense model's logits of the rows, float32 (rows, outputs), to state the agreement with.
