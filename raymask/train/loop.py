@@ -17,10 +17,12 @@ from raymask.core.seeds import derive
 from raymask.core.spec import Optimizer
 from raymask.train.data import Rows
 from raymask.train.kernels import kernels_for
+from raymask.train.model import vocabulary
 from raymask.train.objectives import Batch, Counts, Objective, counts
 
 BUCKET = 50  # batches that are sorted by length together: little padding, still a new mix every epoch
 EVAL_BATCH = 128
+OUTPUTS = 2**28  # bytes of float32 outputs of a batch without training, where they are of every token and word
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Autocast = Callable[[], AbstractContextManager[object]]
@@ -161,7 +163,7 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 def task_loss(module: nn.Module, batch: Batch, objective: Objective, whole: Counts) -> Tensor:
     """The mean loss against the labels; `whole`: the counts of the batch, or of one that it is a part of."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    return objective.hard(module(**inputs).logits, batch["labels"]).sum() / objective.targets(whole)
+    return objective.hard(module(**inputs).logits, batch).sum() / objective.targets(whole)
 
 
 def distillation(
@@ -176,8 +178,7 @@ def distillation(
     with torch.no_grad():
         teacher_out = teacher(**inputs, output_attentions=True, output_hidden_states=True)
     real = batch["attention_mask"].float()
-    costs = objective.soft(student_out.logits, teacher_out.logits, batch["labels"])
-    loss = costs.sum() / objective.targets(whole)
+    loss = objective.soft(student_out.logits, teacher_out.logits, batch).sum() / objective.targets(whole)
     for mine, theirs in zip(student_out.hidden_states, teacher_out.hidden_states, strict=True):
         loss = loss + ((mine.float() - theirs.float()).square().mean(-1) * real).sum() / whole.tokens
     for mine, theirs in zip(student_out.attentions, teacher_out.attentions, strict=True):
@@ -187,20 +188,31 @@ def distillation(
 
 
 @torch.no_grad()
-def predict(module: nn.Module, rows: Rows, *, padding: int, autocast: Autocast) -> Tensor:
-    """Logits of all rows, float32 (rows, outputs), on the CPU and in the rows' order; the module is in eval mode."""
+def predict(module: nn.Module, rows: Rows, *, padding: int, autocast: Autocast, objective: Objective) -> Tensor:
+    """The objective's answers for all rows, float32 (rows, few), on the CPU and in the rows' order; the module is in
+    eval mode."""
     device = next(module.parameters()).device
     sorted_rows = np.argsort(rows.lengths, kind="stable")
+    size = rows_at_once(module, rows, objective)
     found = []
-    for start in range(0, len(rows), EVAL_BATCH):
-        batch = collate(rows, sorted_rows[start : start + EVAL_BATCH], padding)
-        inputs = {name: tensor for name, tensor in moved(batch, device).items() if name != "labels"}
+    for start in range(0, len(rows), size):
+        batch = moved(collate(rows, sorted_rows[start : start + size], padding), device)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         with autocast():
-            found.append(module(**inputs).logits.float())
-    logits = torch.cat(found).cpu()
-    unsorted = torch.empty_like(logits)
-    unsorted[torch.from_numpy(sorted_rows)] = logits
+            logits = module(**inputs).logits
+        found.append(objective.answers(logits, batch))
+    answers = torch.cat(found).cpu()
+    unsorted = torch.empty_like(answers)
+    unsorted[torch.from_numpy(sorted_rows)] = answers
     return unsorted
+
+
+def rows_at_once(module: nn.Module, rows: Rows, objective: Objective) -> int:
+    """How many rows a batch without training has: as many as their outputs leave room for, at least one."""
+    if not objective.per_token:
+        return EVAL_BATCH
+    row = 4 * int(rows.lengths.max()) * vocabulary(module.config)
+    return max(1, min(EVAL_BATCH, OUTPUTS // row))
 
 
 def make_optimizer(module: nn.Module, settings: Optimizer, state: Mapping[str, Tensor] | None) -> torch.optim.AdamW:

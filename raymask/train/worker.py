@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import platform
@@ -29,7 +30,7 @@ from raymask.train import loop
 from raymask.train.calibration import ROWS, calibrate
 from raymask.train.data import Data, Rows
 from raymask.train.metrics import measure, overall
-from raymask.train.model import build, persistent
+from raymask.train.model import as_kept, build, matrices, persistent, vocabulary
 from raymask.train.objectives import OBJECTIVES
 from raymask.train.teacher import Teacher
 from raymask.train.teacher import memory as teacher_memory
@@ -63,15 +64,18 @@ class Job:
 
         Everywhere Python, torch, and what comes and goes: the best weights and moments, packed. On a CPU also weights,
         gradients, masks, moments, a calibration, a teacher with what is kept of its answers, and as much again for
-        activations.
+        activations; where a model has outputs for every token and word, those of a batch, and what is computed of them.
         """
         calibrated = SCORERS[self.spec.mask.score] not in BLIND
         passing, living = 3 * 4 * self.parameters, (5 + calibrated + self.spec.distill) * 4 * self.parameters
         if on_gpu:
             return 2**30 * 3 + passing
         rows = int(self.spec.probe.epochs * len(self.data.train))
-        answers = teacher_memory(rows, self.data.train.lengths, self.config) if self.spec.distill else 0
-        return 2**29 + 2 * (passing + living) + answers
+        words = vocabulary(self.config) if OBJECTIVES[self.data.kind].per_token else 0
+        answers = teacher_memory(rows, self.data.train.lengths, self.config, words) if self.spec.distill else 0
+        batch = max(stage.batch_size for stage in (self.spec.dense, self.spec.probe, self.spec.finetune))
+        outputs = 4 * words * batch * int(self.data.train.lengths.max())
+        return 2**29 + 2 * (passing + living) + answers + (4 + 2 * self.spec.distill) * outputs
 
     @property
     def shared_memory(self) -> int:
@@ -113,11 +117,14 @@ class Worker:
         self.name = describe(self.device, job.spec)
         self.shared: dict[tuple[str, float], Shared] = {}  # by parent and density
         self.scored = job.scored
-        self.standard: Tensor | None = None  # the dense model's logits of the rows that are scored
+        self.standard: Tensor | None = None  # the dense model's answers for the rows that are scored
 
     def new_module(self) -> torch.nn.Module:
         spec = self.job.spec
-        module = build(self.job.config, spec.model.trust_remote_code, show_attention=spec.distill)
+        config = copy.deepcopy(self.job.config)
+        config.use_cache = False  # nobody generates here
+        kind = self.job.data.kind
+        module = build(config, spec.model.trust_remote_code, kind=kind, show_attention=spec.distill)
         return module.to(self.device).eval()
 
     def probe(
@@ -148,9 +155,9 @@ class Worker:
         stage = probe_stage(spec)
         total = loop.steps_in(stage, len(data.train))
         ends = [0, *(max(1, round(total * share)) for share in spec.probe.rungs)]
-        if parent.teacher is not None and self.standard is None:
+        if parent.teacher is not None and self.standard is None and self.objective.agreement:
             load(parent.teacher, self.live)
-            self.standard = self.logits(self.scored)
+            self.standard = self.answers(self.scored)
         mask = self.reset(parent, candidate)
         stray = masks.distance(mask, self.shared[parent.key, candidate.density].control)
         if paused is not None:
@@ -251,7 +258,7 @@ class Worker:
                 worker=self.name,
             ),
             # in float32, as whoever loads the export will
-            logits=loop.predict(self.module, data.report, padding=data.padding, autocast=nullcontext).numpy(),
+            logits=self.answers(data.report, nullcontext).numpy(),
         )
 
     def reset(self, snapshot: Snapshot, candidate: Candidate) -> masks.Mask:
@@ -280,10 +287,9 @@ class Worker:
         self, candidate: Candidate, calibration: dict[str, Calibration], prepared: dict[object, Draw]
     ) -> masks.Mask:
         """The candidate's mask on the live weights."""
-        weights = {name: self.live[name] for name in self.job.prunable}
         verbs = self.recipe
-        return masks.draw(
-            weights,
+        mask = masks.draw(
+            matrices(self.module, self.job.prunable),
             candidate,
             allocation=verbs.allocation,
             scorer=verbs.scorer,
@@ -292,6 +298,7 @@ class Worker:
             calibration=calibration,
             prepared=prepared,
         )
+        return as_kept(self.module, mask)
 
     def optimizer(self, snapshot: Snapshot) -> torch.optim.AdamW:
         """AdamW as the snapshot left it."""
@@ -343,22 +350,23 @@ class Worker:
             self.teacher = Teacher(module)
         return self.teacher
 
-    def logits(self, rows: Rows) -> Tensor:
-        """The live model's, float32 (rows, outputs)."""
-        return loop.predict(self.module, rows, padding=self.job.data.padding, autocast=self.autocast)
+    def answers(self, rows: Rows, autocast: loop.Autocast | None = None) -> Tensor:
+        """The live model's, float32 (rows, few)."""
+        padding, autocast = self.job.data.padding, autocast or self.autocast
+        return loop.predict(self.module, rows, padding=padding, autocast=autocast, objective=self.objective)
 
     def look(self, step: int, rows: Rows, standard: Tensor | None = None) -> tuple[Point, Tensor]:
         """Measure on rows of `select`: the point, and the loss of every row, float32 (rows,).
 
-        `standard`: the dense model's logits of the rows, float32 (rows, outputs), to state the agreement with.
+        `standard`: the dense model's answers for the rows, float32 (rows, few), to state the agreement with.
         """
-        data = self.job.data
-        logits = self.logits(rows)
-        losses = self.objective.hard(logits, torch.from_numpy(rows.labels))
+        answers, agreement = self.answers(rows), None
+        losses = self.objective.losses(answers, torch.from_numpy(rows.labels))
         loss = float(losses.double().mean())
-        finite = bool(torch.isfinite(logits).all())
-        metric = overall(measure(data.metrics, logits.numpy(), rows.labels)) if finite else 0.0
-        agreement = self.objective.agreement(logits, standard) if standard is not None and finite else None
+        finite = bool(torch.isfinite(answers).all())
+        metric = overall(measure(self.job.data.metrics, answers.numpy(), rows.labels)) if finite else 0.0
+        if standard is not None and finite and self.objective.agreement:
+            agreement = self.objective.agreement(answers, standard)
         return Point(step=step, loss=loss, metric=metric, agreement=agreement), losses
 
 
