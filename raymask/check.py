@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raymask.core.masks import quotas
-from raymask.core.recipe import epochs, parents_of
+from raymask.core.recipe import Recipe, epochs, parents_of, runs_imp
 from raymask.core.rungs import places
 from raymask.core.seeds import derive
 from raymask.core.spec import Spec
@@ -37,10 +38,10 @@ def show_check(console: Console, spec: Spec, address: str | None) -> None:
 
 
 def show_model(console: Console, plan: Plan) -> None:
-    sizes, body = plan.source.sizes, blocks(plan.source.kind)
+    sizes, model, body = plan.source.sizes, plan.recipe.spec.model, blocks(plan.source.kind)
     say(
         console,
-        f"model    {plan.recipe.spec.model.name}: {sizes.whole:,} parameters, {sizes.encoder:,} in the {body}; "
+        f"model    {model.name}: {sizes.whole:,} parameters in {model.dtype}, {sizes.encoder:,} in the {body}; "
         f"{len(plan.source.prunable)} matrices with {sizes.prunable:,} weights to prune",
     )
 
@@ -118,7 +119,21 @@ def show_offer(console: Console, plan: Plan, address: str | None) -> None:
         cluster.require_room(need, nodes)
     where = "machine" if address is None else f"{len(nodes)} nodes"
     offers = "; ".join(cluster.offer(node) for node in nodes)
-    say(console, f"{where:8} {offers}: room for {cluster.slots(need, nodes)} workers")
+    room = min(cluster.slots(need, nodes), asked.count or sys.maxsize)
+    say(console, f"{where:8} {offers}: room for {room} workers")
+    show_idle(console, plan.recipe, room)
+
+
+def show_idle(console: Console, recipe: Recipe, workers: int) -> None:
+    """How to use the workers that no fine-tuning would, when there are any."""
+    spec = recipe.spec
+    busy = (spec.select.keep + runs_imp(spec)) * spec.finetune.shards
+    if busy < workers:
+        say(
+            console,
+            f"idle     fine-tuning takes {busy} of {workers} workers: finetune.shards lets several train one model, "
+            "select.keep has more masks fine-tuned",
+        )
 
 
 def this_machine() -> Mapping[str, float]:

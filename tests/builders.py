@@ -16,7 +16,7 @@ import torch
 from raymask.core.errors import UserError
 from raymask.core.records import Candidate, Evaluate, Evaluation, Snapshot
 from raymask.core.rungs import Ladder
-from raymask.core.spec import QUICKSTART, Model, Spec, Task
+from raymask.core.spec import QUICKSTART, Spec, Task
 from raymask.core.tensors import Packed, pack
 from raymask.train import quickstart
 from raymask.train.data import Corpus, Texts, tokenize
@@ -113,7 +113,7 @@ def tiny_job(
 ) -> Job:
     """A worker's job of a few steps; `settings` are sections of the spec, merged into its own."""
     sections: dict[str, Any] = {
-        "model": QUICKSTART,
+        "model": {"name": QUICKSTART},
         "task": QUICKSTART,
         "levels": [0.5, 0.75],
         "candidates": {"count": 3, "ratios": [0.01]},
@@ -126,8 +126,10 @@ def tiny_job(
         sections[name] = sections.get(name, {}) | section if isinstance(section, dict) else section
     corpus = tiny_documents() if family in DECODERS else tiny_corpus(regression, rows)
     tokenizer = tiny_tokenizer(family)
-    source = describe(Model(name=family), tiny_config(family), tokenizer, corpus.classes, corpus.kind)
     spec = Spec.model_validate(sections)
+    model = spec.model.model_copy(update={"name": family})
+    settings = {"kind": corpus.kind, "checkpointing": spec.checkpointing}
+    source = describe(model, tiny_config(family), tokenizer, corpus.classes, **settings)
     limits = positions(source.config, corpus.kind), vocabulary(source.config)
     data = cut(corpus, tokenizer, *limits) if isinstance(corpus, Documents) else tokenize(corpus, tokenizer)
     return Job(spec, source.config, data, source.prunable, source.sizes.whole)

@@ -13,12 +13,12 @@ from raymask.train.calibration import calibrate
 from raymask.train.data import Rows
 from raymask.train.loop import collate, task_loss
 from raymask.train.model import build, matrices, persistent, turned
-from raymask.train.objectives import OBJECTIVES, Counts
+from raymask.train.objectives import OBJECTIVES, counts
 
 
-def prepared(family="bert", *, regression=False):
+def prepared(family="bert", *, regression=False, **settings):
     """A tiny model in evaluation mode, and its job."""
-    job = tiny_job(family, regression=regression)
+    job = tiny_job(family, regression=regression, **settings)
     module = build(job.config, kind=job.data.kind).eval()
     load(tiny_snapshot(job).weights, persistent(module))
     return module, job
@@ -50,10 +50,9 @@ def one_by_one(module, job):
         return add
 
     hooks = [layers[name].register_forward_pre_hook(hear(name)) for name in job.prunable]
-    whole = Counts(len(rows), len(rows.ids), 0)
     for row in range(len(rows)):
         batch = collate(rows, np.array([row]), job.data.padding)
-        task_loss(module, batch, OBJECTIVES[job.data.kind], whole).backward()
+        task_loss(module, batch, OBJECTIVES[job.data.kind], counts(rows.lengths)).backward()
     for hook in hooks:
         hook.remove()
     gradients = {name: module.get_parameter(name).grad.clone() for name in job.prunable}
@@ -84,6 +83,15 @@ def test_batches_change_nothing_but_the_order_of_sums(monkeypatch):
     for name, seen in calibrated(module, job).items():
         torch.testing.assert_close(seen.inputs, whole[name].inputs, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(seen.gradient, whole[name].gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_of_weights_in_bf16_it_is_summed_in_float32():
+    exact, rough = (calibrated(*prepared(model={"dtype": dtype}, precision="auto")) for dtype in ("fp32", "bf16"))
+    for name, seen in rough.items():
+        assert seen.inputs.dtype == seen.gradient.dtype == torch.float32
+        torch.testing.assert_close(seen.inputs, exact[name].inputs, rtol=0.05, atol=0.05)
+        error = (seen.gradient - exact[name].gradient).norm() / exact[name].gradient.norm()
+        assert 0 < error < 0.1
 
 
 def test_it_is_the_same_to_the_bit_and_leaves_nothing_behind():

@@ -165,3 +165,28 @@ def test_nobody_generates_in_a_worker_and_everybody_may_with_the_export() -> Non
     worker = Worker(job, "cpu")
     assert worker.module.config.use_cache is False
     assert job.config.use_cache is True
+
+
+@pytest.mark.parametrize("distill", [False, True])
+@pytest.mark.parametrize("family", DECODERS)
+def test_activations_that_are_computed_again_change_no_bit(family: str, distill: bool) -> None:
+    found = []
+    for checkpointing in (False, True):
+        job = tiny_job(family, distill=distill, checkpointing=checkpointing)
+        stage = finetune_stage(resolve(job.spec), 1)
+        settling = Settling("search", propose(resolve(job.spec), 1)[1], stage, None)
+        found.append(Worker(job, "cpu").settle(tiny_snapshot(job), settling))
+    assert np.array_equal(found[0].weights.buffer, found[1].weights.buffer)
+    assert np.array_equal(found[0].logits, found[1].logits)
+
+
+def test_a_decoder_s_weights_may_be_in_bf16(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, "gpt2", optimizer={"name": "adafactor"}, checkpointing=True, precision="auto")
+    spec["model"] = {"name": spec["model"], "dtype": "bf16"}
+    result = raymask.search(spec, tmp_path / "run", in_process=True)
+    weights = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    text = (tmp_path / "report.txt").read_text()
+    assert plain_perplexity(tmp_path / "run" / "export", text) == pytest.approx(
+        result.rows[-1].report["perplexity"], rel=0.02
+    )

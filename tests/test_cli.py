@@ -145,6 +145,13 @@ def test_check_says_how_rungs_and_a_beam_are_peopled(tmp_path: Path) -> None:
         assert part in done.stdout
 
 
+def test_check_says_how_workers_that_would_stand_idle_can_be_used(tmp_path: Path) -> None:
+    quarter = ("--set", "workers.cpus=0.25", "--set", "workers.count=4", "--set", "imp.run=false")
+    said = "fine-tuning takes 1 of 4 workers: finetune.shards lets several train one model"
+    assert said in raymask("check", *SHORT, *quarter, cwd=tmp_path).stdout.replace("\n", " ")
+    assert "idle" not in raymask("check", *SHORT, *quarter, "--set", "finetune.shards=4", cwd=tmp_path).stdout
+
+
 @pytest.mark.long
 def test_an_audit_says_how_well_early_scores_agree_with_the_end(tmp_path: Path) -> None:
     done = raymask("audit", "--in-process", "--run", "run", *SHORT, "--set", "levels=[0.9]", cwd=tmp_path)

@@ -270,6 +270,8 @@ def test_an_unknown_key_inside_a_long_form_is_answered_alike():
         ("probe: {score: f1}", "probe.score", "'loss', 'metric' or 'agreement'", "'f1'"),
         ("imp: {run: perhaps}", "imp.run", "valid boolean", "'perhaps'"),
         ("precision: fp8", "precision", "'auto', 'fp32' or 'bf16'", "'fp8'"),
+        ("dense: {shards: 6}", "dense.shards", "must be 1, 2, 4, 8 or a higher power of two, not 6", "6"),
+        ("finetune: {shards: 0}", "finetune.shards", "greater than or equal to 1", "0"),
         ("workers: 4", "workers", "valid dictionary", "4"),
         ("levels: 0.9", "levels", "valid dictionary", "0.9"),
         ("levels: [0.5, high]", "levels.sparsities.1", "valid number", "'high'"),
@@ -303,6 +305,29 @@ def test_levels_are_given_in_exactly_one_way():
     assert with_line("levels: {sparsities: [0.5], sparsity: 0.9}") == message
     assert with_line("levels: {steps: 3}") == message
     assert with_line("levels: []") == "job.yaml: levels: at least one sparsity is needed"
+
+
+# Weights in bf16
+
+
+@pytest.mark.parametrize("lines", ["precision: fp32", "preset: paper"])
+def test_weights_in_bf16_cannot_be_multiplied_in_fp32(lines):
+    message = refusal("model: {name: m, dtype: bf16}\ntask: glue/mrpc\n" + lines)
+    assert message == (
+        "job.yaml: precision: fp32 is not to be had from weights in bf16: take it out, or set model.dtype to fp32"
+    )
+
+
+def test_weights_of_another_type_are_refused():
+    assert refusal(TWO_LINES, "model.dtype=fp16") == (
+        "job.yaml: model.dtype: input should be 'fp32' or 'bf16' (it is 'fp16')"
+    )
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_weights_in_bf16_go_with_any_other_precision(precision):
+    spec = parse_spec(TWO_LINES, ["model.dtype=bf16", f"precision={precision}"])
+    assert (spec.model.dtype, parse_spec(TWO_LINES).model.dtype) == ("bf16", "fp32")
 
 
 # Where sparsity goes

@@ -104,10 +104,14 @@ def predicted(module, rows, objective=CLASSIFICATION, autocast=nullcontext):
 
 def loss_of(module, batch, objective=CLASSIFICATION, teacher=None, whole=None):
     """What a step would go down, of a batch on its own or as a part of a whole one."""
-    whole = whole or counts(batch)
+    whole = whole or counted(batch)
     if teacher:
         return distillation(module, teacher, batch, objective, whole)
     return task_loss(module, batch, objective, whole)
+
+
+def counted(batch):
+    return counts(batch["attention_mask"].sum(1).numpy())
 
 
 def weights_of(module):
@@ -116,6 +120,9 @@ def weights_of(module):
 
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+OPTIMIZERS = pytest.mark.parametrize("name", ["adamw", "adafactor"])
 
 
 @pytest.fixture(scope="module")
@@ -137,19 +144,19 @@ def uneven(data):
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=80), st.integers(1, 20), st.integers(0, 99))
 def test_every_epoch_covers_every_row_once(lengths, size, seed):
     rows, stage = numbered(lengths), staged(batch_size=size)
-    batches = endless(rows, size, 0, seed)
+    batches = endless(rows, size, seed)
     for _ in range(3):
-        epoch = [next(batches)["labels"] for _ in range(per_epoch(stage, len(rows)))]
-        assert torch.cat(epoch).sort().values.tolist() == list(range(len(rows)))
-        assert all(len(labels) <= size for labels in epoch)
+        epoch = [next(batches) for _ in range(per_epoch(stage, len(rows)))]
+        assert np.sort(np.concatenate(epoch)).tolist() == list(range(len(rows)))
+        assert all(len(chosen) <= size for chosen in epoch)
 
 
 def test_the_order_is_the_seed_s_and_new_every_epoch():
     rows = numbered([5] * 40)
 
     def epochs(seed):
-        batches = endless(rows, 8, 0, seed)
-        return [torch.cat([next(batches)["labels"] for _ in range(5)]).tolist() for _ in range(2)]
+        batches = endless(rows, 8, seed)
+        return [np.concatenate([next(batches) for _ in range(5)]).tolist() for _ in range(2)]
 
     assert epochs(1) == epochs(1)
     assert epochs(1) != epochs(2)
@@ -159,8 +166,8 @@ def test_the_order_is_the_seed_s_and_new_every_epoch():
 
 def test_rows_of_like_length_share_a_batch():
     lengths = np.random.default_rng(0).integers(1, 60, 200)
-    batches = endless(numbered(lengths), 10, 0, seed=0)
-    widths = [next(batches)["input_ids"].shape[1] for _ in range(20)]
+    batches = endless(numbered(lengths), 10, seed=0)
+    widths = [lengths[next(batches)].max() for _ in range(20)]
     assert sum(widths) * 10 < 1.1 * lengths.sum()
     assert widths != sorted(widths)
 
@@ -253,9 +260,10 @@ def test_pruned_entries_are_zero_at_every_step_and_kept_ones_move(data):
         assert (live[name] != start[name])[bits].float().mean() > 0.9
 
 
-def test_a_mask_holds_against_the_momentum_of_the_dense_weights(data):
+@OPTIMIZERS
+def test_a_mask_holds_against_the_momentum_of_the_dense_weights(data, name):
     module = tiny_module()
-    optimizer = make_optimizer(module, Optimizer(weight_decay=0.1), None)
+    optimizer = make_optimizer(module, Optimizer(name=name, weight_decay=0.1), None)
     fit(module, data.train, optimizer=optimizer)
     masks = half_masks(module)
     fit(module, data.train, optimizer=optimizer, mask=masks)
@@ -308,44 +316,71 @@ def test_gradients_are_clipped_to_their_norm(data):
     assert moved[0] <= (1.01 * 0.01 * 1e-9) ** 2 < moved[1] <= (1.01 * 0.01) ** 2
 
 
-def test_training_learns_the_task(data):
-    module = tiny_module(dropout=0.0)
+@OPTIMIZERS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_learns_the_task(data, name, dtype):
+    module = tiny_module(dropout=0.0, dtype=dtype)
     before = loss_of(module, collate(data.select, np.arange(16), 0)).item()
-    fit(module, data.train, staged(epochs=20))
+    fit(module, data.train, staged(epochs=20), optimizer=make_optimizer(module, Optimizer(name=name), None))
     assert loss_of(module, collate(data.select, np.arange(16), 0)).item() < before / 2
 
 
 # The optimizer's state.
 
 
-def test_a_restored_optimizer_continues_bitwise(data):
-    module, stage = tiny_module(), staged(epochs=0.7)
-    optimizer = make_optimizer(module, Optimizer(weight_decay=0.01), None)
+@OPTIMIZERS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_restored_optimizer_continues_bitwise(data, name, dtype):
+    module, stage, settings = tiny_module(dtype=dtype), staged(epochs=0.7), Optimizer(name=name, weight_decay=0.01)
+    optimizer = make_optimizer(module, settings, None)
     fit(module, data.train, stage, optimizer=optimizer, seed=1)
     weights, state = pack(persistent(module)), pack(optimizer_state(module, optimizer))
     assert float(state.views()["step"]) == 2
     fit(module, data.train, stage, optimizer=optimizer, seed=2)
 
-    restored = tiny_module(seed=9)
+    restored = tiny_module(seed=9, dtype=dtype)
     load(weights, persistent(restored))
-    again = make_optimizer(restored, Optimizer(weight_decay=0.01), state.views())
+    again = make_optimizer(restored, settings, state.views())
     fit(restored, data.train, stage, optimizer=again, seed=2)
     assert same(weights_of(restored), weights_of(module))
     assert same(optimizer_state(restored, again), optimizer_state(module, optimizer))
 
     load(weights, persistent(restored))
-    fit(restored, data.train, stage, seed=2)
+    fit(restored, data.train, stage, seed=2, optimizer=make_optimizer(restored, settings, None))
     assert not same(weights_of(restored), weights_of(module))  # a fresh optimizer would not have done
 
 
-def test_restoring_copies_the_state(data):
-    module = tiny_module()
-    optimizer = make_optimizer(module, Optimizer(), None)
+@OPTIMIZERS
+def test_restoring_copies_the_state(data, name):
+    module, settings = tiny_module(), Optimizer(name=name)
+    optimizer = make_optimizer(module, settings, None)
     fit(module, data.train, optimizer=optimizer)
     state = {name: tensor.clone() for name, tensor in optimizer_state(module, optimizer).items()}
     before = {name: tensor.clone() for name, tensor in state.items()}
-    fit(module, data.train, optimizer=make_optimizer(module, Optimizer(), state))
+    fit(module, data.train, optimizer=make_optimizer(module, settings, state))
     assert same(state, before)
+
+
+def test_the_state_is_laid_out_by_moment_and_parameter(data):
+    module = tiny_module()
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    expected = {
+        "adamw": {f"{moment}/{name}": shape for name, shape in shapes.items() for moment in ("exp_avg", "exp_avg_sq")},
+        "adafactor": {
+            f"{moment}/{name}": inner
+            for name, shape in shapes.items()
+            for moment, inner in (
+                {"row_var": (shape[0], 1), "col_var": (1, shape[1])} if len(shape) == 2 else {"variance": shape}
+            ).items()
+        },
+    }
+    for name, layout in expected.items():
+        optimizer = make_optimizer(module, Optimizer(name=name), None)
+        fit(module, data.train, optimizer=optimizer)
+        state = optimizer_state(module, optimizer)
+        assert {key: tuple(value.shape) for key, value in state.items()} == {"step": ()} | layout
+        assert list(state) == ["step", *layout]
+        assert (float(state["step"]), state["step"].dtype) == (3.0, torch.float32)
 
 
 def test_an_optimizer_that_took_no_step_has_no_state():
@@ -354,7 +389,8 @@ def test_an_optimizer_that_took_no_step_has_no_state():
     assert optimizer_state(module, make_optimizer(module, Optimizer(), {})) == {}
 
 
-def test_a_parameter_that_gets_no_gradient_does_not_stop_a_restored_optimizer():
+@OPTIMIZERS
+def test_a_parameter_that_gets_no_gradient_does_not_stop_a_restored_optimizer(name):
     def two_layers():
         torch.manual_seed(0)
         return nn.ModuleDict({"used": nn.Linear(3, 1), "idle": nn.Linear(3, 1)})
@@ -364,14 +400,28 @@ def test_a_parameter_that_gets_no_gradient_does_not_stop_a_restored_optimizer():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    module = two_layers()
-    optimizer = make_optimizer(module, Optimizer(), None)
+    module, settings = two_layers(), Optimizer(name=name)
+    optimizer = make_optimizer(module, settings, None)
     step(module, optimizer)
     restored = copy.deepcopy(module)
-    again = make_optimizer(restored, Optimizer(), optimizer_state(module, optimizer))
+    again = make_optimizer(restored, settings, optimizer_state(module, optimizer))
     step(module, optimizer)
     step(restored, again)
     assert same(weights_of(restored), weights_of(module))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-6])
+def test_a_step_of_adafactor_is_a_share_of_a_matrix_however_small_its_gradient(dtype, scale):
+    rng = torch.Generator().manual_seed(0)
+    layer = nn.Linear(64, 48, bias=False).to(dtype)
+    start = layer.weight.clone()
+    layer.weight.grad = (scale * torch.randn(48, 64, generator=rng)).to(dtype)
+    optimizer = make_optimizer(layer, Optimizer(name="adafactor"), None)
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    with torch.no_grad():
+        assert float((layer.weight - start).norm() / start.norm()) == pytest.approx(0.1, rel=0.02)
 
 
 # Losses.
@@ -398,7 +448,7 @@ def test_the_task_loss_is_the_mean_over_rows(uneven, kind):
 
 
 def test_counts_are_of_what_is_no_padding(uneven):
-    assert counts(collate(uneven, np.arange(4), 0)) == Counts(rows=4, tokens=22, pairs=9 + 25 + 64 + 36)
+    assert counts(uneven.lengths) == Counts(rows=4, tokens=22, pairs=9 + 25 + 64 + 36, predicted=18)
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
@@ -411,7 +461,8 @@ def test_the_losses_of_a_batch_s_parts_add_up_to_its_own(uneven, distilled, kind
         module.zero_grad()
         batches = [batch_for(kind, uneven, part) for part in parts]
         loss = sum(
-            loss_of(module, batch, OBJECTIVES[kind], teacher if distilled else None, counts(whole)) for batch in batches
+            loss_of(module, batch, OBJECTIVES[kind], teacher if distilled else None, counted(whole))
+            for batch in batches
         )
         loss.backward()
         return loss.item(), {name: parameter.grad.clone() for name, parameter in module.named_parameters()}

@@ -377,6 +377,23 @@ def test_half_precision_is_loaded_as_float32(tmp_path):
     assert all(torch.equal(found[name], tensor.float()) for name, tensor in saved.items())
 
 
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+def test_weights_are_loaded_in_bf16_where_that_is_asked_for(tmp_path, saved):
+    rewrite(tiny_model(tmp_path), lambda tensors: tensors.update({n: t.to(saved) for n, t in tensors.items()}))
+    found = loaded(tmp_path, fine_tuned=True, dtype="bf16")
+    assert {weight.dtype for weight in found.values() if weight.is_floating_point()} == {torch.bfloat16}
+    assert all(torch.equal(found[name], t.bfloat16()) for name, t in load_file(tmp_path / "model.safetensors").items())
+
+
+def test_a_new_head_and_a_new_model_are_in_bf16_where_that_is_asked_for(tmp_path):
+    tiny_model(tmp_path, head=False)
+    first, again, other = (loaded(tmp_path, seed=seed, dtype="bf16")["classifier.weight"] for seed in (1, 1, 2))
+    assert first.dtype == torch.bfloat16
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert loaded(QUICKSTART, dtype="bf16")["classifier.weight"].dtype == torch.bfloat16
+
+
 def test_the_quickstart_s_model_is_drawn_from_the_seed():
     model = Model(name=QUICKSTART)
     config, tokenizer = read_config(model)
@@ -459,6 +476,16 @@ def test_a_model_without_linear_layers_is_refused():
     small = AutoConfig.for_model("gpt2", n_embd=16, n_layer=0, n_head=2, vocab_size=50)
     message = refused(describe, Model(name="gpt2"), small, None, CLASSES)
     assert message == "model: no matrix of gpt2 can be pruned"
+
+
+def test_a_model_whose_layers_cannot_run_again_is_refused_where_they_would_have_to():
+    config = tiny_config("albert")
+    message = refused(describe, Model(name="some/albert"), config, None, CLASSES, checkpointing=True)
+    assert message == (
+        "checkpointing: some/albert has no way to compute its activations again: take it out, and lower batch_size of "
+        "dense, probe and finetune where memory is short"
+    )
+    assert describe(Model(name="some/albert"), config, None, CLASSES).prunable
 
 
 @pytest.mark.parametrize("keys", [{"include": ("nothing.*",)}, {"exclude": ("*",)}], ids=["include", "exclude"])

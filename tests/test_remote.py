@@ -74,20 +74,20 @@ class Ear(Silent):
 
 @dataclass
 class Killer(Ear):
-    """Signals the one worker there is while it is in the middle of `name`, a number of `times`, each a new process."""
+    """Signals the workers, or `together` of them, in the middle of `name`, a number of `times`, each a new process."""
 
     name: str = "candidate 1"
     times: int = 1
+    together: int | None = None
     signal: int = signal.SIGKILL
     hit: list[int] = field(default_factory=list)
 
     def running(self, shares: Mapping[str, float]) -> None:
         super().running(shares)
         if shares.get(self.name, 0.0) > 0.0 and len(self.hit) < self.times:
-            for pid in desks():
-                if pid not in self.hit:
-                    os.kill(pid, self.signal)
-                    self.hit.append(pid)
+            for pid in [pid for pid in desks() if pid not in self.hit][: self.together]:
+                os.kill(pid, self.signal)
+                self.hit.append(pid)
 
 
 def family() -> list[psutil.Process]:
@@ -519,6 +519,49 @@ def test_a_fine_tuning_that_may_not_be_repeated_ends_the_search_and_says_which(
     ):
         list(fine_tune(longer))
     assert len(killer.hit) == 1
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_workers_that_would_stand_idle_share_a_fine_tuning_and_change_no_bit_of_it(
+    ours: None, plan: Plan, work: list[tuple[Snapshot, Settling]], shards: int
+) -> None:
+    work = [(start, replace_stage(settling, shards=shards)) for start, settling in work]
+    with local.workers(plan.job, Silent()) as (_, fine_tune):
+        expected = dict(fine_tune(work))
+    with hired(job_of(plan, workers={"count": 2})) as (_, fine_tune):
+        both = dict(fine_tune(work))
+        one = dict(fine_tune(work[:1]))
+    helpers = [len(found.finetuned.helpers) for found in (both[0], both[1], one[0])]
+    assert helpers == [0, 0, 1 if shards > 1 else 0]
+    for found, wanted in [(both[0], expected[0]), (both[1], expected[1]), (one[0], expected[0])]:
+        assert_same(found, wanted)
+
+
+def test_a_gang_that_loses_a_member_is_replaced_as_a_whole(
+    ours: None, attentive: None, plan: Plan, work: list[tuple[Snapshot, Settling]]
+) -> None:
+    longer = [(start, replace_stage(settling, epochs=1.0, shards=2)) for start, settling in work[:1]]
+    with local.workers(plan.job, Silent()) as (_, fine_tune):
+        [(_, expected)] = fine_tune(longer)
+    name = longer[0][1].name
+    killer = Killer(name=name, times=2, together=1)
+    with hired(job_of(plan, workers={"count": 2}), killer) as (_, fine_tune):
+        [(_, found)] = fine_tune(longer)
+    assert len(killer.hit) == 2
+    assert [note.partition(":")[0] for note in killer.troubles] == [name, name]
+    assert len(found.finetuned.helpers) == 1
+    assert_same(found, expected)
+
+
+def test_a_mistake_that_a_gang_finds_is_told_once_and_as_it_is(
+    ours: None, plan: Plan, work: list[tuple[Snapshot, Settling]]
+) -> None:
+    wrong = [(start, replace(replace_stage(settling, shards=2), digest="0" * 32)) for start, settling in work[:1]]
+    with (
+        hired(job_of(plan, workers={"count": 2})) as (_, fine_tune),
+        pytest.raises(UserError, match=r"candidate 1 of level 1 drew mask .*, but mask 0{32} was scored"),
+    ):
+        list(fine_tune(wrong))
 
 
 def replace_stage(settling: Settling, **changes: object) -> Settling:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from builders import FAMILIES, refused, tiny_job, tiny_snapshot
 
 from raymask.core.allocations import ALLOCATIONS
@@ -236,12 +237,14 @@ def test_any_other_error_of_a_candidate_is_recorded_by_kind_and_cut(job, dense, 
         torch.OutOfMemoryError("no room"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: no room"),
         RuntimeError("CUDA error: an illegal memory access was encountered, no room"),
+        RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer, no room"),
+        dist.DistNetworkError("no room"),
     ],
-    ids=["python", "cuda", "cpu", "sticky"],
+    ids=["python", "cuda", "cpu", "sticky", "a gang's", "a gang's start"],
 )
 @pytest.mark.parametrize("work", ["probe", "settle"])
 def test_the_machine_s_own_faults_are_raised(job, dense, monkeypatch, fault, work):
-    def fail(*_):
+    def fail(*_, **__):
         raise fault
 
     monkeypatch.setattr(Worker, "look", fail)
@@ -252,7 +255,7 @@ def test_the_machine_s_own_faults_are_raised(job, dense, monkeypatch, fault, wor
 
 
 def test_memory_that_really_runs_out_is_the_machine_s_fault(job, dense, monkeypatch):
-    monkeypatch.setattr(Worker, "look", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr(Worker, "look", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
     with pytest.raises(MachineFault, match="allocate"):
         probe(Worker(job, "cpu"), dense, pool(job)[0])
 
@@ -264,7 +267,7 @@ def scripted(monkeypatch, points):
     """Let the looks find (loss, metric) of `points` in turn; returns a list that gets the weights at each look."""
     seen, script = [], iter(points)
 
-    def look(self, step, rows):
+    def look(self, step, rows, gang):
         seen.append(pack(self.live).buffer)
         loss, metric = next(script)
         return Point(step=step, loss=loss, metric=metric), torch.zeros(1)
@@ -421,6 +424,30 @@ def test_bf16_is_near_float32_and_keeps_float32_weights(job, dense):
 
 
 @pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("distill", [False, True])
+def test_weights_in_bf16_are_multiplied_as_they_are_and_stay_so(monkeypatch, distill, native):
+    monkeypatch.setattr(worker, "native_bf16", lambda device: native)
+    exact, half = (tiny_job(model={"dtype": dtype}, precision="auto", distill=distill) for dtype in ("fp32", "bf16"))
+    dense = tiny_snapshot(half)
+    busy = Worker(half, "cpu")
+    with busy.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    found = probe(busy, dense, pool(half)[1])
+    assert found.ok, found.error
+    assert found.worker.endswith(" bf16")
+    assert found.score == pytest.approx(probed(exact, tiny_snapshot(exact), pool(exact)[1]).score, rel=0.1)
+    assert findings(probed(half, dense, pool(half)[1])) == findings(found)
+    settled_here = busy.settle(dense, settling(half, pool(half)[1], found.digest))
+    weights, state = settled_here.weights.views(), settled_here.optimizer.views()
+    for name in half.prunable:
+        assert {weights[name].dtype, state[f"exp_avg/{name}"].dtype} == {torch.bfloat16}
+        assert not weights[name][~unpack_bits(settled_here.mask)[name]].any()
+    assert settled_here.logits.dtype == np.float32
+    second = probed(half, after(dense, settled_here), pool(half, 2)[1])
+    assert np.isfinite(second.score)
+
+
+@pytest.mark.parametrize("native", [False, True])
 def test_auto_is_bf16_where_the_device_has_it(monkeypatch, native):
     monkeypatch.setattr(worker, "native_bf16", lambda device: native)
     with autocasting("auto", CPU)():
@@ -450,6 +477,44 @@ def test_every_family_is_probed_and_settled_with_a_teacher(family):
     found = Worker(job, "cpu").settle(dense, settling(job, pool(job)[1], evaluation.digest))
     assert found.kept == found.total / 2
     assert np.isfinite(found.logits).all()
+
+
+# Checkpointing.
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *(pytest.param(family, {"distill": True}, id=family) for family in FAMILIES if family != "albert"),
+        pytest.param("bert", {}, id="labels"),
+        pytest.param("bert", {"precision": "bf16", "distill": True}, id="autocast"),
+        pytest.param("bert", {"model": {"dtype": "bf16"}, "precision": "auto"}, id="weights in bf16"),
+        pytest.param("bert", {"mask": {"score": "saliency"}}, id="calibrated"),
+    ],
+)
+def test_checkpointing_changes_no_bit(family, settings):
+    plain, frugal = (tiny_job(family, **settings, checkpointing=on) for on in (False, True))
+    dense, candidate = tiny_snapshot(plain), pool(plain)[1]
+    found = probed(plain, dense, candidate)
+    assert findings(probed(frugal, dense, candidate)) == findings(found)
+    first, second = (
+        Worker(job, "cpu").settle(dense, settling(job, candidate, found.digest)) for job in (plain, frugal)
+    )
+    assert first.finetuned.curve == second.finetuned.curve
+    assert np.array_equal(first.weights.buffer, second.weights.buffer)
+    assert np.array_equal(first.optimizer.buffer, second.optimizer.buffer)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("distill", [False, True])
+def test_checkpointed_layers_run_again_in_each_step_and_in_no_look(checkpointing, distill):
+    job, trained, looked = tiny_job(checkpointing=checkpointing, distill=distill), [], []
+    busy = Worker(job, "cpu")
+    for layer in busy.module.bert.encoder.layer:
+        layer.output.register_forward_pre_hook(lambda part, _: (trained if part.training else looked).append(part))
+    assert probe(busy, tiny_snapshot(job), pool(job)[1]).ok
+    assert len(trained) == 3 * 2 * (1 + checkpointing)  # steps, layers
+    assert len(looked) == (3 + distill) * 2  # and the dense model, which the candidates are held against
 
 
 # Where sparsity goes.
@@ -545,6 +610,24 @@ def test_memory_counts_the_weights_and_the_teacher(job):
     assert seeing.memory(on_gpu=False) - job.memory(on_gpu=False) >= 4 * job.parameters
     assert 0 < other.memory(on_gpu=True) - job.memory(on_gpu=True) < grown
     assert other.shared_memory > job.shared_memory
+
+
+def test_memory_is_less_by_each_key_that_is_there_to_save_it(job):
+    def bytes_a_weight(**settings):
+        spec = tiny_job(**settings).spec
+        large, none = (Job(spec, job.config, job.data, job.prunable, count) for count in (10**9, 0))
+        sizes = (large.memory(on_gpu=False), large.memory(on_gpu=True), large.shared_memory)
+        return [
+            (size - rest) / 10**9
+            for size, rest in zip(
+                sizes, (none.memory(on_gpu=False), none.memory(on_gpu=True), none.shared_memory), strict=True
+            )
+        ]
+
+    assert bytes_a_weight() == [64, 12, 52]
+    assert bytes_a_weight(model={"dtype": "bf16"}, precision="auto") == [32, 6, 26]
+    assert bytes_a_weight(optimizer={"name": "adafactor"}) == [32, 4, 20]
+    assert bytes_a_weight(checkpointing=True) == [40, 12, 52]
 
 
 def test_a_worker_s_live_tensors_are_its_module_s(job):

@@ -69,6 +69,7 @@ def stage(section: Dense | Probe | Finetune, *, schedule: str = "linear", distil
     return Stage(
         epochs=section.epochs,
         batch_size=section.batch_size,
+        shards=1 if isinstance(section, Probe) else section.shards,
         learning_rate=section.learning_rate,
         schedule=schedule,
         warmup=section.warmup,

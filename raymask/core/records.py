@@ -135,10 +135,14 @@ class Evaluation(Record):
 
 
 class Stage(Record):
-    """One training: as many `epochs` as asked, at a peak `learning_rate` reached after the `warmup` share of steps."""
+    """One training: as many `epochs` as asked, at a peak `learning_rate` reached after the `warmup` share of steps.
+
+    `shards`: parts of a batch, each of which may be another worker's.
+    """
 
     epochs: float
     batch_size: int
+    shards: int = 1
     learning_rate: float
     schedule: str
     warmup: float
@@ -148,7 +152,7 @@ class Stage(Record):
 class FineTuned(Record):
     """How a fine-tuning went: every look at `select`, and which one (`best`, an index) was kept.
 
-    `started`: Unix time, seconds.
+    `started`: Unix time, seconds. `helpers`: workers who trained it together with `worker`.
     """
 
     curve: tuple[Point, ...]
@@ -156,6 +160,7 @@ class FineTuned(Record):
     started: float
     seconds: float
     worker: str
+    helpers: tuple[str, ...] = ()
 
     @property
     def kept(self) -> Point:

@@ -12,7 +12,16 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from raymask.core.schedules import SCHEDULES
 
@@ -31,12 +40,21 @@ MEASURES: dict[Kind, tuple[Metric, ...]] = {
     "causal-lm": ("perplexity",),
 }
 
+
+def power_of_two(value: int) -> int:
+    """The value, if it is 1, 2, 4, 8, ..."""
+    if value & (value - 1):
+        raise ValueError(f"must be 1, 2, 4, 8 or a higher power of two, not {value}")
+    return value
+
+
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 # Strict numbers: YAML tells 1, true and "1" apart, and so do we.
 Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
 Positive = Annotated[float, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Shards = Annotated[Count, AfterValidator(power_of_two)]
 
 
 class Section(BaseModel):
@@ -77,12 +95,15 @@ class Model(Section):
     """A hub id or a folder that `AutoModelForSequenceClassification` loads, for a causal-lm `AutoModelForCausalLM`.
 
     Its linear weights inside the repeated blocks are pruned; `include` replaces that choice by shell-style patterns on
-    parameter names, `exclude` takes away from either.
+    parameter names, `exclude` takes away from either. `dtype`: what the weights are kept in everywhere. In bf16 what a
+    step adds to a weight is lost where it is less than about 1/256 of it, so that bf16 is for models that do not fit in
+    fp32.
     """
 
     name: Text
     revision: str | None = None
     trust_remote_code: bool = False
+    dtype: Literal["fp32", "bf16"] = "fp32"
     include: tuple[Text, ...] = ()
     exclude: tuple[Text, ...] = ()
 
@@ -227,13 +248,17 @@ class Candidates(Section):
 
 
 class Dense(Section):
-    """Fine-tuning of the dense model (`epochs: 0` when it is already fine-tuned), then dense distillation."""
+    """Fine-tuning of the dense model (`epochs: 0` when it is already fine-tuned), then dense distillation.
+
+    `shards`: as in `finetune`.
+    """
 
     epochs: Annotated[float, Field(ge=0, strict=True)] = 3.0
     distill_epochs: Annotated[float, Field(ge=0, strict=True)] = 1.0
     batch_size: Count = 32
     learning_rate: Positive = 5e-5
     warmup: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.1
+    shards: Shards = 1
 
 
 class Probe(Section):
@@ -277,12 +302,17 @@ class Select(Section):
 
 
 class Finetune(Section):
-    """Training of the winner's mask from the parent: constant rate after warm-up, linear decay at the last level."""
+    """Training of the winner's mask from the parent: constant rate after warm-up, linear decay at the last level.
+
+    `shards`: parts of each batch, a power of two. As many workers as there are shards, or fewer, train one model
+    together where they would stand idle; how many do changes no bit of the result, the number of shards does.
+    """
 
     epochs: Positive = 10.0
     batch_size: Count = 64
     learning_rate: Positive = 5e-5
     warmup: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.1
+    shards: Shards = 1
 
 
 class Imp(Section):
@@ -296,8 +326,12 @@ class Imp(Section):
 
 
 class Optimizer(Section):
-    """AdamW's settings, the same in every stage."""
+    """The same in every stage. `adafactor` keeps a row and a column of second moments of a matrix, and no first ones.
 
+    Its learning rate is relative: a step is at most that share of a tensor's root mean square.
+    """
+
+    name: Literal["adamw", "adafactor"] = "adamw"
     weight_decay: Annotated[float, Field(ge=0, strict=True)] = 0.0
     max_grad_norm: Positive = 1.0
 
@@ -339,6 +373,7 @@ class Spec(Section):
     distill: bool = True
     optimizer: Optimizer = Optimizer()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpointing: bool = False
     workers: Workers = Workers()
     seed: Seed = 0
 
@@ -372,6 +407,14 @@ class Spec(Section):
             raise ValueError(
                 "probe.score: agreement compares the probabilities of classes, a causal-lm has none: set it to loss or "
                 "metric"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def precision_suits_the_weights(self) -> Spec:
+        if self.model.dtype == "bf16" and self.precision == "fp32":
+            raise ValueError(
+                "precision: fp32 is not to be had from weights in bf16: take it out, or set model.dtype to fp32"
             )
         return self
 

@@ -45,7 +45,9 @@ def workers(job: Job, watch: Watch) -> Iterator[tuple[Evaluate, FineTune]]:
         for index, (parent, settling) in enumerate(work):
             worker.tell = partial(show, settling.name)
             try:
-                yield index, worker.settle(parent, settling)
+                checkpoint = worker.settle(parent, settling)
+                assert checkpoint is not None, "whoever is alone has it"
+                yield index, checkpoint
             except MachineFault as error:
                 raise UserError(f"{settling.name}: {error}. The same command goes on from here") from None
 

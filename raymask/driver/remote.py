@@ -34,6 +34,8 @@ from raymask.core.records import (
 )
 from raymask.core.tensors import Packed
 from raymask.driver.cluster import alive, connected, needs, offer, require_room, slots
+from raymask.train import gang
+from raymask.train.gang import ALONE, Gang, Meeting
 from raymask.train.worker import Job, MachineFault, Worker
 
 INFRA = (RayActorError, ObjectLostError, OutOfMemoryError, MachineFault)
@@ -42,6 +44,7 @@ QUESTIONS = 8  # workers asked at one look how far they are: to ask costs about 
 STARTS = 5  # workers that may fail to start, one after another, before the search gives up
 PATIENCE = 15.0  # seconds without any worker after which the wait is worth a line
 ANSWER = 60.0  # seconds in which a worker of an earlier stage must say that it is still there
+GATHER = 20.0  # seconds for which work that several can share waits for those that have not started
 LOST = 300.0  # seconds in which nodes that a search once had may come back
 REMOTE_CODE = "transformers_modules."
 
@@ -68,9 +71,25 @@ class Desk:
         finally:
             self.share = 0.0  # here, not at the next start: who asks in between must not hear of the last work
 
-    def settle(self, key: str, refs: Mapping[str, Any], settling: Settling) -> Checkpoint:
+    def meet(self) -> Meeting:
+        """Open the place where a gang meets whose first member this worker is."""
+        self.store, meeting = gang.opened(ray.util.get_node_ip_address())
+        return meeting
+
+    def settle(
+        self,
+        key: str,
+        refs: Mapping[str, Any],
+        settling: Settling,
+        member: Gang = ALONE,
+        meeting: Meeting | None = None,
+    ) -> Checkpoint | None:
+        """Alone, or as a member of a gang that meets somewhere."""
+        gathered = None
+        if meeting is not None:
+            gathered = gang.gathered(member, meeting, self.worker.device, None if member.rank else self.store)
         try:
-            return self.worker.settle(snapshot(key, refs), settling)
+            return self.worker.settle(snapshot(key, refs), settling, gathered)
         finally:
             self.share = 0.0
 
@@ -90,12 +109,16 @@ def still_there(paused: Sequence[Any]) -> Snapshot | None:
 
 @dataclass(frozen=True)
 class Call:
-    """One piece of work: `send` starts it on an actor; it is given up after `deadline` seconds."""
+    """One piece of work that at most so many `hands` can share, given up after `deadline` seconds.
+
+    `send` starts it on actors, 1, 2, 4, ... of them, and returns their references, of which the first has the result.
+    """
 
     key: Any
     name: str
     deadline: float
-    send: Callable[[Any], Any]
+    send: Callable[[Sequence[Any]], Sequence[Any]]
+    hands: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,7 +138,9 @@ class Pool:
         self.idle: list[Any] = []
         self.starting: dict[Any, Any] = {}
         self.returning: dict[Any, Any] = {}
-        self.busy: dict[Any, tuple[Call, Any, float]] = {}
+        self.busy: dict[Any, tuple[Call, Sequence[Any], float]] = {}
+        self.helping: dict[Any, Any] = {}
+        self.gathering: float | None = None
         self.shelf: dict[int, tuple[Packed, Any]] = {}
         self.grown = 0.0
         self.broken = 0
@@ -139,7 +164,7 @@ class Pool:
     def actors(self) -> list[Any]:
         """All of them, whatever they do."""
         waiting = [*self.idle, *self.starting.values(), *self.returning.values()]
-        return [*waiting, *(actor for _, actor, _ in self.busy.values())]
+        return [*waiting, *(actor for _, actors, _ in self.busy.values() for actor in actors)]
 
     def run(self, wanted: Callable[[], Iterable[Call]]) -> Iterator[tuple[Any, Any]]:
         """Every wanted call's result, or a Failed, with the call's key, in the order in which they finish.
@@ -180,10 +205,12 @@ class Pool:
                         self.welcome_back(ref)
                     elif ref in self.starting:
                         self.welcome(ref)
+                    elif ref in self.helping:
+                        self.helped(ref)
                     else:
-                        call, actor, _ = self.busy.pop(ref)
+                        call, actors, _ = self.busy.pop(ref)
                         shares.pop(call.key, None)
-                        outcome = self.collect(ref, actor, call, faults, late)
+                        outcome = self.collect(ref, actors, call, faults, late)
                         if outcome is not None:
                             yield call.key, outcome
         except OSError as error:
@@ -194,9 +221,10 @@ class Pool:
                 "goes on from here"
             ) from None
         finally:  # whoever stops listening, or an error, leaves work behind that nobody waits for
-            for _, actor, _ in self.busy.values():
-                ray.kill(actor)
+            for leader in self.busy:
+                self.dismiss(leader)
             self.busy.clear()
+            self.helping.clear()
             if self.workers.wait:  # what has not started by now would only make the cluster grow
                 for actor in self.starting.values():
                     ray.kill(actor)
@@ -215,7 +243,7 @@ class Pool:
 
     def finished(self, asked: Iterable[Any]) -> list[Any]:
         """References that have become ready, waited for no longer than POLL seconds."""
-        refs = [*self.busy, *self.returning, *self.starting, *asked]
+        refs = [*self.busy, *self.helping, *self.returning, *self.starting, *asked]
         if not refs:
             time.sleep(POLL)
             return []
@@ -223,23 +251,37 @@ class Pool:
         return list(ready)
 
     def hand_out(self, wanted: Callable[[], Iterable[Call]], shares: dict[Any, float]) -> None:
-        """Send what nobody works on to whoever is idle."""
+        """Send what nobody works on to whoever is idle, evenly where there are more idle than there is to do."""
         if not self.idle:
             return
         running = {call.key for call, _, _ in self.busy.values()}
-        free = (call for call in wanted() if call.key not in running)
-        for call in islice(free, len(self.idle)):
-            actor = self.idle.pop()
-            self.busy[call.send(actor)] = (call, actor, time.monotonic())
+        free = list(islice((call for call in wanted() if call.key not in running), len(self.idle)))
+        if self.waits_for_more(free):
+            return
+        for done, call in enumerate(free):
+            hands = min(call.hands, len(self.idle) // (len(free) - done))
+            actors = [self.idle.pop() for _ in range(1 << hands.bit_length() - 1)]
+            leader, *helpers = call.send(actors)
+            self.busy[leader] = (call, actors, time.monotonic())
+            self.helping |= dict.fromkeys(helpers, leader)
             shares[call.key] = 0.0
+
+    def waits_for_more(self, calls: Sequence[Call]) -> bool:
+        """Whether calls that several can share should wait for workers that are on their way; not for ever."""
+        coming = self.starting or self.returning
+        if not coming or all(call.hands == 1 for call in calls):
+            self.gathering = None
+            return False
+        self.gathering = self.gathering or time.monotonic()
+        return time.monotonic() - self.gathering < GATHER
 
     def ask(self, asked: dict[Any, Any]) -> None:
         """Ask the busy workers that come next how far they are, except those that still owe an answer."""
         owing = set(asked.values())
-        for ref, (call, actor, _) in list(self.busy.items())[:QUESTIONS]:
+        for ref, (call, (leader, *_), _) in list(self.busy.items())[:QUESTIONS]:
             self.busy[ref] = self.busy.pop(ref)  # to the end of the line
             if call.key not in owing:
-                asked[actor.progress.options(concurrency_group="aside").remote()] = call.key
+                asked[leader.progress.options(concurrency_group="aside").remote()] = call.key
 
     def grow(self, wanted: Callable[[], Iterable[Call]]) -> None:
         """Start actors for the work that is open where the cluster has room: also on nodes that came late."""
@@ -247,13 +289,11 @@ class Pool:
             return
         self.grown = time.monotonic()
         # On a cluster that grows, waiting actors are what makes it.
-        room = (
-            self.workers.count
-            if self.workers.wait
-            else min(slots(self.need, alive()), self.workers.count or sys.maxsize)
-        )
-        work = sum(1 for _ in islice(wanted(), room))
-        for _ in range(work - len(self.actors())):
+        room = self.workers.count or sys.maxsize
+        if not self.workers.wait:
+            room = min(slots(self.need, alive()), room)
+        work = sum(call.hands for call in islice(wanted(), room))
+        for _ in range(min(work, room) - len(self.actors())):
             actor = self.actor.remote(self.job, self.need["GPU"] > 0)
             self.starting[actor.__ray_ready__.remote()] = actor
 
@@ -297,18 +337,35 @@ class Pool:
     def kill_late(self) -> set[Any]:
         """End what is past its deadline."""
         late = set()
-        for call, actor, since in self.busy.values():
+        for leader, (call, _, since) in self.busy.items():
             if time.monotonic() - since > call.deadline:
                 late.add(call.key)
-                ray.kill(actor)
+                self.dismiss(leader)
         return late
 
-    def collect(self, ref: Any, actor: Any, call: Call, faults: Counter[Any], late: Container[Any]) -> Any | None:
+    def dismiss(self, leader: Any) -> None:
+        """End whoever works on a call."""
+        for actor in self.busy[leader][1]:
+            ray.kill(actor)
+
+    def helped(self, ref: Any) -> None:
+        """A helper has done its part of a call, or failed, which ends the call for all."""
+        leader = self.helping.pop(ref)
+        try:
+            answer(ref)
+        except INFRA:
+            if leader in self.busy:
+                self.dismiss(leader)
+
+    def collect(
+        self, ref: Any, actors: Sequence[Any], call: Call, faults: Counter[Any], late: Container[Any]
+    ) -> Any | None:
         """A finished call's result; None when it is to be tried again."""
         try:
-            result = ray.get(ref)
+            result = answer(ref)
         except INFRA as error:
-            ray.kill(actor)
+            for actor in actors:
+                ray.kill(actor)
             if isinstance(error, ObjectLostError):
                 self.shelf.clear()
             if call.key in late:
@@ -318,13 +375,9 @@ class Pool:
                 self.watch.note(f"{call.name}: its worker was lost: {brief(error)}; trying again elsewhere")
                 return None
             return Failed(f"its workers failed {faults[call.key]} times; the last one: {brief(error)}")
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            raise
         self.broken = 0
         if call.key not in late:  # it finished while it was being ended
-            self.idle.append(actor)
+            self.idle.extend(actors)
         return result
 
     def put(self, parent: Snapshot) -> dict[str, Any]:
@@ -362,14 +415,14 @@ def workers(job: Job, watch: Watch, address: str | None) -> Iterator[tuple[Evalu
             def call(climb: Climb) -> Call:
                 candidate, parent = climb.candidate, parents[climb.candidate.parent]
 
-                def send(actor: Any) -> Any:
+                def send(actors: Sequence[Any]) -> Sequence[Any]:
                     climbs[climb.place] = climb
                     below = [paused[climb.below]] if climb.below in paused else []
-                    probe = actor.probe.options(num_returns=2).remote
+                    probe = actors[0].probe.options(num_returns=2).remote
                     ref, pause = probe(parent.key, pool.put(parent), climb, below)
                     if climb.rung < top:
                         paused[climb.place] = pause
-                    return ref
+                    return [ref]
 
                 return Call(climb.place, candidate.name, pool.workers.deadline, send)
 
@@ -391,11 +444,21 @@ def workers(job: Job, watch: Watch, address: str | None) -> Iterator[tuple[Evalu
 
             def call(index: int) -> Call:
                 parent, settling = work[index]
+
+                def send(actors: Sequence[Any]) -> Sequence[Any]:
+                    refs, size = pool.put(parent), len(actors)
+                    meeting = actors[0].meet.remote() if size > 1 else None
+                    return [
+                        actor.settle.remote(parent.key, refs, settling, Gang(rank, size), meeting)
+                        for rank, actor in enumerate(actors)
+                    ]
+
                 return Call(
                     index,
                     settling.name,
                     pool.workers.deadline * max(1.0, settling.stage.epochs),
-                    lambda actor: actor.settle.remote(parent.key, pool.put(parent), settling),
+                    send,
+                    1 if 0 < pool.need["GPU"] < 1 else settling.stage.shards,  # NCCL wants a GPU a process
                 )
 
             missing = dict.fromkeys(range(len(work)))
@@ -409,6 +472,16 @@ def workers(job: Job, watch: Watch, address: str | None) -> Iterator[tuple[Evalu
             yield evaluate, fine_tune
         finally:
             pool.close()
+
+
+def answer(ref: Any) -> Any:
+    """What a worker returned. Raises its UserError as what it is."""
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
 
 
 def brief(error: BaseException) -> str:

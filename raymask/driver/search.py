@@ -94,7 +94,7 @@ def prepare(spec: Spec) -> Plan:
         corpus = load_documents(spec.task, spec.seed)
     else:
         corpus = load_corpus(spec.task, spec.seed, class_names(config) if spec.dense.epochs == 0 else ())
-    source = describe(spec.model, config, tokenizer, corpus.classes, corpus.kind)
+    source = describe(spec.model, config, tokenizer, corpus.classes, corpus.kind, checkpointing=spec.checkpointing)
     recipe = resolve(spec)
     require_masks(source, recipe)
     limits = positions(config, corpus.kind), vocabulary(config)
@@ -428,8 +428,9 @@ def worked(store: RunDir, dense: Level, levels: Sequence[Level], imp: Sequence[L
     for level in sorted({level.level for level in levels}):
         work += [("early evaluation", level, found) for found in store.evaluations(level) if found.started]
     return tuple(
-        Piece(worker=found.worker, kind=kind, level=number, started=found.started, seconds=found.seconds)
+        Piece(worker=worker, kind=kind, level=number, started=found.started, seconds=found.seconds)
         for kind, number, found in sorted(work, key=lambda item: item[2].started)
+        for worker in (found.worker, *(found.helpers if isinstance(found, FineTuned) else ()))
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,14 @@ from raymask.core.records import Stage
 from raymask.core.seeds import derive
 from raymask.core.spec import Optimizer
 from raymask.train.data import Rows
+from raymask.train.gang import ALONE, Gang, tree_sum
 from raymask.train.kernels import kernels_for
 from raymask.train.model import vocabulary
-from raymask.train.objectives import Batch, Counts, Objective, counts
+from raymask.train.objectives import NOTHING, Batch, Counts, Objective, counts
 
 BUCKET = 50  # batches that are sorted by length together: little padding, still a new mix every epoch
 EVAL_BATCH = 128
 OUTPUTS = 2**28  # bytes of float32 outputs of a batch without training, where they are of every token and word
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -55,12 +56,14 @@ def train(
     look: Callable[[int], None],
     tell: Callable[[float], None],
     steps: tuple[int, int] | None = None,
+    gang: Gang = ALONE,
 ) -> None:
     """Train in place, the mask applied before the first and after every optimizer step.
 
     `seed` fixes the order of rows and the dropout, so two
     masks see the same of both. After each step in `looks` `look(step)` is called, in evaluation mode; `tell` gets the
-    share of them that is done. `steps`: only those after so many, until so many are done.
+    share of them that is done. `steps`: only those after so many, until so many are done. `gang`: who trains the same
+    model at the same time; every member ends with the same bits.
     """
     parameters = dict(module.named_parameters())
     pruned = [parameters[name].data for name in mask]
@@ -68,7 +71,17 @@ def train(
     device = next(module.parameters()).device
     total = steps_in(stage, len(rows))
     begin, end = steps or (0, total)
-    batches = endless(rows, stage.batch_size, padding, seed, begin)
+    batches = endless(rows, stage.batch_size, seed, begin)
+
+    def backward(part: np.ndarray, whole: Counts) -> None:
+        batch = moved(collate(rows, part, padding), device)
+        with autocast(), kernels():
+            if teacher:
+                loss = distillation(module, teacher, batch, objective, whole)
+            else:
+                loss = task_loss(module, batch, objective, whole)
+        loss.backward()  # type: ignore[no-untyped-call]
+
     torch.manual_seed(derive(seed, "dropout", *([begin] if begin else [])))
     multiply(pruned, masks)
     module.train()
@@ -76,15 +89,13 @@ def train(
     for step in range(begin + 1, end + 1):
         for group in optimizer.param_groups:
             group["lr"] = stage.learning_rate * pace(stage, step, total)
-        batch = next(batches)
-        whole, batch = counts(batch), moved(batch, device)
-        with autocast(), kernels():
-            loss = (
-                distillation(module, teacher, batch, objective, whole)
-                if teacher
-                else task_loss(module, batch, objective, whole)
-            )
-        loss.backward()  # type: ignore[no-untyped-call]
+        chosen = next(batches)
+        whole = counts(rows.lengths[chosen])
+        if stage.shards == 1:
+            backward(chosen, whole)
+        else:
+            dropout = derive(seed, "dropout", step)
+            sum_of_shards(parameters.values(), backward, chosen, whole, stage.shards, dropout, gang)
         nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -95,6 +106,38 @@ def train(
             module.train()
         tell((step - begin) / (end - begin))
     module.eval()
+
+
+def sum_of_shards(
+    parameters: Collection[nn.Parameter],
+    backward: Callable[[np.ndarray, Counts], None],
+    chosen: np.ndarray,
+    whole: Counts,
+    shards: int,
+    seed: int,
+    gang: Gang,
+) -> None:
+    """Leave a batch's gradients with the parameters, summed over its shards, those of the gang's others too.
+
+    `backward` gets the rows of one shard and what to divide its sums by. `seed`: of the dropout, each shard's its own.
+    """
+    used: list[nn.Parameter] = []
+
+    def gradients() -> Iterator[Tensor]:
+        for shard in gang.mine(shards):
+            torch.manual_seed(derive(seed, "shard", shard))
+            rows = chosen[shard::shards]  # each has some of the long ones
+            backward(*((rows, whole) if len(rows) else (chosen[:1], NOTHING)))
+            used[:] = [parameter for parameter in parameters if parameter.grad is not None]
+            yield torch.cat([parameter.grad.flatten() for parameter in used if parameter.grad is not None])
+            for parameter in used:
+                parameter.grad = None
+
+    total = tree_sum(gradients())
+    gang.add_up(total)
+    sizes = [parameter.numel() for parameter in used]
+    for parameter, gradient in zip(used, torch.split(total, sizes), strict=True):
+        parameter.grad = gradient.view_as(parameter)
 
 
 def multiply(weights: list[Tensor], masks: list[Tensor]) -> None:
@@ -111,13 +154,12 @@ def pace(stage: Stage, step: int, total: int) -> float:
     return 1.0 if stage.schedule == "constant" else (total - step + 1) / (total - warm)
 
 
-def endless(rows: Rows, size: int, padding: int, seed: int, begin: int = 0) -> Iterator[Batch]:
-    """Training batches after the first `begin`, epoch after epoch, every row once an epoch, like lengths together."""
+def endless(rows: Rows, size: int, seed: int, begin: int = 0) -> Iterator[np.ndarray]:
+    """Rows of the batches after the first `begin`, epoch after epoch, each row once an epoch, like lengths together."""
     epoch, skipped = divmod(begin, math.ceil(len(rows) / size))
     while True:
         rng = np.random.default_rng(derive(seed, "order", epoch))
-        for chosen in order(rows.lengths, size, rng)[skipped:]:
-            yield collate(rows, chosen, padding)
+        yield from order(rows.lengths, size, rng)[skipped:]
         epoch, skipped = epoch + 1, 0
 
 
@@ -188,23 +230,29 @@ def distillation(
 
 
 @torch.no_grad()
-def predict(module: nn.Module, rows: Rows, *, padding: int, autocast: Autocast, objective: Objective) -> Tensor:
-    """The objective's answers for all rows, float32 (rows, few), on the CPU and in the rows' order; the module is in
-    eval mode."""
+def predict(
+    module: nn.Module, rows: Rows, *, padding: int, autocast: Autocast, objective: Objective, gang: Gang = ALONE
+) -> Tensor:
+    """The objective's answers for all rows, float32 (rows, few), on the CPU and in the rows' order.
+
+    The module is in eval mode. A gang shares the work, and all its members get the same bits.
+    """
     device = next(module.parameters()).device
-    sorted_rows = np.argsort(rows.lengths, kind="stable")
     size = rows_at_once(module, rows, objective)
+    batches = np.split(np.argsort(rows.lengths, kind="stable"), range(size, len(rows), size))
+    sharing = gang if len(batches) >= gang.size else ALONE
+    mine = batches[sharing.rank :: sharing.size]
     found = []
-    for start in range(0, len(rows), size):
-        batch = moved(collate(rows, sorted_rows[start : start + size], padding), device)
+    for chosen in mine:
+        batch = moved(collate(rows, chosen, padding), device)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         with autocast():
             logits = module(**inputs).logits
         found.append(objective.answers(logits, batch))
-    answers = torch.cat(found).cpu()
-    unsorted = torch.empty_like(answers)
-    unsorted[torch.from_numpy(sorted_rows)] = answers
-    return unsorted
+    answers = torch.zeros(len(rows), found[0].shape[1], device=device)
+    answers[torch.from_numpy(np.concatenate(mine)).to(device)] = torch.cat(found)
+    sharing.add_up(answers.view(-1))
+    return answers.cpu()
 
 
 def rows_at_once(module: nn.Module, rows: Rows, objective: Objective) -> int:
@@ -215,24 +263,43 @@ def rows_at_once(module: nn.Module, rows: Rows, objective: Objective) -> int:
     return max(1, min(EVAL_BATCH, OUTPUTS // row))
 
 
-def make_optimizer(module: nn.Module, settings: Optimizer, state: Mapping[str, Tensor] | None) -> torch.optim.AdamW:
-    """AdamW over all parameters, continuing from `state` as `optimizer_state` gives it."""
-    optimizer = torch.optim.AdamW(module.parameters(), weight_decay=settings.weight_decay, fused=True)
-    if state:
-        for name, parameter in module.named_parameters():
-            if f"{MOMENTS[0]}/{name}" not in state:
-                continue  # it never got a gradient
-            mine = {"step": state["step"], **{moment: state[f"{moment}/{name}"] for moment in MOMENTS}}
+def make_optimizer(module: nn.Module, settings: Optimizer, state: Mapping[str, Tensor] | None) -> torch.optim.Optimizer:
+    """The spec's optimizer over all parameters, continuing from `state` as `optimizer_state` gives it."""
+    optimizer = OPTIMIZERS[settings.name](module.parameters(), weight_decay=settings.weight_decay)
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in (state or {}).items():
+        moment, _, name = key.partition("/")
+        moments.setdefault(name, {})[moment] = value
+    for name, parameter in module.named_parameters():
+        if name in moments:  # else it never got a gradient
+            mine = moments[""] | moments[name]
             optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in mine.items()}
     return optimizer
 
 
+def adafactor(parameters: Iterable[nn.Parameter], weight_decay: float) -> torch.optim.Optimizer:
+    """One tensor after the other, since torch's foreach makes a copy of all of them.
+
+    Gradients count as 1e-12 at least, below which the product of two squares would underflow. Torch's own floor, the
+    type's resolution, lies above nearly all of a large model's gradients: with it a step in bf16 is no step.
+    """
+    return torch.optim.Adafactor(parameters, eps=(1e-12, 1e-3), weight_decay=weight_decay, foreach=False)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, fused=True),
+    "adafactor": adafactor,
+}
+
+
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Flat tensors: `step`, 0-d float32, and `<moment>/<parameter>` shaped as the parameter; empty before a step."""
+    """Flat tensors: `step`, 0-d float32, and `<moment>/<parameter>`; empty before a step.
+
+    AdamW's moments are shaped as the parameter; Adafactor's have a last dimension of 1 (row_var), or the one before it
+    (col_var), and are shaped as the parameter where that is no matrix (variance).
+    """
     state: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
-        known = optimizer.state.get(parameter)
-        if known:
-            state["step"] = known["step"]
-            state.update({f"{moment}/{name}": known[moment] for moment in MOMENTS})
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            state["step" if moment == "step" else f"{moment}/{name}"] = value
     return state

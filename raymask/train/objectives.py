@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,21 +16,27 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Counts:
-    """What losses are means over: a batch's rows, its real tokens, and the pairs of tokens of one row.
+    """What losses are means over: a batch's rows, its real tokens, the pairs of tokens of one row, and the tokens that
+    others of their row come before.
 
     Divided by the counts of a larger batch that it is a part of, a batch's losses add up with the other parts' to the
     larger one's.
     """
 
-    rows: int
-    tokens: int
-    pairs: int
+    rows: float
+    tokens: float
+    pairs: float
+    predicted: float
 
 
-def counts(batch: Batch) -> Counts:
-    """Of a batch that is still on the CPU, so that nothing waits for its device."""
-    lengths = batch["attention_mask"].sum(1)
-    return Counts(len(lengths), int(lengths.sum()), int(lengths.square().sum()))
+NOTHING = Counts(math.inf, math.inf, math.inf, math.inf)
+"""Makes every loss and its gradients zero."""
+
+
+def counts(lengths: np.ndarray) -> Counts:
+    """Of a batch whose rows have so many real tokens each."""
+    rows, tokens = len(lengths), int(lengths.sum())
+    return Counts(rows, tokens, int(np.square(lengths).sum()), tokens - rows)
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Objective:
 
     hard: Callable[[Tensor, Batch], Tensor]
     soft: Callable[[Tensor, Tensor, Batch], Tensor]
-    targets: Callable[[Counts], int]
+    targets: Callable[[Counts], float]
     answers: Callable[[Tensor, Batch], Tensor]
     losses: Callable[[Tensor, Tensor], Tensor]
     agreement: Callable[[Tensor, Tensor], float] | None
@@ -58,7 +66,7 @@ def as_they_are(outputs: Tensor, batch: Batch) -> Tensor:
     return outputs.float()
 
 
-def rows_of(whole: Counts) -> int:
+def rows_of(whole: Counts) -> float:
     return whole.rows
 
 
@@ -136,9 +144,8 @@ def nll_per_token(answers: Tensor, labels: Tensor) -> Tensor:
     return answers[:, 0] / answers[:, 1]
 
 
-def predicted_tokens(whole: Counts) -> int:
-    """All but the first of each row."""
-    return whole.tokens - whole.rows
+def predicted_tokens(whole: Counts) -> float:
+    return whole.predicted
 
 
 OBJECTIVES: dict[str, Objective] = {

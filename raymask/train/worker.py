@@ -8,12 +8,13 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -29,8 +30,17 @@ from raymask.core.tensors import load, pack
 from raymask.train import loop
 from raymask.train.calibration import ROWS, calibrate
 from raymask.train.data import Data, Rows
+from raymask.train.gang import ALONE, Gang
 from raymask.train.metrics import measure, overall
-from raymask.train.model import as_kept, build, matrices, persistent, vocabulary
+from raymask.train.model import (
+    DTYPES,
+    as_kept,
+    build,
+    checkpoint_activations,
+    matrices,
+    persistent,
+    vocabulary,
+)
 from raymask.train.objectives import OBJECTIVES
 from raymask.train.teacher import Teacher
 from raymask.train.teacher import memory as teacher_memory
@@ -40,7 +50,7 @@ class MachineFault(Exception):  # noqa: N818 - a fault is what it is called ever
     """Says nothing about a candidate: no memory, or a broken device. Another worker may well do the same work."""
 
 
-SYMPTOMS = ("can't allocate memory", "not enough memory", "CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
+SYMPTOMS = ("can't allocate memory", "not enough memory", "CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "/gloo/")
 """By which torch's plain RuntimeErrors give a machine's fault away; after one, a CUDA process is of no more use."""
 
 
@@ -59,23 +69,36 @@ class Job:
         """The rows of `select` by which candidates are scored."""
         return self.data.select.sample(self.spec.probe.rows, derive(self.spec.seed, "look"))
 
+    @property
+    def weights(self) -> int:
+        """Bytes of one model."""
+        return DTYPES[self.spec.model.dtype].itemsize * self.parameters
+
+    @property
+    def moments(self) -> int:
+        """Bytes of what the optimizer keeps, about: of Adafactor's, next to none."""
+        return 2 * self.weights if self.spec.optimizer.name == "adamw" else 0
+
     def memory(self, *, on_gpu: bool) -> int:
         """Bytes of the machine's memory that one worker needs, about.
 
         Everywhere Python, torch, and what comes and goes: the best weights and moments, packed. On a CPU also weights,
         gradients, masks, moments, a calibration, a teacher with what is kept of its answers, and as much again for
-        activations; where a model has outputs for every token and word, those of a batch, and what is computed of them.
+        activations, which is a quarter with checkpointing; where a model has outputs for every token and word, those of
+        a batch, and what is computed of them.
         """
         calibrated = SCORERS[self.spec.mask.score] not in BLIND
-        passing, living = 3 * 4 * self.parameters, (5 + calibrated + self.spec.distill) * 4 * self.parameters
+        passing = self.weights + self.moments
+        living = (3 + self.spec.distill) * self.weights + self.moments + 4 * calibrated * self.parameters
         if on_gpu:
             return 2**30 * 3 + passing
         rows = int(self.spec.probe.epochs * len(self.data.train))
         words = vocabulary(self.config) if OBJECTIVES[self.data.kind].per_token else 0
         answers = teacher_memory(rows, self.data.train.lengths, self.config, words) if self.spec.distill else 0
+        activations = (passing + living) // (4 if self.spec.checkpointing else 1)
         batch = max(stage.batch_size for stage in (self.spec.dense, self.spec.probe, self.spec.finetune))
-        outputs = 4 * words * batch * int(self.data.train.lengths.max())
-        return 2**29 + 2 * (passing + living) + answers + (4 + 2 * self.spec.distill) * outputs
+        outputs = (4 + 2 * self.spec.distill) * 4 * words * batch * int(self.data.train.lengths.max())
+        return 2**29 + passing + living + activations + answers + outputs
 
     @property
     def shared_memory(self) -> int:
@@ -83,7 +106,7 @@ class Job:
         candidates that pause at a rung."""
         lineages, pausing = self.spec.select.keep + 1, len(self.spec.probe.rungs) > 1
         paused = parents_of(self.spec, 2) * (self.spec.candidates.count + 1) * pausing
-        return (3 * (2 * lineages + paused) + 1) * 4 * self.parameters
+        return (2 * lineages + paused) * (self.weights + self.moments) + self.weights
 
 
 @dataclass(frozen=True)
@@ -109,9 +132,12 @@ class Worker:
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
         self.tell = tell
-        self.autocast = autocasting(job.spec.precision, self.device)
+        in_bf16 = job.spec.model.dtype == "bf16"  # what is multiplied is in bf16 already, without autocast
+        self.autocast = nullcontext if in_bf16 else autocasting(job.spec.precision, self.device)
         with isolated(job.spec, self.device):
             self.module = self.new_module()
+        if job.spec.checkpointing:
+            checkpoint_activations(self.module, self.device)
         self.live = persistent(self.module)
         self.teacher: Teacher | None = None
         self.name = describe(self.device, job.spec)
@@ -197,16 +223,20 @@ class Worker:
         )
         return evaluation, pause
 
-    def settle(self, parent: Snapshot, settling: Settling) -> Checkpoint:
-        """Fine-tune one mask from its parent; the look with the best metric on `select` is kept.
+    def settle(
+        self, parent: Snapshot, settling: Settling, gathered: AbstractContextManager[Gang] | None = None
+    ) -> Checkpoint | None:
+        """Fine-tune one mask from its parent, alone or in a gang; the look with the best metric on `select` is kept.
 
-        Raises UserError when the mask is not the one that was scored, or when the training diverged, and MachineFault.
+        Only a gang's first member returns a checkpoint. Raises UserError when the mask is not the one that was scored,
+        or when the training diverged, and MachineFault.
         """
-        with isolated(self.job.spec, self.device), faults_told_apart():
-            return self.fine_tune(parent, settling)
+        with isolated(self.job.spec, self.device), faults_told_apart(), gathered or nullcontext(ALONE) as gang:
+            return self.fine_tune(parent, settling, gang)
 
-    def fine_tune(self, parent: Snapshot, settling: Settling) -> Checkpoint:
+    def fine_tune(self, parent: Snapshot, settling: Settling, gang: Gang) -> Checkpoint | None:
         started, began = time.time(), time.perf_counter()
+        name, *helpers = gang.names(self.name, self.device)
         spec, data, stage = self.job.spec, self.job.data, settling.stage
         mask = self.reset(parent, settling.candidate)
         bits = masks.pack_bits(mask)
@@ -223,7 +253,7 @@ class Worker:
         best: list[Any] = []
 
         def look(step: int) -> None:
-            point, _ = self.look(step, data.select)
+            point, _ = self.look(step, data.select, gang=gang)
             curve.append(point)
             if np.isfinite(point.loss) and (not best or point.rank > best[0]):
                 state = {} if optimizer is None else loop.optimizer_state(self.module, optimizer)
@@ -235,7 +265,7 @@ class Worker:
         else:
             optimizer = self.optimizer(parent)
             seed = derive(spec.seed, "fine-tune", settling.candidate.level)
-            self.train(parent, stage, mask, seed, looks, look, optimizer)
+            self.train(parent, stage, mask, seed, looks, look, optimizer, gang=gang)
         if not best:
             raise UserError(
                 f"level {settling.candidate.level}: fine-tuning diverged, the loss on select is {curve[-1].loss}. "
@@ -243,6 +273,10 @@ class Worker:
             )
         _, index, weights, state = best
         load(weights, self.live)
+        # without autocast, as whoever loads the export will
+        logits = self.answers(data.report, nullcontext, gang)
+        if gang.rank > 0:
+            return None
         return Checkpoint(
             weights=weights,
             optimizer=state,
@@ -255,10 +289,10 @@ class Worker:
                 best=index,
                 started=started,
                 seconds=time.perf_counter() - began,
-                worker=self.name,
+                worker=name,
+                helpers=tuple(helpers),
             ),
-            # in float32, as whoever loads the export will
-            logits=self.answers(data.report, nullcontext).numpy(),
+            logits=logits.numpy(),
         )
 
     def reset(self, snapshot: Snapshot, candidate: Candidate) -> masks.Mask:
@@ -300,8 +334,8 @@ class Worker:
         )
         return as_kept(self.module, mask)
 
-    def optimizer(self, snapshot: Snapshot) -> torch.optim.AdamW:
-        """AdamW as the snapshot left it."""
+    def optimizer(self, snapshot: Snapshot) -> torch.optim.Optimizer:
+        """The optimizer as the snapshot left it."""
         state = snapshot.optimizer.views() if snapshot.optimizer else None
         return loop.make_optimizer(self.module, self.job.spec.optimizer, state)
 
@@ -313,10 +347,11 @@ class Worker:
         seed: int,
         looks: list[int],
         look: Callable[[int], None],
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         *,
         steps: tuple[int, int] | None = None,
         shared: bool = False,
+        gang: Gang = ALONE,
     ) -> None:
         """One stage from the snapshot, on the live model, or only some `steps` of it, as `loop.train` takes them.
 
@@ -336,6 +371,7 @@ class Worker:
             teacher=self.taught_by(snapshot).begin(seed, first, keep=shared) if stage.distill else None,
             objective=self.objective,
             steps=steps,
+            gang=gang,
             looks=frozenset(looks),
             look=look,
             tell=self.tell,
@@ -350,17 +386,19 @@ class Worker:
             self.teacher = Teacher(module)
         return self.teacher
 
-    def answers(self, rows: Rows, autocast: loop.Autocast | None = None) -> Tensor:
+    def answers(self, rows: Rows, autocast: loop.Autocast | None = None, gang: Gang = ALONE) -> Tensor:
         """The live model's, float32 (rows, few)."""
-        padding, autocast = self.job.data.padding, autocast or self.autocast
-        return loop.predict(self.module, rows, padding=padding, autocast=autocast, objective=self.objective)
+        padding, how = self.job.data.padding, autocast or self.autocast
+        return loop.predict(self.module, rows, padding=padding, autocast=how, objective=self.objective, gang=gang)
 
-    def look(self, step: int, rows: Rows, standard: Tensor | None = None) -> tuple[Point, Tensor]:
+    def look(
+        self, step: int, rows: Rows, standard: Tensor | None = None, *, gang: Gang = ALONE
+    ) -> tuple[Point, Tensor]:
         """Measure on rows of `select`: the point, and the loss of every row, float32 (rows,).
 
         `standard`: the dense model's answers for the rows, float32 (rows, few), to state the agreement with.
         """
-        answers, agreement = self.answers(rows), None
+        answers, agreement = self.answers(rows, gang=gang), None
         losses = self.objective.losses(answers, torch.from_numpy(rows.labels))
         loss = float(losses.double().mean())
         finite = bool(torch.isfinite(answers).all())
@@ -386,6 +424,8 @@ def faults_told_apart() -> Iterator[None]:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise MachineFault(f"out of memory: {error}") from error
+    except dist.DistError as error:
+        raise MachineFault(str(error)) from error
     except RuntimeError as error:
         if any(symptom in str(error) for symptom in SYMPTOMS):
             raise MachineFault(str(error)) from error
@@ -414,7 +454,7 @@ def native_bf16(device: torch.device) -> bool:
 def describe(device: torch.device, spec: Spec) -> str:
     """Where a result was computed, in words: host, process, device, threads and precision."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{spec.workers.threads} threads"
-    precision = "bf16" if computes_bf16(spec.precision, device) else "fp32"
+    precision = "bf16" if spec.model.dtype == "bf16" or computes_bf16(spec.precision, device) else "fp32"
     return f"{platform.node()}/{os.getpid()} {device.type} {kind} {precision}"
 
 

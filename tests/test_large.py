@@ -1,0 +1,82 @@
+"""Does a whole search with all that saves memory keep its masks, go on after an end, and export what it measured?"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+import raymask
+from raymask.config import make_spec
+from raymask.core.records import Result
+from raymask.driver.search import prepare
+from raymask.store import DENSE, SEARCH, RunDir
+from raymask.train.loop import predict
+from raymask.train.objectives import OBJECTIVES
+
+SPEC: dict[str, Any] = {
+    "model": {"name": "quickstart", "dtype": "bf16"},
+    "task": "quickstart",
+    "levels": [0.5, 0.75],
+    "candidates": {"count": 2, "ratios": [0.02]},
+    "dense": {"epochs": 0.5, "learning_rate": 0.02},
+    "probe": {"epochs": 0.1, "rows": 50, "eval_every": 1, "rungs": [0.5, 1.0]},
+    "finetune": {"epochs": 0.1},
+    "imp": {"run": False},
+    "distill": False,
+    "optimizer": {"name": "adafactor"},
+    "checkpointing": True,
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    run = tmp_path_factory.mktemp("large") / "run"
+    return run, raymask.search(SPEC, run, in_process=True)
+
+
+def test_every_file_is_in_bf16_and_zero_where_the_mask_prunes(found: tuple[Path, Result]) -> None:
+    run, result = found
+    store = RunDir(run)
+    for level in (1, 2):
+        weights, state = (store.read_tensors(SEARCH, level, f"{name}.safetensors") for name in ("model", "optimizer"))
+        assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.bfloat16}
+        assert {key.partition("/")[0] for key in state} == {"step", "row_var", "col_var", "variance"}
+        assert sum(tensor.numel() for tensor in state.values()) < 0.2 * sum(w.numel() for w in weights.values())
+        pruned = [weights[key.partition("/")[2]] for key in state if key.startswith("row_var/bert.encoder")]
+        zeros = sum(int((weight == 0).sum()) for weight in pruned)
+        assert zeros >= result.levels[level - 1].total - result.levels[level - 1].kept
+    steps = [float(store.read_tensors(*place, "optimizer.safetensors")["step"]) for place in ((DENSE, 0), (SEARCH, 2))]
+    assert 0 < steps[0] < steps[1]
+
+
+def test_transformers_alone_loads_the_export_in_bf16_and_answers_alike(found: tuple[Path, Result]) -> None:
+    run, _ = found
+    saved = load_file(run / "export" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    module = AutoModelForSequenceClassification.from_pretrained(run / "export").eval()
+    assert module.dtype == torch.bfloat16
+    data = prepare(make_spec(SPEC)).job.data
+    logits = predict(module, data.report, objective=OBJECTIVES[data.kind], padding=data.padding, autocast=nullcontext)
+    assert np.array_equal(logits.numpy(), RunDir(run).read_logits(SEARCH, 2))
+    assert len(logits.unique()) > 10
+
+
+def test_a_search_that_was_ended_finds_the_same(found: tuple[Path, Result], tmp_path: Path) -> None:
+    run, result = found
+    shutil.copytree(run, tmp_path / "run")
+    for name in ("result.json", "level-2/level.json"):
+        (tmp_path / "run" / name).unlink()
+    journal = tmp_path / "run" / "level-2" / "evaluations.jsonl"
+    journal.write_text(journal.read_text().split("\n")[0] + "\n")
+    again = raymask.search(SPEC, tmp_path / "run", in_process=True)
+    assert again.levels[-1].digest == result.levels[-1].digest
+    assert again.levels[-1].files == result.levels[-1].files
+    assert again.rows == result.rows
