@@ -16,7 +16,7 @@ from raymask.core.records import Candidate, Noise, Result
 from raymask.core.spec import Spec, one_of, require_whole_groups
 from raymask.driver.search import search as run_search
 from raymask.report.terminal import Silent
-from raymask.train.model import find_prunable
+from raymask.train.model import as_kept, find_prunable, matrices
 
 
 def search(
@@ -71,13 +71,13 @@ def draw_mask(
         raise ValueError(
             "no matrix of the module can be pruned; name some with include, for instance include=['*.weight']"
         )
-    weights = {name: module.get_parameter(name).detach() for name in names}
+    weights = matrices(module, names)
     for name, weight in weights.items():
         if not form.fits(tuple(weight.shape)):
             raise ValueError(f"{pattern} does not divide {name} of {' x '.join(map(str, weight.shape))}")
     noise = None if seed is None else Noise(exponent=exponent, ratio=ratio)
     candidate = Candidate(level=1, index=int(noise is not None), seed=seed or 0, density=density, noise=noise)
-    return masks.draw(weights, candidate, allocation=share, pattern=form)
+    return as_kept(module, masks.draw(weights, candidate, allocation=share, pattern=form))
 
 
 def apply_mask(module: nn.Module, mask: Mapping[str, Tensor]) -> None:

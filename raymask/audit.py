@@ -5,6 +5,7 @@ All masks of a level are fine-tuned in full, and the early scores are held again
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -33,7 +34,7 @@ class Judgement:
 
     `by_loss`, `by_report`: Spearman's rank correlation with the loss on `select` at the end, and with the mean metric
     on `report`, positive when the score is right. `regret`: by how much the pick's mean metric on `report` falls short
-    of the best one's.
+    of the best one's; of a perplexity, by how much its logarithm is more.
     """
 
     level: int
@@ -54,8 +55,9 @@ def audited(spec: Spec) -> Spec:
     asked = spec.model_dump()
     asked["select"] = {"keep": spec.candidates.count + 1, "beam": False}
     asked["imp"] = {"run": False}
-    # agreement, so that the dense model is at hand: each look has all three scores then
-    asked["probe"] |= {"rungs": [1.0], "repeats": 1, "last": LOOKS, "score": "agreement"}
+    # agreement, where there is one, so that the dense model is at hand: each look has all three scores then
+    score = "loss" if spec.task.kind == "causal-lm" else "agreement"
+    asked["probe"] |= {"rungs": [1.0], "repeats": 1, "last": LOOKS, "score": score}
     return Spec.model_validate(asked)
 
 
@@ -65,7 +67,7 @@ def judge(result: Result, last: int, seed: int) -> list[Judgement]:
     for level, records in by_level(result).items():
         final = np.array([record.finetuned.curve[-1].loss for record in records])
         report = np.array([overall(record.report) for record in records])
-        for kind in get_args(Score):
+        for kind in (kind for kind in get_args(Score) if not math.isnan(scores(records[0].winner.curve[-1])[kind])):
             for budget in BUDGETS:
                 early = np.array([early_score(record.winner, kind, budget, last) for record in records])
                 rng = derive(seed, "audit", level)
@@ -104,7 +106,8 @@ def show_audit(console: Console, result: Result, spec: Spec) -> None:
     say(
         console,
         "Rank correlation (Spearman) of early score and full fine-tuning, with 95 % bootstrap intervals over masks: 1 "
-        "is the same order, 0 says nothing. Regret: what the pick lacks on `report` of the best mask there was.",
+        "is the same order, 0 says nothing. Regret: what the pick lacks on `report` of the best mask there was"
+        + (", of the perplexity's logarithm." if "perplexity" in result.metrics else "."),
     )
 
 

@@ -17,7 +17,7 @@ from raymask.core.seeds import derive
 from raymask.core.spec import Spec
 from raymask.driver.search import Plan, prepare
 from raymask.report.terminal import say
-from raymask.report.words import percent
+from raymask.report.words import blocks, percent
 from raymask.train.model import load_weights
 
 GIB = 2**30
@@ -26,7 +26,8 @@ GIB = 2**30
 def show_check(console: Console, spec: Spec, address: str | None) -> None:
     """Read everything a search will read, weights included, and print what it will do. Raises UserError as it would."""
     plan = prepare(spec)
-    load_weights(spec.model, plan.source.config, derive(spec.seed, "head"), spec.dense.epochs == 0)
+    fine_tuned = spec.dense.epochs == 0
+    load_weights(spec.model, plan.source.config, derive(spec.seed, "head"), fine_tuned, plan.source.kind)
     show_model(console, plan)
     show_data(console, plan)
     console.print(level_table(plan))
@@ -37,17 +38,17 @@ def show_check(console: Console, spec: Spec, address: str | None) -> None:
 
 
 def show_model(console: Console, plan: Plan) -> None:
-    sizes, model = plan.source.sizes, plan.recipe.spec.model
+    sizes, model, body = plan.source.sizes, plan.recipe.spec.model, blocks(plan.source.kind)
     say(
         console,
-        f"model    {model.name}: {sizes.whole:,} parameters in {model.dtype}, {sizes.encoder:,} in the encoder; "
+        f"model    {model.name}: {sizes.whole:,} parameters in {model.dtype}, {sizes.encoder:,} in the {body}; "
         f"{len(plan.source.prunable)} matrices with {sizes.prunable:,} weights to prune",
     )
 
 
 def show_data(console: Console, plan: Plan) -> None:
     data, corpus = plan.job.data, plan.corpus
-    kind = f"{len(corpus.classes)} classes" if corpus.classes else "regression"
+    kind = f"{len(corpus.classes)} classes" if corpus.classes else corpus.kind
     say(
         console,
         f"task     {kind}, {', '.join(data.metrics)}; rows: {len(data.train):,} train, {len(data.select):,} select "
@@ -59,7 +60,8 @@ def show_data(console: Console, plan: Plan) -> None:
 def level_table(plan: Plan) -> Table:
     """What each level prunes, in all three denominators."""
     table = Table(title="levels", title_justify="left")
-    for head in ("level", "sparsity", "weights kept", "zeros in encoder", "zeros in whole model", "candidates"):
+    zeros = f"zeros in {blocks(plan.source.kind)}"
+    for head in ("level", "sparsity", "weights kept", zeros, "zeros in whole model", "candidates"):
         table.add_column(head, justify="right")
     for level, density in enumerate(plan.recipe.densities, 1):
         kept = sum(quotas(plan.source.shapes, density, plan.recipe.allocation, plan.recipe.pattern).values())

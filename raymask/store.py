@@ -154,7 +154,7 @@ class RunDir:
         return pack(self.read_tensors(lineage, level, OPTIMIZER))
 
     def read_logits(self, lineage: str, level: int) -> np.ndarray:
-        """Logits of `report`, float32 (rows, outputs)."""
+        """What is kept of the predictions on `report`, float32 (rows, outputs)."""
         return self.read_tensors(lineage, level, REPORT)["logits"].numpy()
 
     # --- the run -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shlex
 import time
@@ -64,9 +65,10 @@ def trainable(spec: Spec | Mapping[str, Any] | str | Path) -> Callable[[dict[str
 
     Any of the spec's keys may be in the search space, dotted as in `--set`, or in its section's mapping. After every
     level a trial reports `level` of `levels`, `sparsity` in [0, 1], `metric` (the mean of the task's metrics on
-    `select`), `loss` on `select`, `epochs` trained so far and `run`, its run directory; the last level once the model
-    is exported. Nothing of `report` is told. To be maximised is `score`: the metric, less 2 for each level to come, so
-    that whoever was stopped early never beats whoever went on. A trial has one worker, or `workers.count`.
+    `select`; of a perplexity, minus its logarithm), `loss` on `select`, `epochs` trained so far and `run`, its run
+    directory; the last level once the model is exported. Nothing of `report` is told. To be maximised is `score`: the
+    metric (one by a perplexity), less 2 for each level to come, so that whoever was stopped early never beats whoever
+    went on. A trial has one worker, or `workers.count`.
 
     Raises raymask.UserError for what is wrong with the spec; `Tuner.fit` does, before any trial, for a key of the
     search space that the spec does not have, and for workers that no cluster of this size can hold.
@@ -144,8 +146,9 @@ class Reporter(Silent):
 
     def report(self, level: Level) -> None:
         kept, dense = level.finetuned.kept, self.epochs["dense"]
+        worth = math.exp(kept.metric) if "perplexity" in level.report else kept.metric
         told = (
-            kept.metric - 2 * (self.last - level.level),  # a metric lies in [-1, 1]
+            worth - 2 * (self.last - level.level),  # which lies in [-1, 1]
             level.level,
             self.last,
             level.sparsity,

@@ -16,11 +16,12 @@ import torch
 from raymask.core.errors import UserError
 from raymask.core.records import Candidate, Evaluate, Evaluation, Snapshot
 from raymask.core.rungs import Ladder
-from raymask.core.spec import QUICKSTART, Spec
+from raymask.core.spec import QUICKSTART, Spec, Task
 from raymask.core.tensors import Packed, pack
 from raymask.train import quickstart
 from raymask.train.data import Corpus, Texts, tokenize
-from raymask.train.model import build, describe, persistent
+from raymask.train.documents import Documents, cut
+from raymask.train.model import build, describe, persistent, positions, vocabulary
 from raymask.train.worker import Job
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -32,13 +33,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "albert": SIZE | {"embedding_size": 8},
     "deberta-v2": SIZE | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 8},
 }
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": SIZE | {"num_key_value_heads": 1, "tie_word_embeddings": False},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
+}
 WITHOUT_TYPES = ("roberta", "distilbert")
 
 
 def tiny_tokenizer(family: str = "bert") -> Any:
     """The quickstart's words, with token types where the family has them."""
     tokenizer = quickstart.tokenizer()
-    types = [] if family in WITHOUT_TYPES else ["token_type_ids"]
+    if family in DECODERS:
+        tokenizer.eos_token = quickstart.SEP
+    types = [] if family in WITHOUT_TYPES or family in DECODERS else ["token_type_ids"]
     tokenizer.model_input_names = ["input_ids", *types, "attention_mask"]
     return tokenizer
 
@@ -53,18 +60,25 @@ def tiny_config(family: str = "bert", **changes: Any) -> Any:
         "pad_token_id": 0,
         "initializer_range": 0.2,
     }
-    return AutoConfig.for_model(family, **shared | FAMILIES[family] | changes)
+    if family in DECODERS:
+        shared |= {"bos_token_id": None, "eos_token_id": 3}
+    return AutoConfig.for_model(family, **shared | (FAMILIES | DECODERS)[family] | changes)
 
 
 def tiny_model(folder: Path, family: str = "bert", *, head: bool = True, seed: int = 0, **changes: Any) -> Path:
-    """Save a random classifier, or its encoder alone, with a tokenizer; returns the folder."""
+    """Save a random classifier or decoder, or its blocks alone, with a tokenizer; returns the folder."""
     config = tiny_config(family, **changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        module: Any = build(config)
+        module: Any = build(config, kind=kind_of(family))
     (module if head else module.base_model).save_pretrained(folder)
     tiny_tokenizer(family).save_pretrained(folder)
     return folder
+
+
+def kind_of(family: str) -> str:
+    """What tests train a family for."""
+    return "causal-lm" if family in DECODERS else "classification"
 
 
 def reviews(count: int, seed: int = 0) -> tuple[list[str], list[int]]:
@@ -88,6 +102,12 @@ def tiny_corpus(regression: bool = False, rows: Sequence[int] = (48, 16, 12)) ->
     return Corpus(train, select, report, {"": (0, rows[2])}, classes, metrics, 64)
 
 
+def tiny_documents(count: int = 120, **keys: Any) -> Documents:
+    """Reviews, joined and cut into rows of 16 tokens."""
+    task = Task(kind="causal-lm", train="train.txt", report="report.txt", **{"max_length": 16} | keys)
+    return Documents(task, 0, reviews(count)[0], reviews(count // 4, 1)[0])
+
+
 def tiny_job(
     family: str = "bert", *, regression: bool = False, rows: Sequence[int] = (48, 16, 12), **settings: Any
 ) -> Job:
@@ -104,24 +124,28 @@ def tiny_job(
     }
     for name, section in settings.items():
         sections[name] = sections.get(name, {}) | section if isinstance(section, dict) else section
-    corpus, tokenizer = tiny_corpus(regression, rows), tiny_tokenizer(family)
+    corpus = tiny_documents() if family in DECODERS else tiny_corpus(regression, rows)
+    tokenizer = tiny_tokenizer(family)
     spec = Spec.model_validate(sections)
     model = spec.model.model_copy(update={"name": family})
-    source = describe(model, tiny_config(family), tokenizer, corpus.classes, checkpointing=spec.checkpointing)
-    return Job(spec, source.config, tokenize(corpus, tokenizer), source.prunable, source.sizes.whole)
+    settings = {"kind": corpus.kind, "checkpointing": spec.checkpointing}
+    source = describe(model, tiny_config(family), tokenizer, corpus.classes, **settings)
+    limits = positions(source.config, corpus.kind), vocabulary(source.config)
+    data = cut(corpus, tokenizer, *limits) if isinstance(corpus, Documents) else tokenize(corpus, tokenizer)
+    return Job(spec, source.config, data, source.prunable, source.sizes.whole)
 
 
-def random_weights(config: Any, seed: int) -> Packed:
+def random_weights(config: Any, seed: int, kind: str = "classification") -> Packed:
     """Weights of a new model of this configuration."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return pack(persistent(build(config)))
+        return pack(persistent(build(config, kind=kind)))
 
 
 def tiny_snapshot(job: Job, seed: int = 0) -> Snapshot:
     """Random weights to start from, and others to learn from when the job distils."""
-    teacher = random_weights(job.config, 100) if job.spec.taught else None
-    return Snapshot(f"random {seed}", random_weights(job.config, seed), teacher=teacher)
+    teacher = random_weights(job.config, 100, job.data.kind) if job.spec.taught else None
+    return Snapshot(f"random {seed}", random_weights(job.config, seed, job.data.kind), teacher=teacher)
 
 
 def climbed(

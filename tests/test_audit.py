@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +78,29 @@ def test_a_score_that_foretells_the_end_correlates_and_picks_without_regret(sear
         assert judgement.by_report.mean == pytest.approx(expected)
         assert judgement.by_loss.low <= judgement.by_loss.mean <= judgement.by_loss.high
         assert judgement.regret == pytest.approx(0.0 if judgement.score == "loss" else 0.3)
+
+
+def test_a_language_model_is_audited_without_agreement_and_its_regret_is_the_logarithm_s(searched: Result) -> None:
+    task = {"kind": "causal-lm", "train": "a.txt", "report": "b.txt"}
+    assert audited(make_spec({**BASE, "model": "m", "task": task})).probe.score == "loss"
+
+    def tell(record: Level) -> Level:
+        worth = record.winner.candidate.index / 10
+        early = (Point(step=1, loss=5 + worth, metric=-5 - worth),)  # the wrong way round
+        winner = record.winner.model_copy(update={"curve": early})
+        return record.model_copy(update={"winner": winner, "report": {"perplexity": math.exp(5 - worth)}})
+
+    told = retold(searched, tell).model_copy(update={"metrics": ("perplexity",)})
+    found = judge(told, 2, 0)
+    assert [j.score for j in found] == ["loss"] * 3 + ["metric"] * 3 + ["loss"] * 3 + ["metric"] * 3
+    for judgement in found:
+        assert judgement.by_report.mean == pytest.approx(-1.0)
+        assert judgement.regret == pytest.approx(0.3)
+    console = Console(file=io.StringIO(), width=160)
+    show_audit(console, told, make_spec(BASE))
+    said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert said.endswith("of the best mask there was, of the perplexity's logarithm.")
+    assert "148.4132" in said
 
 
 @pytest.mark.parametrize(

@@ -1,30 +1,32 @@
 """Are inputs and gradients measured over all real tokens of all rows, and is nothing left behind?"""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
-from builders import FAMILIES, tiny_job, tiny_snapshot
+from builders import DECODERS, FAMILIES, tiny_job, tiny_snapshot
 
 from raymask.core.tensors import load
 from raymask.train import calibration
 from raymask.train.calibration import calibrate
 from raymask.train.data import Rows
 from raymask.train.loop import collate, task_loss
-from raymask.train.model import build, persistent
+from raymask.train.model import build, matrices, persistent, turned
 from raymask.train.objectives import OBJECTIVES, counts
 
 
 def prepared(family="bert", *, regression=False, **settings):
     """A tiny model in evaluation mode, and its job."""
     job = tiny_job(family, regression=regression, **settings)
-    module = build(job.config).eval()
+    module = build(job.config, kind=job.data.kind).eval()
     load(tiny_snapshot(job).weights, persistent(module))
     return module, job
 
 
 def ragged(rows):
-    """The rows, cut to lengths of 3 to 6 tokens in turn."""
-    lengths = 3 + np.arange(len(rows)) % 4
+    """The rows, cut to lengths of 3 to 6 tokens at most in turn."""
+    lengths = np.minimum(3 + np.arange(len(rows)) % 4, rows.lengths)
     kept = np.concatenate([start + np.arange(length) for start, length in zip(rows.offsets, lengths, strict=False)])
     types = None if rows.types is None else rows.types[kept]
     return Rows(rows.ids[kept], types, np.concatenate([[0], np.cumsum(lengths)]), rows.labels)
@@ -38,8 +40,8 @@ def calibrated(module, job):
 def one_by_one(module, job):
     """The same row after row, without padding: (squares of the inputs, gradients) by name."""
     rows = ragged(job.data.train)
-    layers = {f"{name}.weight": layer for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)}
-    squares = {name: torch.zeros(layers[name].in_features) for name in job.prunable}
+    layers = {name: module.get_submodule(name.removesuffix(".weight")) for name in job.prunable}
+    squares = {name: torch.zeros(weight.shape[1]) for name, weight in matrices(module, job.prunable).items()}
 
     def hear(name):
         def add(layer, inputs):
@@ -54,12 +56,14 @@ def one_by_one(module, job):
     for hook in hooks:
         hook.remove()
     gradients = {name: module.get_parameter(name).grad.clone() for name in job.prunable}
+    gradients |= {name: gradients[name].T for name in turned(module) & gradients.keys()}
     module.zero_grad(set_to_none=True)
     return squares, gradients
 
 
-@pytest.mark.parametrize("regression", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "regression"), [*product(FAMILIES, [False, True]), *((family, False) for family in DECODERS)]
+)
 def test_it_is_what_rows_without_padding_add_up_to(family, regression):
     module, job = prepared(family, regression=regression)
     found = calibrated(module, job)

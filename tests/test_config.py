@@ -443,6 +443,65 @@ def test_metrics_must_suit_the_kind_of_task(keys, message):
     assert refusal(text) == f"job.yaml: task: {message}"
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "train: a.txt, report: b.txt",
+        "train: a.csv, report: b.csv, text: body",
+        "train: a.txt, report: b.txt, metrics: [perplexity]",
+        "name: hub/Salesforce/wikitext:wikitext-2-raw-v1",
+        "name: hub/stas/openwebtext-10k",
+    ],
+)
+def test_a_causal_lm_reads_texts_of_files_and_of_the_hub(keys):
+    assert parse_spec(f"model: m\ntask: {{kind: causal-lm, {keys}}}").task.kind == "causal-lm"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            "kind: causal-lm",
+            "a causal-lm is either a dataset (hub/Salesforce/wikitext:wikitext-2-raw-v1) or has the keys train and "
+            "report",
+        ),
+        ("kind: causal-lm, train: a, report: b, text: [x, y]", "a causal-lm reads one column of text"),
+        ("kind: causal-lm, train: a, report: b, metrics: [accuracy]", "a causal-lm is measured by perplexity"),
+        (
+            "train: a, report: b, text: s, metrics: [perplexity]",
+            "a classification is measured by accuracy, f1 and matthews",
+        ),
+        (
+            "kind: causal-lm, name: glue/mrpc",
+            "a causal-lm reads a dataset of texts, such as hub/Salesforce/wikitext:wikitext-2-raw-v1, not 'glue/mrpc'",
+        ),
+        (
+            "kind: causal-lm, name: 'hub/:raw'",
+            "a causal-lm reads a dataset of texts, such as hub/Salesforce/wikitext:wikitext-2-raw-v1, not 'hub/:raw'",
+        ),
+        ("name: hub/a/b", "hub/a/b is a dataset of texts: set kind to causal-lm"),
+        (
+            "kind: causal-lm, name: hub/a/b, folder: f",
+            "a dataset comes from the hub: take out folder, or give files as train and report",
+        ),
+        (
+            "kind: causal-lm, name: hub/a/b, text: body",
+            "a task with a name brings its own files and columns: take out train, report, text and metrics",
+        ),
+    ],
+)
+def test_what_is_no_causal_lm_s_is_refused(keys, message):
+    assert refusal(f"model: m\ntask: {{{keys}}}") == f"job.yaml: task: {message}"
+
+
+def test_a_causal_lm_has_no_agreement():
+    text = "model: m\ntask: {kind: causal-lm, train: a, report: b}\nprobe: {score: agreement}"
+    assert refusal(text) == (
+        "job.yaml: probe.score: agreement compares the probabilities of classes, a causal-lm has none: set it to loss "
+        "or metric"
+    )
+
+
 def test_the_quickstart_is_whole_and_trained():
     assert parse_spec("model: quickstart\ntask: quickstart").task.name == "quickstart"
     together = "the quickstart's model and task go together: set both to 'quickstart', or neither"

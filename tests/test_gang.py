@@ -162,7 +162,15 @@ def gradients_of(shards, rows, seed=0, **settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"distill": True}, {"regression": True}, {"regression": True, "distill": True}]
+    "settings",
+    [
+        {},
+        {"distill": True},
+        {"regression": True},
+        {"regression": True, "distill": True},
+        {"family": "llama"},
+        {"family": "llama", "distill": True},
+    ],
 )
 @pytest.mark.parametrize(("shards", "rows"), [(2, 16), (4, 7), (8, 5)])
 def test_gradients_of_shards_add_up_to_those_of_the_batch(monkeypatch, settings, shards, rows):

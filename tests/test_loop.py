@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -32,8 +33,7 @@ from raymask.train.loop import (
 from raymask.train.model import build, find_prunable, persistent
 from raymask.train.objectives import OBJECTIVES, Counts, counts
 
-OUTPUTS = {"classification": 2, "regression": 1}
-CLASSIFICATION, REGRESSION = OBJECTIVES["classification"], OBJECTIVES["regression"]
+CLASSIFICATION, REGRESSION, NEXT_TOKEN = OBJECTIVES.values()
 STAGE = Stage(epochs=1, batch_size=16, learning_rate=0.01, schedule="constant", warmup=0.0, distill=False)
 
 
@@ -55,6 +55,20 @@ def tiny_module(seed=0, *, dropout=0.1, **changes):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return build(config, show_attention=True).eval()
+
+
+def module_for(kind, seed=0):
+    """A tiny model for a kind of task."""
+    if kind != "causal-lm":
+        return tiny_module(seed, num_labels=1 if kind == "regression" else 2)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build(tiny_config("llama"), kind=kind, show_attention=True).eval()
+
+
+def batch_for(kind, rows, chosen):
+    """Rows as a batch that such a model takes."""
+    return collate(replace(rows, types=None) if kind == "causal-lm" else rows, np.array(chosen), 0)
 
 
 def half_masks(module):
@@ -82,6 +96,10 @@ def fit(module, rows, stage=STAGE, *, optimizer=None, **changes):
         "tell": lambda share: None,
     }
     loop.train(module, rows, stage, **settings | changes)
+
+
+def predicted(module, rows, objective=CLASSIFICATION, autocast=nullcontext):
+    return predict(module, rows, padding=0, autocast=autocast, objective=objective)
 
 
 def loss_of(module, batch, objective=CLASSIFICATION, teacher=None, whole=None):
@@ -275,7 +293,7 @@ def test_looking_changes_nothing(data):
     found = []
     for looks in ((), (1, 2, 3)):
         module = tiny_module()
-        look = partial(lambda module, _: predict(module, data.select, padding=0, autocast=nullcontext), module)
+        look = partial(lambda module, _: predicted(module, data.select), module)
         fit(module, data.train, looks=looks, look=look)
         found.append(weights_of(module))
     assert same(*found)
@@ -412,36 +430,36 @@ def test_a_step_of_adafactor_is_a_share_of_a_matrix_however_small_its_gradient(d
 def test_row_losses_are_cross_entropies():
     logits, labels = torch.tensor([[0.0, 0.0], [1.0, 3.0]]), torch.tensor([0, 1])
     expected = [np.log(2), np.log(1 + np.exp(-2))]
-    assert CLASSIFICATION.hard(logits, labels).tolist() == pytest.approx(expected)
+    assert CLASSIFICATION.losses(logits, labels).tolist() == pytest.approx(expected)
 
 
 def test_row_losses_of_a_regression_are_squared_errors():
     logits, labels = torch.tensor([[1.0], [-2.0]], dtype=torch.bfloat16), torch.tensor([1.5, 1.0])
-    found = REGRESSION.hard(logits, labels)
+    found = REGRESSION.losses(logits, labels)
     assert found.tolist() == [0.25, 9.0]
     assert found.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression"])
 def test_the_task_loss_is_the_mean_over_rows(uneven, kind):
-    module = tiny_module(num_labels=OUTPUTS[kind])
+    module = module_for(kind)
     each = [loss_of(module, collate(uneven, np.array([row]), 0), OBJECTIVES[kind]).item() for row in range(4)]
     assert loss_of(module, collate(uneven, np.arange(4), 0), OBJECTIVES[kind]).item() == pytest.approx(np.mean(each))
 
 
 def test_counts_are_of_what_is_no_padding(uneven):
-    assert counts(uneven.lengths) == Counts(rows=4, tokens=22, pairs=9 + 25 + 64 + 36)
+    assert counts(uneven.lengths) == Counts(rows=4, tokens=22, pairs=9 + 25 + 64 + 36, predicted=18)
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
 @pytest.mark.parametrize("distilled", [False, True])
 def test_the_losses_of_a_batch_s_parts_add_up_to_its_own(uneven, distilled, kind):
-    module, teacher = (tiny_module(seed, num_labels=OUTPUTS[kind]) for seed in (0, 1))
-    whole = collate(uneven, np.arange(4), 0)
+    module, teacher = (module_for(kind, seed) for seed in (0, 1))
+    whole = batch_for(kind, uneven, range(4))
 
     def added(*parts):
         module.zero_grad()
-        batches = [collate(uneven, np.array(part), 0) for part in parts]
+        batches = [batch_for(kind, uneven, part) for part in parts]
         loss = sum(
             loss_of(module, batch, OBJECTIVES[kind], teacher if distilled else None, counted(whole))
             for batch in batches
@@ -457,6 +475,41 @@ def test_the_losses_of_a_batch_s_parts_add_up_to_its_own(uneven, distilled, kind
             torch.testing.assert_close(parted_gradients[name], gradient, rtol=1e-3, atol=1e-5)
 
 
+def one_by_one(module, rows):
+    """Of each row minus the log-likelihoods of its tokens but the first, each from what is before it alone."""
+    found = []
+    for start, end in zip(rows.offsets, rows.offsets[1:], strict=False):
+        ids = torch.from_numpy(rows.ids[start:end].astype(np.int64))
+        with torch.no_grad():
+            found.append(
+                [-module(input_ids=ids[None, :i]).logits[0, -1].log_softmax(-1)[ids[i]] for i in range(1, len(ids))]
+            )
+    return found
+
+
+def test_a_language_model_s_loss_is_the_mean_over_predicted_tokens(uneven):
+    module = module_for("causal-lm")
+    costs = one_by_one(module, uneven)
+    assert [len(row) for row in costs] == [2, 4, 7, 5]
+    found = loss_of(module, batch_for("causal-lm", uneven, range(4)), NEXT_TOKEN)
+    assert found.item() == pytest.approx(float(np.mean([cost for row in costs for cost in row])), rel=1e-5)
+
+
+def test_a_language_model_answers_with_a_row_s_cost_and_its_tokens(uneven, monkeypatch):
+    module, rows = module_for("causal-lm"), replace(uneven, types=None)
+    expected = torch.tensor([[float(sum(row)), len(row)] for row in one_by_one(module, uneven)])
+    whole = predicted(module, rows, NEXT_TOKEN)
+    torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(NEXT_TOKEN.losses(whole, None), expected[:, 0] / expected[:, 1], rtol=1e-5, atol=1e-5)
+    sizes = []
+    module.register_forward_pre_hook(lambda *given: sizes.append(len(given[2]["input_ids"])), with_kwargs=True)
+    monkeypatch.setattr(loop, "OUTPUTS", 3 * 8 * 4 * module.config.vocab_size)  # room for three rows of 8 tokens
+    torch.testing.assert_close(predicted(module, rows, NEXT_TOKEN), expected, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(loop, "OUTPUTS", 1)
+    predicted(module, rows, NEXT_TOKEN)
+    assert sizes == [3, 1, 1, 1, 1, 1]
+
+
 def widened(batch, by):
     """The batch with `by` more columns of padding."""
     return {
@@ -465,11 +518,11 @@ def widened(batch, by):
     }
 
 
-@pytest.mark.parametrize("kind", ["classification", "regression"])
+@pytest.mark.parametrize("kind", OBJECTIVES)
 @pytest.mark.parametrize("distilled", [False, True])
 def test_padding_changes_neither_loss_nor_gradient(uneven, distilled, kind):
-    module, teacher = (tiny_module(seed, num_labels=OUTPUTS[kind]) for seed in (0, 1))
-    batch = collate(uneven, np.arange(4), 0)
+    module, teacher = (module_for(kind, seed) for seed in (0, 1))
+    batch = batch_for(kind, uneven, range(4))
     found = []
     for inputs in (batch, widened(batch, 7)):
         loss = loss_of(module, inputs, OBJECTIVES[kind], teacher if distilled else None)
@@ -500,10 +553,28 @@ def test_distillation_is_the_sum_of_its_terms_over_real_tokens(uneven):
     assert found == pytest.approx(soft / 4 + hidden / tokens + attention / pairs, rel=1e-5)
 
 
+def test_soft_targets_of_a_language_model_are_those_of_predicted_tokens(uneven):
+    module, teacher = (module_for("causal-lm", seed) for seed in (0, 1))
+    whole = loss_of(module, batch_for("causal-lm", uneven, range(4)), NEXT_TOKEN, teacher).item()
+    soft, hidden, attention, tokens, pairs = 0.0, 0.0, 0.0, 0, 0
+    for row in range(4):  # one at a time: no padding anywhere
+        inputs = {name: batch_for("causal-lm", uneven, [row])[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            mine, theirs = (m(**inputs, output_attentions=True, output_hidden_states=True) for m in (module, teacher))
+        soft += float(-(theirs.logits.softmax(-1) * mine.logits.log_softmax(-1))[:, :-1].sum())
+        for ours, taught in zip(mine.hidden_states, theirs.hidden_states, strict=True):
+            hidden += float((ours - taught).square().mean(-1).sum())
+        for ours, taught in zip(mine.attentions, theirs.attentions, strict=True):
+            attention += float((ours - taught).square().mean(1).sum())
+        length = inputs["input_ids"].shape[1]
+        tokens, pairs = tokens + length, pairs + length**2
+    assert whole == pytest.approx(soft / (tokens - 4) + hidden / tokens + attention / pairs, rel=1e-5)
+
+
 def test_a_model_that_is_its_own_teacher_is_left_with_the_teacher_s_entropy(uneven):
     module = tiny_module()
     batch = collate(uneven, np.arange(4), 0)
-    logits = predict(module, uneven, padding=0, autocast=nullcontext)
+    logits = predicted(module, uneven)
     entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
     loss = loss_of(module, batch, teacher=module)
     assert loss.item() == pytest.approx(float(entropy), rel=1e-6)
@@ -514,7 +585,7 @@ def test_a_model_that_is_its_own_teacher_is_left_with_the_teacher_s_entropy(unev
 def test_a_regression_that_is_its_own_teacher_is_left_with_the_labels_error(uneven):
     module = tiny_module(num_labels=1)
     batch = collate(uneven, np.arange(4), 0)
-    errors = REGRESSION.hard(predict(module, uneven, padding=0, autocast=nullcontext), batch["labels"])
+    errors = REGRESSION.losses(predicted(module, uneven), batch["labels"])
     assert loss_of(module, batch, REGRESSION, module).item() == pytest.approx(float(errors.mean()), rel=1e-6)
 
 
@@ -540,7 +611,7 @@ def test_predictions_are_in_the_order_of_the_rows(monkeypatch):
     monkeypatch.setattr(loop, "EVAL_BATCH", 4)
     lengths = np.random.default_rng(0).integers(1, 20, 30)
     rows, module = numbered(lengths), tiny_module()
-    found = predict(module, rows, padding=0, autocast=nullcontext)
+    found = predicted(module, rows)
     assert found.shape == (30, 2)
     assert found.std(0).min() > 0.01
     for row in range(30):
@@ -551,5 +622,5 @@ def test_predictions_are_in_the_order_of_the_rows(monkeypatch):
 
 def test_predictions_are_float32_and_need_no_gradient(uneven):
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
-    found = predict(tiny_module(), uneven, padding=0, autocast=autocast)
+    found = predicted(tiny_module(), uneven, autocast=autocast)
     assert (found.dtype, found.requires_grad) == (torch.float32, False)

@@ -73,7 +73,21 @@ def test_only_what_is_asked_for_is_measured_in_that_order(names):
 def test_every_metric_that_a_spec_may_name_is_one_for_perfect_predictions(name):
     labels = np.array([0, 1, 1, 0])
     logits = labels[:, None] * 1.0 if name in CORRELATING else logits_of(labels)
+    if name == "perplexity":
+        logits = np.array([[0.0, 7.0]] * 4)  # each row's seven tokens were certain
     assert measure((name,), logits, labels) == pytest.approx({name: 1.0})
+
+
+def test_a_perplexity_is_of_all_tokens_together():
+    answers = np.array([[3 * np.log(8), 3], [np.log(2), 1]], np.float32)  # three tokens at 1/8, one at 1/2
+    found = measure(("perplexity",), answers, np.zeros(2))
+    assert found == pytest.approx({"perplexity": (8**3 * 2) ** (1 / 4)})
+    assert overall(found) == pytest.approx(-np.log(8**3 * 2) / 4)
+
+
+def test_a_smaller_perplexity_is_better_however_large():
+    found = [measure(("perplexity",), np.array([[cost, 2.0]]), np.zeros(1)) for cost in (0.0, 1.0, 1e6)]
+    assert [overall(each) for each in found] == pytest.approx([0.0, -0.5, -700.0])
 
 
 def test_overall_is_the_plain_mean():

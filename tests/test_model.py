@@ -1,15 +1,22 @@
 """Are the right matrices pruned in every family, and is every checkpoint that cannot be used refused unread?"""
 
+import copy
 import json
 import pickle
+from itertools import product
 
 import pytest
 import torch
-from builders import FAMILIES, SIZE, refused, tiny_config, tiny_model
+from builders import DECODERS, FAMILIES, SIZE, refused, tiny_config, tiny_job, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, ViTConfig, WhisperConfig
+from transformers.pytorch_utils import Conv1D
 
+import raymask
+from raymask.core.allocations import ALLOCATIONS
+from raymask.core.scorers import SCORERS
 from raymask.core.spec import QUICKSTART, Model
+from raymask.train.calibration import calibrate
 from raymask.train.model import (
     Sizes,
     block_parameters,
@@ -19,9 +26,13 @@ from raymask.train.model import (
     describe,
     find_prunable,
     load_weights,
+    matrices,
     persistent,
+    positions,
     read_config,
+    turned,
 )
+from raymask.train.objectives import OBJECTIVES
 
 BERT_LIKE = (
     "attention.self.query",
@@ -64,6 +75,13 @@ def loaded(folder, *, seed=0, fine_tuned=False, classes=CLASSES, **keys):
     model = Model(name=str(folder), **keys)
     source = describe(model, *read_config(model), classes)
     return load_weights(model, source.config, seed, fine_tuned).views()
+
+
+def decoded(folder, *, fine_tuned=False):
+    """The same of a saved decoder."""
+    model = Model(name=str(folder))
+    source = describe(model, *read_config(model), (), "causal-lm")
+    return load_weights(model, source.config, 0, fine_tuned, source.kind).views()
 
 
 def rewrite(folder, change):
@@ -116,6 +134,140 @@ def test_patterns_keep_the_model_s_order(bert):
     found = find_prunable(bert, ("*.value.weight", "classifier.weight", "*.key.weight"))
     layers = [f"bert.encoder.layer.{layer}.attention.self" for layer in (0, 1)]
     assert found == (*(f"{layer}.{part}.weight" for layer in layers for part in ("key", "value")), "classifier.weight")
+
+
+# Decoders.
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "parts"),
+    [
+        (
+            "llama",
+            "model.layers.{}",
+            (*(f"self_attn.{part}_proj" for part in "qkvo"), *(f"mlp.{part}_proj" for part in ("gate", "up", "down"))),
+        ),
+        ("gpt2", "transformer.h.{}", ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
+    ],
+)
+def test_a_decoder_s_matrices_inside_the_blocks_are_pruned_and_not_its_head(family, prefix, parts):
+    module = build(tiny_config(family), kind="causal-lm")
+    assert find_prunable(module) == tuple(f"{prefix.format(layer)}.{part}.weight" for layer in (0, 1) for part in parts)
+    tied = module.lm_head.weight is module.get_input_embeddings().weight
+    assert tied == (family == "gpt2")
+    assert ("lm_head.weight" in find_prunable(module, ("*",))) == (not tied)
+
+
+def untwisted(module):
+    """The same decoder, whose Conv1D layers are linear ones of the same names, with their weights transposed."""
+    twin = copy.deepcopy(module)
+    for name, layer in module.named_modules():
+        if isinstance(layer, Conv1D):
+            linear = torch.nn.Linear(layer.nx, layer.nf)
+            linear.weight, linear.bias = torch.nn.Parameter(layer.weight.detach().T.clone()), layer.bias
+            twin.set_submodule(name, linear)
+    return twin
+
+
+@pytest.fixture(scope="module")
+def twins():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = build(tiny_config("gpt2"), kind="causal-lm").eval()
+    return module, untwisted(module)
+
+
+def test_turned_weights_are_seen_as_those_of_linear_layers(twins):
+    module, twin = twins
+    names = find_prunable(module)
+    assert names == find_prunable(twin)
+    assert turned(module) == set(names)
+    assert turned(twin) == frozenset()
+    ids = torch.arange(5, 12)[None]
+    torch.testing.assert_close(module(input_ids=ids).logits, twin(input_ids=ids).logits)
+    ours, theirs = matrices(module, names), matrices(twin, names)
+    assert all(torch.equal(ours[name], theirs[name]) for name in names)
+    source = describe(Model(name="tiny"), tiny_config("gpt2"), None, (), "causal-lm")
+    assert source.shapes == {name: tuple(weight.shape) for name, weight in twin.named_parameters() if name in names}
+
+
+@pytest.mark.parametrize(
+    ("allocation", "pattern"), [*product(ALLOCATIONS, ("unstructured", "8x2")), ("uniform", "n:4")]
+)
+@pytest.mark.parametrize("seed", [None, 3])
+def test_turned_weights_are_kept_as_those_of_linear_layers_are(twins, allocation, pattern, seed):
+    ours, theirs = (raymask.draw_mask(m, 0.25, seed=seed, allocation=allocation, pattern=pattern) for m in twins)
+    for name, kept in ours.items():
+        assert kept.shape == twins[0].get_parameter(name).shape
+        assert kept.is_contiguous()
+        assert torch.equal(kept.T, theirs[name])
+    if pattern == "n:4":
+        assert all((kept.view(-1, 4, kept.shape[1]).sum(1) == 1).all() for kept in ours.values())
+
+
+@pytest.mark.parametrize("score", SCORERS)
+def test_turned_weights_score_as_those_of_linear_layers_do(twins, score):
+    data, names, seen = tiny_job("gpt2").data, find_prunable(twins[0]), []
+    for module in twins:
+        objective = OBJECTIVES[data.kind]
+        seen.append(calibrate(module, names, data.train, padding=data.padding, objective=objective))
+    ours, theirs = (
+        {name: SCORERS[score](weight, calibration[name]) for name, weight in matrices(module, names).items()}
+        for module, calibration in zip(twins, seen, strict=True)
+    )
+    for name in names:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_pattern_that_does_not_divide_a_turned_weight_is_refused_in_its_own_terms(twins):
+    with pytest.raises(ValueError, match=r"^n:32 does not divide transformer\.h\.0\.attn\.c_attn\.weight of 48 x 16$"):
+        raymask.draw_mask(twins[0], 0.5, pattern="n:32")
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_saved_decoder_is_loaded_as_it_is_and_counts_as_fine_tuned(tmp_path, family):
+    found = decoded(tiny_model(tmp_path, family), fine_tuned=True)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in saved.items())
+
+
+def test_a_decoder_keeps_its_configuration_and_all_its_positions(tmp_path):
+    config = read_config(Model(name=str(tiny_model(tmp_path, "llama", pad_token_id=40))))[0]
+    before = config.to_dict()
+    describe(Model(name="tiny"), config, None, (), "causal-lm")
+    assert config.to_dict() == before
+    assert positions(config, "causal-lm") == 72
+    assert positions(tiny_config()) == 71
+
+
+def test_a_head_that_is_not_tied_and_missing_is_refused_when_the_model_is_said_to_be_trained(tmp_path):
+    rewrite(tiny_model(tmp_path, "llama"), lambda tensors: tensors.pop("lm_head.weight"))
+    said = f"dense.epochs: 0 says that {tmp_path} is fine-tuned, but it lacks lm_head.weight"
+    assert refused(decoded, tmp_path, fine_tuned=True) == said
+
+
+def test_a_decoder_without_its_tied_head_is_whole(tmp_path):
+    tiny_model(tmp_path, "gpt2", head=False)
+    assert "transformer.wte.weight" in decoded(tmp_path, fine_tuned=True)
+
+
+def test_weights_of_another_vocabulary_are_refused(tmp_path):
+    tiny_model(tmp_path, "gpt2")
+    tiny_config("gpt2", vocab_size=80).save_pretrained(tmp_path)
+    message = refused(decoded, tmp_path)
+    assert "transformer.wte.weight has shape (72, 16), this task needs (80, 16). " in message
+    assert message.endswith("Its config.json is another model's")
+
+
+def test_an_encoder_is_no_language_model(tmp_path):
+    message = refused(decoded, tiny_model(tmp_path, "bert"))
+    assert message == f"model.name: {tmp_path} is no causal language model: it sees what it has to predict"
+
+
+def test_a_model_that_speaks_no_language_is_refused():
+    message = refused(describe, Model(name="some/model"), ViTConfig(), None, (), "causal-lm")
+    assert message.startswith("model.name: some/model makes no causal language model: ")
 
 
 # Sizes.
@@ -321,7 +473,7 @@ def test_a_model_that_classifies_no_sequences_is_refused(config):
 
 
 def test_a_model_without_linear_layers_is_refused():
-    small = AutoConfig.for_model("gpt2", n_embd=16, n_layer=2, n_head=2, vocab_size=50)  # its layers are Conv1D
+    small = AutoConfig.for_model("gpt2", n_embd=16, n_layer=0, n_head=2, vocab_size=50)
     message = refused(describe, Model(name="gpt2"), small, None, CLASSES)
     assert message == "model: no matrix of gpt2 can be pruned"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -495,3 +496,19 @@ def test_of_several_branches_the_best_after_fine_tuning_is_reported(
     assert [(report["level"], report["metric"], report["score"]) for report in told] == [(1, 0.7, 0.7 - 2)]
     reporter.finish(store.read_level("branch-2", 2))
     assert [(report["level"], report["metric"], report["score"]) for report in told[1:]] == [(2, 0.7, 0.7)]
+
+
+def test_a_perplexity_is_told_as_its_logarithm_and_scored_within_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plan = plan_of(levels=[0.5, 0.9], imp={"run": False})
+    store = RunDir(tmp_path)
+    Fakes(plan, metrics=(-3.0,) * 4).run(store)
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray_tune, "report", told.append)
+    reporter = tune.Reporter(plan.recipe.spec, "run")
+    perplexity = {"report": {"perplexity": 20.0}}
+    reporter.settled("", store.read_level("", 1).model_copy(update=perplexity))
+    reporter.finish(store.read_level("", 2).model_copy(update=perplexity))
+    assert [report["metric"] for report in told] == [-3.0, -3.0]
+    assert [report["score"] for report in told] == pytest.approx([math.exp(-3) - 2, math.exp(-3)])

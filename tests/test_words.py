@@ -46,6 +46,12 @@ def test_the_verdict_names_the_mean_of_several_metrics_and_a_missing_baseline() 
     assert verdict(result(None)).startswith("There was no baseline to compare with")
 
 
+def test_a_perplexity_is_compared_by_what_is_more_when_it_is_better() -> None:
+    said = verdict(result(Interval(mean=0.02, low=0.01, high=0.03), ("perplexity",)))
+    assert said.startswith("Selected against control on `report`, minus the log of the perplexity: +0.0200 (95 % inter")
+    assert said.endswith("more than noise: the selected mask is better.")
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"), [(0.25, "0.2 s"), (59.4, "59.4 s"), (61, "1 min 1 s"), (7265, "2 h 1 min")]
 )

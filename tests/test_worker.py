@@ -308,9 +308,10 @@ def test_what_is_returned_is_what_was_measured(job, dense):
     found = settled(job, dense, pool(job)[1])
     module = build(job.config).eval()
     module.load_state_dict(found.weights.views(), strict=False)
-    report = loop.predict(module, job.data.report, padding=0, autocast=autocasting("fp32", CPU))
+    how = {"padding": 0, "autocast": autocasting("fp32", CPU), "objective": OBJECTIVES["classification"]}
+    report = loop.predict(module, job.data.report, **how)
     assert np.array_equal(found.logits, report.numpy())
-    select = loop.predict(module, job.data.select, padding=0, autocast=autocasting("fp32", CPU))
+    select = loop.predict(module, job.data.select, **how)
     metric = measure(("accuracy",), select.numpy(), job.data.select.labels)["accuracy"]
     assert found.finetuned.kept.metric == metric
     assert found.finetuned.worker == f"{platform.node()}/{os.getpid()} cpu 1 threads fp32"

@@ -80,6 +80,8 @@ class Climb:
 class Point(Record):
     """One look at the `select` split after `step` optimizer steps: mean `loss`, mean of the task's metrics.
 
+    Of a perplexity the `metric` is minus its logarithm, so that larger is always better.
+
     `agreement` with the dense model, where that is known to the worker: minus the mean Kullback-Leibler divergence of
     its class probabilities from the dense model's, for a regression minus the mean squared difference.
     """
@@ -233,15 +235,17 @@ class Piece(Record):
 class Result(Record):
     """What a finished search found. `rows`: dense, the baseline where it ran, selected.
 
-    `gain`: by how much the selected model's mean metric on `report` exceeds the baseline's, paired over rows.
-    `levels`: from the dense model to the selected one. `others`: masks that were fine-tuned too, and led elsewhere.
-    `scored`: how many rows of `select` scored the candidates, and how many it has. `seconds`: by purpose, summed over
-    workers, and the `wall` clock of the last start. `timeline`: all work that was finished, in any of its starts.
+    `kind`: the spec's task.kind. `gain`: by how much the selected model's mean metric on `report` exceeds the
+    baseline's, paired over rows; of a perplexity, by how much its logarithm falls short. `levels`: from the dense model
+    to the selected one. `others`: masks that were fine-tuned too, and led elsewhere. `scored`: how many rows of
+    `select` scored the candidates, and how many it has. `seconds`: by purpose, summed over workers, and the `wall`
+    clock of the last start. `timeline`: all work that was finished, in any of its starts.
     """
 
     run: str
     model: str
     task: str
+    kind: str = "classification"
     metrics: tuple[str, ...]
     rows: tuple[Row, ...]
     gain: Interval | None
@@ -294,7 +298,10 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a fine-tuning returns: tensors by name, packed mask bits, logits of `report` (float32)."""
+    """What a fine-tuning returns: tensors by name, packed mask bits, logits of `report` (float32).
+
+    Of a language model, in place of logits, each row's summed cost and how many predicted tokens it has, (rows, 2).
+    """
 
     weights: Packed
     optimizer: Packed

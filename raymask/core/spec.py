@@ -7,6 +7,7 @@ Mistakes inside it are pydantic's to find; `config` turns them into one message.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
@@ -26,9 +27,18 @@ from raymask.core.schedules import SCHEDULES
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
 QUICKSTART = "quickstart"
-Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+DATASET = r"hub/([^:]+)(?::(.+))?"
+"""How a task names a dataset of the hub: its id, and its configuration where it has several."""
+WIKITEXT = "hub/Salesforce/wikitext:wikitext-2-raw-v1"
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]
+Kind = Literal["classification", "regression", "causal-lm"]
 Score = Literal["loss", "metric", "agreement"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
+MEASURES: dict[Kind, tuple[Metric, ...]] = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+    "causal-lm": ("perplexity",),
+}
 
 
 def power_of_two(value: int) -> int:
@@ -82,12 +92,12 @@ def one_of(table: Iterable[str], name: str, kind: str) -> str:
 
 
 class Model(Section):
-    """A hub id or a folder that `AutoModelForSequenceClassification` loads, and which of its matrices to prune.
+    """A hub id or a folder that `AutoModelForSequenceClassification` loads, for a causal-lm `AutoModelForCausalLM`.
 
-    Without `include` these are the linear weights inside the repeated blocks; `include` replaces that choice
-    by shell-style patterns on parameter names, `exclude` takes away from either. `dtype`: what the weights are kept in
-    everywhere. In bf16 what a step adds to a weight is lost where it is less than about 1/256 of it, so that bf16 is
-    for models that do not fit in fp32.
+    Its linear weights inside the repeated blocks are pruned; `include` replaces that choice by shell-style patterns on
+    parameter names, `exclude` takes away from either. `dtype`: what the weights are kept in everywhere. In bf16 what a
+    step adds to a weight is lost where it is less than about 1/256 of it, so that bf16 is for models that do not fit in
+    fp32.
     """
 
     name: Text
@@ -101,6 +111,7 @@ class Model(Section):
 class Task(Section):
     """`glue/<name>` (from the hub, or from `<folder>/<name>/<split>.parquet`), the quickstart's own, or own files.
 
+    A `causal-lm` has texts without labels: own files, .txt among them, or `hub/<id>:<configuration>`.
     `select_share` of `train`, at most `select_rows` rows, is carved out for every choice that the search makes.
     """
 
@@ -110,7 +121,7 @@ class Task(Section):
     report: Text | None = None
     text: Annotated[tuple[Text, ...], BeforeValidator(listed), Field(max_length=2)] = ()
     label: Text = "label"
-    kind: Literal["classification", "regression"] = "classification"
+    kind: Kind = "classification"
     metrics: tuple[Metric, ...] = ()
     max_length: Annotated[int, Field(ge=4, strict=True)] | None = None
     select_share: Annotated[float, Field(gt=0, le=0.5, strict=True)] = 0.1
@@ -118,28 +129,45 @@ class Task(Section):
 
     @model_validator(mode="after")
     def one_source(self) -> Task:
-        mistakes = []
-        files = (self.train, self.report)
-        if self.name is None:
-            if None in files or not self.text:
-                mistakes.append("a task is either a name (glue/mrpc) or has the keys train, report and text")
-        else:
-            if any(files) or self.text or self.metrics:
-                mistakes.append(
-                    "a task with a name brings its own files and columns: take out train, report, text and metrics"
-                )
-            known = (*(f"glue/{task}" for task in GLUE), QUICKSTART)
-            if self.name not in known:
-                mistakes.append(f"no task is called {self.name!r}; known are {', '.join(known)}")
-            if self.folder is not None and self.name == QUICKSTART:
-                mistakes.append("the quickstart's task is generated: take out folder")
-        if self.kind == "regression" and set(self.metrics) - {"pearson", "spearman"}:
-            mistakes.append("a regression is measured by pearson and spearman")
-        if self.kind == "classification" and set(self.metrics) & {"pearson", "spearman"}:
-            mistakes.append("a classification is measured by accuracy, f1 and matthews")
+        mistakes = self.wrong_files() if self.name is None else self.wrong_name(self.name)
+        known = MEASURES[self.kind]
+        if set(self.metrics) - set(known):
+            listed = " and ".join(filter(None, [", ".join(known[:-1]), known[-1]]))
+            mistakes.append(f"a {self.kind} is measured by {listed}")
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
+
+    def wrong_files(self) -> list[str]:
+        """What is wrong with a task without a name."""
+        given = None not in (self.train, self.report)
+        if self.kind == "causal-lm":
+            missing = f"a causal-lm is either a dataset ({WIKITEXT}) or has the keys train and report"
+            return [missing] * (not given) + ["a causal-lm reads one column of text"] * (len(self.text) > 1)
+        if given and self.text:
+            return []
+        return ["a task is either a name (glue/mrpc) or has the keys train, report and text"]
+
+    def wrong_name(self, name: str) -> list[str]:
+        """What is wrong with a task of this name."""
+        mistakes = []
+        if self.train or self.report or self.text or self.metrics:
+            mistakes.append(
+                "a task with a name brings its own files and columns: take out train, report, text and metrics"
+            )
+        known = (*(f"glue/{task}" for task in GLUE), QUICKSTART)
+        dataset = re.fullmatch(DATASET, name)
+        if self.kind == "causal-lm" and not dataset:
+            mistakes.append(f"a causal-lm reads a dataset of texts, such as {WIKITEXT}, not {name!r}")
+        elif self.kind != "causal-lm" and dataset:
+            mistakes.append(f"{name} is a dataset of texts: set kind to causal-lm")
+        elif not dataset and name not in known:
+            mistakes.append(f"no task is called {name!r}; known are {', '.join(known)}")
+        if self.folder is not None and name == QUICKSTART:
+            mistakes.append("the quickstart's task is generated: take out folder")
+        if self.folder is not None and dataset:
+            mistakes.append("a dataset comes from the hub: take out folder, or give files as train and report")
+        return mistakes
 
 
 class Levels(Section):
@@ -373,6 +401,15 @@ class Spec(Section):
             raise ValueError("the quickstart's model and task go together: set both to 'quickstart', or neither")
         if self.model.name == QUICKSTART and self.dense.epochs == 0:
             raise ValueError("the quickstart's model is built untrained: dense.epochs must be more than 0")
+        return self
+
+    @model_validator(mode="after")
+    def the_score_is_known(self) -> Spec:
+        if self.probe.score == "agreement" and self.task.kind == "causal-lm":
+            raise ValueError(
+                "probe.score: agreement compares the probabilities of classes, a causal-lm has none: set it to loss or "
+                "metric"
+            )
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from raymask.train.model import Source, build, persistent, quiet
 def export(store: RunDir, source: Source, result: Result, lineage: str) -> None:
     """Write `export/` from a lineage's last level; it appears whole or not at all."""
     last = result.levels[-1].level
-    module = build(source.config)
+    module = build(source.config, kind=source.kind)
     load(store.read_weights(lineage, last), persistent(module))
     mask = store.read_tensors(lineage, last, MASK)
     with store.storage.writing_folder(EXPORT) as folder:

@@ -50,6 +50,7 @@ from raymask.driver.export import export
 from raymask.report.timeline import by_purpose
 from raymask.store import DENSE, IMP, MODEL, SEARCH, RunDir, branch, branches, check_run, open_run
 from raymask.train.data import Corpus, load_corpus, tokenize
+from raymask.train.documents import Documents, cut, load_documents
 from raymask.train.metrics import overall
 from raymask.train.model import Source, class_names, describe, load_weights, positions, read_config, vocabulary
 from raymask.train.worker import Job
@@ -61,7 +62,7 @@ class Plan:
 
     recipe: Recipe
     source: Source
-    corpus: Corpus
+    corpus: Corpus | Documents
     job: Job
 
 
@@ -88,11 +89,16 @@ def search(
 def prepare(spec: Spec) -> Plan:
     """Read the data and the model's configuration; the weights are read when they are needed."""
     config, tokenizer = read_config(spec.model)
-    corpus = load_corpus(spec.task, spec.seed, class_names(config) if spec.dense.epochs == 0 else ())
-    source = describe(spec.model, config, tokenizer, corpus.classes, checkpointing=spec.checkpointing)
+    corpus: Corpus | Documents
+    if spec.task.kind == "causal-lm":
+        corpus = load_documents(spec.task, spec.seed)
+    else:
+        corpus = load_corpus(spec.task, spec.seed, class_names(config) if spec.dense.epochs == 0 else ())
+    source = describe(spec.model, config, tokenizer, corpus.classes, corpus.kind, checkpointing=spec.checkpointing)
     recipe = resolve(spec)
     require_masks(source, recipe)
-    data = tokenize(corpus, tokenizer, positions(config), vocabulary(config))
+    limits = positions(config, corpus.kind), vocabulary(config)
+    data = cut(corpus, tokenizer, *limits) if isinstance(corpus, Documents) else tokenize(corpus, tokenizer, *limits)
     return Plan(recipe, source, corpus, Job(spec, source.config, data, source.prunable, source.sizes.whole))
 
 
@@ -237,7 +243,8 @@ def make_dense(plan: Plan, store: RunDir, fine_tune: FineTune, watch: Watch) -> 
     """Fine-tune the dense model, then distil it into the parent of level 1; returns the teacher, if there is one."""
     spec, unmasked = plan.recipe.spec, alone(control(plan.recipe, 0))
     if not store.has_level(DENSE, 0):
-        weights = load_weights(spec.model, plan.source.config, derive(spec.seed, "head"), spec.dense.epochs == 0)
+        fine_tuned = spec.dense.epochs == 0
+        weights = load_weights(spec.model, plan.source.config, derive(spec.seed, "head"), fine_tuned, plan.source.kind)
         settle(plan, store, [Work(DENSE, Snapshot("initial", weights), dense_stage(spec), unmasked)], fine_tune, watch)
     require_same_data(plan, store)
     teacher = store.read_weights(DENSE, 0) if spec.taught else None
@@ -391,6 +398,7 @@ def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
         run=store.uri,
         model=Path(recipe.spec.model.name).name if Path(recipe.spec.model.name).is_dir() else recipe.spec.model.name,
         task=recipe.spec.task.name or str(recipe.spec.task.train),
+        kind=data.kind,
         metrics=tuple(dense.report),
         rows=tuple(
             Row(name=row, report=level.report, sparsity=plan.source.sizes.sparsities(level.total - level.kept))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from raymask.core.records import Result
-from raymask.report.words import percent, scored_line, verdict
+from raymask.report.words import blocks, percent, scored_line, verdict
+from raymask.train.objectives import OBJECTIVES
 
 
 def model_card(result: Result) -> str:
     """Markdown with the figures and how they were obtained."""
-    last = result.levels[-1]
-    heads = ["model", *result.metrics, *(f"sparsity: {name}" for name in ("prunable", "encoder", "whole"))]
+    last, objective = result.levels[-1], OBJECTIVES[result.kind]
+    heads = ["model", *result.metrics, *(f"sparsity: {name}" for name in ("prunable", blocks(result.kind), "whole"))]
     lines = [
         [row.name, *(f"{row.report[name]:.4f}" for name in result.metrics), *map(percent, row.sparsity.values())]
         for row in result.rows
@@ -23,11 +24,11 @@ def model_card(result: Result) -> str:
     origin = f"base_model: {result.model}\n" if "/" in result.model else ""  # else it is no hub id
     return f"""---
 {origin}library_name: transformers
-tags: [text-classification, pruned, raymask]
+tags: [{objective.tag}, pruned, raymask]
 ---
 # {result.model}, pruned to {percent(last.sparsity)} for {result.task}
 
-A plain checkpoint: `AutoModelForSequenceClassification.from_pretrained(...)` loads it. {last.total - last.kept:,} of
+A plain checkpoint: `{objective.auto_class}.from_pretrained(...)` loads it. {last.total - last.kept:,} of
 the {last.total:,} weights in its prunable matrices are exact zeros; `mask.safetensors` has the same as packed bits
 (`numpy.packbits`, row-major, the shape beside each matrix). Mask digest `{last.digest}`.
 

@@ -16,7 +16,7 @@ from raymask.core.records import Evaluation, Level, Result, Watch
 from raymask.core.spec import Spec
 from raymask.report.progress import Progress
 from raymask.report.timeline import timeline
-from raymask.report.words import duration, evaluated_line, percent, scored_line, settled_line, verdict
+from raymask.report.words import blocks, duration, evaluated_line, percent, scored_line, settled_line, verdict
 
 OFTEN, SELDOM = 10.0, 60.0  # seconds between two lines of progress in a log, at its start and in the long run
 PROGRESS = "progress: "
@@ -132,7 +132,7 @@ def show_result(console: Console, result: Result) -> None:
     table.add_column("")
     for name in result.metrics:
         table.add_column(name, justify="right")
-    for name in ("prunable", "encoder", "whole model"):
+    for name in ("prunable", blocks(result.kind), "whole model"):
         table.add_column(f"zeros in\n{name}", justify="right")
     for row in result.rows:
         cells = [f"{row.report[name]:.4f}" for name in result.metrics]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from raymask.core.records import Evaluation, Interval, Level, Result
@@ -10,6 +11,11 @@ from raymask.store import IMP
 
 def percent(share: float) -> str:
     return f"{share:.2%}"
+
+
+def blocks(kind: str) -> str:
+    """What a model's repeated blocks are together, by its task's kind."""
+    return "decoder" if kind == "causal-lm" else "encoder"
 
 
 def duration(seconds: float) -> str:
@@ -28,6 +34,8 @@ def verdict(result: Result) -> str:
     if result.gain is None:
         return "There was no baseline to compare with (imp.run: false, or no random candidates)."
     metric = "the metrics' mean" if len(result.metrics) > 1 else result.metrics[0]
+    if metric == "perplexity":
+        metric = "minus the log of the perplexity"  # of which more is better
     better = "the selected mask is better" if result.gain.mean > 0 else "the control is better"
     finding = "within noise" if result.gain.within_noise else f"more than noise: {better}"
     return f"Selected against control on `report`, {metric}: {interval(result.gain)}, {finding}."
@@ -63,6 +71,9 @@ def settled_line(lineage: str, level: Level) -> str:
         else f"selected ({level.winner.candidate.name})"
     )
     kept = level.finetuned.kept
+    metric = f"metric {kept.metric:.4f}"
+    if "perplexity" in level.report:
+        metric = f"perplexity {math.exp(-kept.metric):.4f}"
     gain = ""
     if level.gain:
         noise = ", within noise" if level.gain.within_noise else ""
@@ -70,6 +81,6 @@ def settled_line(lineage: str, level: Level) -> str:
     if level.confidence is not None:
         gain += f"; the lowest of {level.evaluated} with a probability of {level.confidence:.0%}"
     return (
-        f"{who}, sparsity {percent(level.sparsity)}: select loss {kept.loss:.4f}, metric {kept.metric:.4f}, "
+        f"{who}, sparsity {percent(level.sparsity)}: select loss {kept.loss:.4f}, {metric}, "
         f"{duration(level.finetuned.seconds)}{gain}"
     )

@@ -91,6 +91,10 @@ class Corpus:
     def outputs(self) -> int:
         return len(self.classes) or 1
 
+    @property
+    def kind(self) -> str:
+        return "classification" if self.classes else "regression"
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -112,7 +116,10 @@ class Rows:
         """At most `count` rows, drawn from the seed, in their order."""
         if count >= len(self):
             return self
-        chosen = np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False))
+        return self.take(np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False)))
+
+    def take(self, chosen: np.ndarray) -> Rows:
+        """The rows of these numbers, which rise."""
         tokens = np.repeat(np.isin(np.arange(len(self)), chosen), self.lengths)
         return Rows(
             self.ids[tokens],
@@ -283,6 +290,14 @@ def column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
     return found
 
 
+def text_column(table: pa.Table, name: str, where: str) -> list[str]:
+    """One column of texts. Raises UserError when it holds something else."""
+    found = column(table, name, where)
+    if not (pa.types.is_string(found.type) or pa.types.is_large_string(found.type)):
+        raise UserError(f"{where}: {name} holds {found.type}, not text; task.text names the columns to read")
+    return found.to_pylist()  # type: ignore[no-any-return]
+
+
 def find_classes(table: pa.Table, label: str, where: str) -> tuple[str, ...]:
     """The label column's distinct values as names, numbers in numeric order."""
     found = column(table, label, where)
@@ -320,12 +335,7 @@ def make_texts(
     table: pa.Table, columns: Sequence[str], label: str, classes: tuple[str, ...], where: str, numbers: bool = False
 ) -> Texts:
     """Texts and labels of one split. Labels are class names, or their `numbers`; without classes, real numbers."""
-    texts = []
-    for name in columns:
-        found = column(table, name, where)
-        if not (pa.types.is_string(found.type) or pa.types.is_large_string(found.type)):
-            raise UserError(f"{where}: {name} holds {found.type}, not text; task.text names the columns to read")
-        texts.append(found.to_pylist())
+    texts = [text_column(table, name, where) for name in columns]
     found = column(table, label, where)
     values = found.to_pylist()
     if not classes:
@@ -393,15 +403,18 @@ def tokenize(corpus: Corpus, tokenizer: Any, positions: int = sys.maxsize, vocab
     """
     limit = min(corpus.max_length, tokenizer.model_max_length, positions)
     train, select, report = (to_rows(texts, tokenizer, limit) for texts in (corpus.train, corpus.select, corpus.report))
-    largest = max(int(rows.ids.max()) for rows in (train, select, report))
+    require_known((train, select, report), vocabulary)
+    return Data(train, select, report, corpus.parts, corpus.metrics, corpus.kind, tokenizer.pad_token_id or 0)
+
+
+def require_known(splits: Sequence[Rows], vocabulary: int) -> None:
+    """Raise UserError when a token id is one that the model does not have."""
+    largest = max(int(rows.ids.max()) for rows in splits)
     if largest >= vocabulary:
         raise UserError(
             f"model.name: the tokenizer gives token id {largest}, the model knows ids below {vocabulary}: they do not "
             "belong together"
         )
-    padding = tokenizer.pad_token_id
-    kind = "classification" if corpus.classes else "regression"
-    return Data(train, select, report, corpus.parts, corpus.metrics, kind, 0 if padding is None else padding)
 
 
 def to_rows(texts: Texts, tokenizer: Any, limit: int) -> Rows:

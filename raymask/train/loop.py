@@ -19,11 +19,13 @@ from raymask.core.spec import Optimizer
 from raymask.train.data import Rows
 from raymask.train.gang import ALONE, Gang, tree_sum
 from raymask.train.kernels import kernels_for
+from raymask.train.model import vocabulary
 from raymask.train.objectives import NOTHING, Batch, Counts, Objective, counts
 from raymask.train.sharding import beside, local
 
 BUCKET = 50  # batches that are sorted by length together: little padding, still a new mix every epoch
 EVAL_BATCH = 128
+OUTPUTS = 2**28  # bytes of float32 outputs of a batch without training, where they are of every token and word
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -211,7 +213,7 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 def task_loss(module: nn.Module, batch: Batch, objective: Objective, whole: Counts) -> Tensor:
     """The mean loss against the labels; `whole`: the counts of the batch, or of one that it is a part of."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    return objective.hard(module(**inputs).logits, batch["labels"]).sum() / objective.targets(whole)
+    return objective.hard(module(**inputs).logits, batch).sum() / objective.targets(whole)
 
 
 def distillation(
@@ -226,8 +228,7 @@ def distillation(
     with torch.no_grad():
         teacher_out = teacher(**inputs, output_attentions=True, output_hidden_states=True)
     real = batch["attention_mask"].float()
-    costs = objective.soft(student_out.logits, teacher_out.logits, batch["labels"])
-    loss = costs.sum() / objective.targets(whole)
+    loss = objective.soft(student_out.logits, teacher_out.logits, batch).sum() / objective.targets(whole)
     for mine, theirs in zip(student_out.hidden_states, teacher_out.hidden_states, strict=True):
         loss = loss + ((mine.float() - theirs.float()).square().mean(-1) * real).sum() / whole.tokens
     for mine, theirs in zip(student_out.attentions, teacher_out.attentions, strict=True):
@@ -237,27 +238,38 @@ def distillation(
 
 
 @torch.no_grad()
-def predict(module: nn.Module, rows: Rows, *, padding: int, autocast: Autocast, gang: Gang = ALONE) -> Tensor:
-    """Logits of all rows, float32 (rows, outputs), on the CPU and in the rows' order; the module is in eval mode.
+def predict(
+    module: nn.Module, rows: Rows, *, padding: int, autocast: Autocast, objective: Objective, gang: Gang = ALONE
+) -> Tensor:
+    """The objective's answers for all rows, float32 (rows, few), on the CPU and in the rows' order.
 
-    A gang shares the work, and all its members get the same bits.
+    The module is in eval mode. A gang shares the work, and all its members get the same bits.
     """
     device = next(module.parameters()).device
-    batches = np.split(np.argsort(rows.lengths, kind="stable"), range(EVAL_BATCH, len(rows), EVAL_BATCH))
+    size = rows_at_once(module, rows, objective)
+    batches = np.split(np.argsort(rows.lengths, kind="stable"), range(size, len(rows), size))
     sharing = gang if len(batches) >= gang.size else ALONE
     mine = batches[sharing.rank :: sharing.size]
     missing = -(-len(batches) // sharing.size) - len(mine)  # where a model is cut, all must compute equally often
     found = []
     for chosen in (*mine, *batches[: missing * gang.cut]):
-        inputs = {
-            name: tensor for name, tensor in moved(collate(rows, chosen, padding), device).items() if name != "labels"
-        }
+        batch = moved(collate(rows, chosen, padding), device)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         with autocast():
-            found.append(module(**inputs).logits.float())
-    logits = torch.zeros(len(rows), found[0].shape[1], device=device)
-    logits[torch.from_numpy(np.concatenate(mine)).to(device)] = torch.cat(found[: len(mine)])
-    sharing.add_up(logits.view(-1))
-    return logits.cpu()
+            logits = module(**inputs).logits
+        found.append(objective.answers(logits, batch))
+    answers = torch.zeros(len(rows), found[0].shape[1], device=device)
+    answers[torch.from_numpy(np.concatenate(mine)).to(device)] = torch.cat(found[: len(mine)])
+    sharing.add_up(answers.view(-1))
+    return answers.cpu()
+
+
+def rows_at_once(module: nn.Module, rows: Rows, objective: Objective) -> int:
+    """How many rows a batch without training has: as many as their outputs leave room for, at least one."""
+    if not objective.per_token:
+        return EVAL_BATCH
+    row = 4 * int(rows.lengths.max()) * vocabulary(module.config)
+    return max(1, min(EVAL_BATCH, OUTPUTS // row))
 
 
 def make_optimizer(module: nn.Module, settings: Optimizer, state: Mapping[str, Tensor] | None) -> torch.optim.Optimizer:

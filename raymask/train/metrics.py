@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
 from sklearn import metrics as sk
 
+LARGEST = 700.0  # of a perplexity's logarithms, so that there is a number for it
+
 
 def measure(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Each metric of `names` for logits, float (rows, outputs), against labels, (rows,).
 
-    F1 is that of class 1 where there are two classes, else the classes' plain mean. A correlation does not
-    exist where predictions or labels are all the same, and counts as 0.
+    A perplexity is that of rows of summed costs and their tokens, (rows, 2); it is always finite. F1 is that of class
+    1 where there are two classes, else the classes' plain mean. A correlation does not exist where predictions or
+    labels are all the same, and counts as 0.
     """
+    if "perplexity" in names:
+        cost, tokens = logits.sum(0, dtype=np.float64)
+        return {"perplexity": math.exp(min(cost / tokens, LARGEST))}
     if set(names) & {"pearson", "spearman"}:
         guesses = logits[:, 0]
         found = {}
@@ -34,5 +41,6 @@ def measure(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dic
 
 
 def overall(metrics: dict[str, float]) -> float:
-    """The one number that choices by metric use: the mean of the task's metrics."""
-    return float(np.mean(list(metrics.values())))
+    """The one number that choices by metric use, larger is better: the mean of the task's metrics, and of a perplexity,
+    of which smaller is better, minus its logarithm: the mean log-likelihood of a token."""
+    return float(np.mean([-math.log(value) if name == "perplexity" else value for name, value in metrics.items()]))

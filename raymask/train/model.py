@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from raymask.core.errors import UserError, first_line
-from raymask.core.masks import matching
+from raymask.core.masks import Mask, matching
 from raymask.core.spec import QUICKSTART, Model
 from raymask.core.tensors import Packed, pack
 from raymask.train import quickstart
 from raymask.train.kernels import kernels_for
+from raymask.train.objectives import OBJECTIVES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What a spec calls the types of weights."""
@@ -38,12 +39,16 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Source:
-    """A model without its weights: configuration, tokenizer, and what can be pruned: `shapes` by matrix name."""
+    """A model without its weights: configuration, tokenizer, and what can be pruned: `shapes` (n_out, n_in) by name.
+
+    `kind`: a spec's task.kind.
+    """
 
     config: Any
     tokenizer: Any
     shapes: dict[str, tuple[int, ...]]
     sizes: Sizes
+    kind: str = "classification"
 
     @property
     def prunable(self) -> tuple[str, ...]:
@@ -63,10 +68,10 @@ def read_config(model: Model) -> tuple[Any, Any]:
         raise UserError(unloadable(model, error)) from None
 
 
-def positions(config: Any) -> int:
-    """How many tokens a model of this configuration takes at least; some count from after the padding token."""
-    found = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    return int(found) - 1 - (getattr(config, "pad_token_id", None) or 0)
+def positions(config: Any, kind: str = "classification") -> int:
+    """How many tokens a model of this configuration takes at least; some encoders count from behind padding's id."""
+    found = int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
+    return found if kind == "causal-lm" else found - 1 - (getattr(config, "pad_token_id", None) or 0)
 
 
 def vocabulary(config: Any) -> int:
@@ -80,24 +85,32 @@ def class_names(config: Any) -> tuple[str, ...]:
 
 
 def describe(
-    model: Model, config: Any, tokenizer: Any, classes: tuple[str, ...], *, checkpointing: bool = False
+    model: Model,
+    config: Any,
+    tokenizer: Any,
+    classes: tuple[str, ...],
+    kind: str | None = None,
+    *,
+    checkpointing: bool = False,
 ) -> Source:
-    """The classifier that a configuration gives for these classes (none: a regression), built without memory.
+    """The model that a configuration gives for these classes (none: a regression) or this `kind`, without memory.
 
-    Raises UserError when there is no such classifier, nothing in it to prune, or no `checkpointing` though it is asked
-    for.
+    Raises UserError when there is no such model, nothing in it to prune, or no `checkpointing` though it is asked for.
     """
+    kind = kind or ("classification" if classes else "regression")
     config.dtype = DTYPES[model.dtype]
-    config.num_labels = len(classes) or 1
-    config.problem_type = "single_label_classification" if classes else "regression"
+    if kind != "causal-lm":
+        config.num_labels = len(classes) or 1
+        config.problem_type = "single_label_classification" if classes else "regression"
     if classes:
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
     try:
         with torch.device("meta"):
-            module = build(config, model.trust_remote_code)
+            module = build(config, model.trust_remote_code, kind=kind)
     except Exception as error:  # noqa: BLE001 - transformers raises its own kinds
-        raise UserError(f"model.name: {model.name} makes no sequence classifier: {first_line(error)}") from None
+        made = "causal language model" if kind == "causal-lm" else "sequence classifier"
+        raise UserError(f"model.name: {model.name} makes no {made}: {first_line(error)}") from None
     if checkpointing:
         try:
             checkpoint_activations(module, torch.device("meta"))
@@ -110,28 +123,26 @@ def describe(
     if not prunable:
         chosen = ": model.include and model.exclude leave none" if model.include or model.exclude else ""
         raise UserError(f"model: no matrix of {model.name} can be pruned{chosen}")
-    shapes = {name: tuple(module.get_parameter(name).shape) for name in prunable}
-    return Source(config, tokenizer, shapes, count_sizes(module, prunable))
+    shapes = {name: tuple(weight.shape) for name, weight in matrices(module, prunable).items()}
+    return Source(config, tokenizer, shapes, count_sizes(module, prunable), kind)
 
 
-def load_weights(model: Model, config: Any, seed: int, fine_tuned: bool) -> Packed:
+def load_weights(model: Model, config: Any, seed: int, fine_tuned: bool, kind: str = "classification") -> Packed:
     """The checkpoint's weights, in `model.dtype`; a head that it lacks is drawn from the seed.
 
     `fine_tuned`: the head must be there too. Raises UserError when the weights cannot be used.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = build(config) if model.name == QUICKSTART else load_module(model, config, fine_tuned)
+        module = build(config) if model.name == QUICKSTART else load_module(model, config, fine_tuned, kind)
     return pack(persistent(module))
 
 
-def load_module(model: Model, config: Any, fine_tuned: bool) -> nn.Module:
+def load_module(model: Model, config: Any, fine_tuned: bool, kind: str) -> nn.Module:
     """The checkpoint in `model.dtype`; only safetensors, never a pickle."""
-    from transformers import AutoModelForSequenceClassification
-
     try:
         with quiet():
-            module, report = AutoModelForSequenceClassification.from_pretrained(
+            module, report = auto_class(kind).from_pretrained(
                 model.name,
                 config=config,
                 revision=model.revision,
@@ -144,9 +155,12 @@ def load_module(model: Model, config: Any, fine_tuned: bool) -> nn.Module:
     except Exception as error:  # noqa: BLE001 - see above
         raise UserError(unloadable(model, error)) from None
     for key, there, needed in report["mismatched_keys"]:
+        cause = "Its head was made for other classes: start from the model without it"
+        if kind == "causal-lm":
+            cause = "Its config.json is another model's"
         raise UserError(
             f"model.name: {model.name} cannot be loaded: its {key} has shape {tuple(there)}, this task needs "
-            f"{tuple(needed)}. Its head was made for other classes: start from the model without it"
+            f"{tuple(needed)}. {cause}"
         )
     missing = set(report["missing_keys"])
     body = f"{module.base_model_prefix}."
@@ -157,7 +171,24 @@ def load_module(model: Model, config: Any, fine_tuned: bool) -> nn.Module:
         raise UserError(
             f"dense.epochs: 0 says that {model.name} is fine-tuned, but it lacks {', '.join(sorted(missing))}"
         )
+    if kind == "causal-lm" and looks_ahead(module):
+        raise UserError(f"model.name: {model.name} is no causal language model: it sees what it has to predict")
     return module  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def looks_ahead(module: nn.Module) -> bool:
+    """Whether what it says of a token depends on the next one, as an encoder's does."""
+    ids = torch.tensor([[0, 0], [0, 1]])
+    first, other = module.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0].float()
+    return bool((first - other).abs().max() > 0.02 * first.std())  # less is rounding, in bf16
+
+
+def auto_class(kind: str) -> Any:
+    """The class of transformers that makes models for such tasks."""
+    import transformers
+
+    return getattr(transformers, OBJECTIVES[kind].auto_class)
 
 
 @contextmanager
@@ -187,12 +218,12 @@ def unloadable(model: Model, error: BaseException) -> str:
     return f"model.name: {model.name} cannot be loaded: {advice} ({first_line(error)})"
 
 
-def build(config: Any, trust_remote_code: bool = False, *, show_attention: bool = False) -> nn.Module:
+def build(
+    config: Any, trust_remote_code: bool = False, *, kind: str = "classification", show_attention: bool = False
+) -> nn.Module:
     """A model of this configuration, in its dtype, with new weights; `show_attention` lets it return attention
     probabilities."""
-    from transformers import AutoModelForSequenceClassification
-
-    return AutoModelForSequenceClassification.from_config(  # type: ignore[no-any-return]
+    return auto_class(kind).from_config(  # type: ignore[no-any-return]
         config,
         trust_remote_code=trust_remote_code,
         dtype=config.dtype or torch.float32,
@@ -226,7 +257,7 @@ def blocks(module: nn.Module) -> dict[str, nn.ModuleList]:
     for name, child in module.named_modules():
         outermost = not any(name.startswith(f"{outer}.") for outer in found)
         repeated = isinstance(child, nn.ModuleList) and len({type(block) for block in child}) == 1
-        if repeated and outermost and any(isinstance(part, nn.Linear) for part in child.modules()):
+        if repeated and outermost and any(map(is_linear, child.modules())):
             found[name] = child
     return found
 
@@ -243,11 +274,40 @@ def find_prunable(module: nn.Module, include: tuple[str, ...] = (), exclude: tup
     `include` and `exclude` are shell-style patterns; `include` chooses among all linear weights instead.
     """
     own = dict(module.named_parameters())  # a tied weight goes by one name only
-    linear = [f"{name}.weight" for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    linear = [f"{name}.weight" for name, child in module.named_modules() if is_linear(child)]
     linear = [name for name in linear if name in own]
     chosen = matching(linear, include) if include else set(linear) & block_parameters(module)
     chosen -= matching(linear, exclude)
     return tuple(name for name in linear if name in chosen)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer multiplies by one matrix, whichever way round it keeps it."""
+    return isinstance(layer, nn.Linear) or is_turned(layer)
+
+
+def is_turned(layer: nn.Module) -> bool:
+    """Whether a layer keeps its weight as (n_in, n_out), as GPT-2's do."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(layer, Conv1D)
+
+
+def turned(module: nn.Module) -> frozenset[str]:
+    """Names of the weights that are kept as (n_in, n_out)."""
+    return frozenset(f"{name}.weight" for name, layer in module.named_modules() if is_turned(layer))
+
+
+def matrices(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The weights of these names as (n_out, n_in), views of the module's own."""
+    found, other = {name: module.get_parameter(name).detach() for name in names}, turned(module)
+    return {name: weight.T if name in other else weight for name, weight in found.items()}
+
+
+def as_kept(module: nn.Module, mask: Mask) -> Mask:
+    """A mask of such matrices, each the way round in which the module keeps its weight."""
+    other = turned(module)
+    return {name: bits.T.contiguous() if name in other else bits for name, bits in mask.items()}
 
 
 def count_sizes(module: nn.Module, prunable: tuple[str, ...]) -> Sizes:

@@ -7,7 +7,7 @@ weights and drawing masks need no communication. All of it works on a model that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -147,22 +147,24 @@ def draw(
     candidate: Candidate,
     *,
     scorer: Scorer = magnitude,
+    turned: Collection[str] = (),
     **verbs: Any,
 ) -> tuple[Mask, Packed]:
     """This rank's rows of a candidate's mask, and the packed bits of all rows, which are the same on every rank.
 
     `weights`: whole, on the host or a device. Each is brought to where its `live` tensor is, scored and drawn there,
-    and let go before the next: the bits are those that `masks.draw` draws from weights on that device. `verbs`: as it
-    takes them.
+    and let go before the next: the bits are those that `masks.draw` draws from weights on that device. `turned`: which
+    are given the other way round than their live tensor is. `verbs`: as `masks.draw` takes them.
     """
-    bits = masks.vacant_bits({name: tuple(weight.shape) for name, weight in weights.items()})
+    bits = masks.vacant_bits({name: tuple(live[name].shape) for name in weights})
     device = next(iter(live.values())).device
 
     def nearby(weight: Tensor, calibration: Calibration | None) -> Tensor:
         return scorer(weight.to(device), calibration)
 
     def take(name: str, mask: Tensor) -> Tensor:
-        masks.put_bits(bits, name, mask)
-        return part(mask, live[name]).clone()
+        kept = mask.T.contiguous() if name in turned else mask
+        masks.put_bits(bits, name, kept)
+        return part(kept, live[name]).clone() if is_cut(live[name]) else kept
 
     return masks.draw(weights, candidate, scorer=nearby, take=take, **verbs), bits

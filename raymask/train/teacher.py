@@ -66,11 +66,12 @@ def rounded(values: Tensor) -> Tensor:
     return values.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else values
 
 
-def memory(rows: int, lengths: Any, config: Any) -> int:
-    """Bytes that the answers to batches of `rows` rows in all take, about, at most MEMORY; `lengths` of such rows."""
+def memory(rows: int, lengths: Any, config: Any, words: int = 0) -> int:
+    """Bytes that the answers to batches of `rows` rows in all take, about, at most MEMORY; `lengths` of such rows,
+    `words`: logits of a token, where each has its own."""
     try:
         layers, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
     except AttributeError:
         return MEMORY
     tokens, pairs = float(lengths.mean()), float((lengths.astype(float) ** 2).mean())
-    return min(MEMORY, int(4 * rows * (tokens * width * (layers + 1) + pairs * heads * layers)))
+    return min(MEMORY, int(4 * rows * (tokens * (width * (layers + 1) + words) + pairs * heads * layers)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import platform
@@ -31,7 +32,14 @@ from raymask.train.calibration import ROWS, calibrate
 from raymask.train.data import Data, Rows
 from raymask.train.gang import ALONE, Gang
 from raymask.train.metrics import measure, overall
-from raymask.train.model import DTYPES, build, checkpoint_activations, persistent
+from raymask.train.model import (
+    DTYPES,
+    build,
+    checkpoint_activations,
+    persistent,
+    turned,
+    vocabulary,
+)
 from raymask.train.objectives import OBJECTIVES
 from raymask.train.teacher import Teacher
 from raymask.train.teacher import memory as teacher_memory
@@ -75,7 +83,8 @@ class Job:
 
         Everywhere Python, torch, and what comes and goes: the best weights and moments, packed. On a CPU also weights,
         gradients, masks, moments, a calibration, a teacher with what is kept of its answers, and as much again for
-        activations, which is a quarter with checkpointing.
+        activations, which is a quarter with checkpointing; where a model has outputs for every token and word, those of
+        a batch, and what is computed of them.
         """
         calibrated = SCORERS[self.spec.mask.score] not in BLIND
         passing = self.weights + self.moments
@@ -83,9 +92,12 @@ class Job:
         if on_gpu:
             return 2**30 * 3 + passing
         rows = int(self.spec.probe.epochs * len(self.data.train))
-        answers = teacher_memory(rows, self.data.train.lengths, self.config) if self.spec.distill else 0
+        words = vocabulary(self.config) if OBJECTIVES[self.data.kind].per_token else 0
+        answers = teacher_memory(rows, self.data.train.lengths, self.config, words) if self.spec.distill else 0
         activations = (passing + living) // (4 if self.spec.checkpointing else 1)
-        return 2**29 + passing + living + activations + answers
+        batch = max(stage.batch_size for stage in (self.spec.dense, self.spec.probe, self.spec.finetune))
+        outputs = (4 + 2 * self.spec.distill) * 4 * words * batch * int(self.data.train.lengths.max())
+        return 2**29 + passing + living + activations + answers + outputs
 
     @property
     def shared_memory(self) -> int:
@@ -140,12 +152,15 @@ class Worker:
         self.name = describe(self.device, job.spec)
         self.shared: dict[tuple[str, float], Shared] = {}  # by parent and density
         self.scored = job.scored
-        self.standard: Tensor | None = None  # the dense model's logits of the rows that are scored
+        self.standard: Tensor | None = None  # the dense model's answers for the rows that are scored
 
     def new_module(self) -> torch.nn.Module:
         spec = self.job.spec
+        config = copy.deepcopy(self.job.config)
+        config.use_cache = False  # nobody generates here
+        kind = self.job.data.kind
         with sharding.without_parameters() if self.gang.cut else nullcontext():
-            module = build(self.job.config, spec.model.trust_remote_code, show_attention=spec.distill)
+            module = build(config, spec.model.trust_remote_code, kind=kind, show_attention=spec.distill)
         if self.mesh is not None:
             lower = spec.model.dtype == "fp32" and computes_bf16(spec.precision, self.device)
             sharding.shard(module, self.mesh, torch.bfloat16 if lower else None)
@@ -181,9 +196,9 @@ class Worker:
         stage = probe_stage(spec)
         total = loop.steps_in(stage, len(data.train))
         ends = [0, *(max(1, round(total * share)) for share in spec.probe.rungs)]
-        if parent.teacher is not None and self.standard is None:
+        if parent.teacher is not None and self.standard is None and self.objective.agreement:
             sharding.load(parent.teacher, self.live)
-            self.standard = self.logits(self.scored, self.gang)
+            self.standard = self.answers(self.scored, gang=self.gang)
         mask, bits = self.reset(parent, candidate)
         stray = masks.distance(bits, self.shared[parent.key, candidate.density].control[1])
         if paused is not None:
@@ -281,7 +296,7 @@ class Worker:
             load(state, sharding.parts(moments()))
             weights, state = self.gathered(self.live), self.gathered(moments())
         # without autocast, as whoever loads the export will
-        logits = loop.predict(self.module, data.report, padding=data.padding, autocast=nullcontext, gang=gang)
+        logits = self.answers(data.report, nullcontext, gang)
         if gang.rank > 0:
             return None
         return Checkpoint(
@@ -339,11 +354,11 @@ class Worker:
         prepared: dict[object, Draw] | None,
     ) -> Drawn:
         """The candidate's mask on the live weights, which are the snapshot's."""
-        live = {name: self.live[name] for name in self.job.prunable}
+        live, other = {name: self.live[name] for name in self.job.prunable}, turned(self.module)
         views = snapshot.weights.views() if self.gang.cut else live
         verbs = self.recipe
         return sharding.draw(
-            {name: views[name] for name in live},
+            {name: views[name].T if name in other else views[name] for name in live},
             live,
             candidate,
             allocation=verbs.allocation,
@@ -352,6 +367,7 @@ class Worker:
             pattern=verbs.pattern,
             calibration=calibration,
             prepared=prepared,
+            turned=other,
         )
 
     def optimizer(self, snapshot: Snapshot) -> torch.optim.Optimizer:
@@ -409,22 +425,23 @@ class Worker:
             self.teacher = Teacher(module)
         return self.teacher
 
-    def logits(self, rows: Rows, gang: Gang = ALONE) -> Tensor:
-        """The live model's, float32 (rows, outputs)."""
-        return loop.predict(self.module, rows, padding=self.job.data.padding, autocast=self.autocast, gang=gang)
+    def answers(self, rows: Rows, autocast: loop.Autocast | None = None, gang: Gang = ALONE) -> Tensor:
+        """The live model's, float32 (rows, few)."""
+        padding, how = self.job.data.padding, autocast or self.autocast
+        return loop.predict(self.module, rows, padding=padding, autocast=how, objective=self.objective, gang=gang)
 
     def look(self, step: int, rows: Rows, standard: Tensor | None = None, gang: Gang = ALONE) -> tuple[Point, Tensor]:
         """Measure on rows of `select`: the point, and the loss of every row, float32 (rows,).
 
-        `standard`: the dense model's logits of the rows, float32 (rows, outputs), to state the agreement with.
+        `standard`: the dense model's answers for the rows, float32 (rows, few), to state the agreement with.
         """
-        data = self.job.data
-        logits = self.logits(rows, gang)
-        losses = self.objective.hard(logits, torch.from_numpy(rows.labels))
+        answers, agreement = self.answers(rows, gang=gang), None
+        losses = self.objective.losses(answers, torch.from_numpy(rows.labels))
         loss = float(losses.double().mean())
-        finite = bool(torch.isfinite(logits).all())
-        metric = overall(measure(data.metrics, logits.numpy(), rows.labels)) if finite else 0.0
-        agreement = self.objective.agreement(logits, standard) if standard is not None and finite else None
+        finite = bool(torch.isfinite(answers).all())
+        metric = overall(measure(self.job.data.metrics, answers.numpy(), rows.labels)) if finite else 0.0
+        if standard is not None and finite and self.objective.agreement:
+            agreement = self.objective.agreement(answers, standard)
         return Point(step=step, loss=loss, metric=metric, agreement=agreement), losses
 
 
