@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,9 +44,9 @@ def test_the_readme_has_the_table_of_what_was_measured_last():
     assert f"{run.BEGIN}\n\n{run.table(results)}\n\n{run.END}" in run.README.read_text(encoding="utf-8")
 
 
-def test_every_benchmark_is_run_by_the_one_command_or_needs_a_gpu():
+def test_every_benchmark_is_run_by_the_one_command_or_needs_a_gpu_or_much_memory():
     scripts = {path.stem for path in BENCHMARKS.glob("*.py")}
-    assert scripts == {*run.ORDER, "run", "harness", "reference", "gpu"}
+    assert scripts == {*run.ORDER, "run", "harness", "reference", "gpu", "billion"}
 
 
 def test_a_missed_bar_is_in_the_table():
@@ -65,6 +66,17 @@ def test_the_masks_benchmark_runs():
     found = findings("masks")
     assert len(found) == 4
     assert found[0]["ratio"] > 1
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_the_benchmark_of_memory_looks_at_every_process_of_a_search():
+    [found] = findings("billion")
+    assert found["met"]
+    assert 0.2 < found["ours"] < found["theirs"]
+    parts = dict(re.findall(r"(driver|worker|Ray) (\d+\.\d)", found["note"]))
+    assert float(parts["driver"]) > 0
+    assert float(parts["Ray"]) > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

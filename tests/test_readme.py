@@ -74,6 +74,14 @@ def test_the_masks_in_the_readme_are_masks() -> None:
     )
 
 
+def test_the_keys_that_save_memory_are_keys() -> None:
+    section = README.split("## Models that do not fit")[1].split("\n## ")[0]
+    spec = parse_spec(section.split("```text\n")[1].split("```")[0] + "task: glue/mrpc")
+    assert (spec.model.dtype, spec.optimizer.name, spec.checkpointing) == ("bf16", "adafactor", True)
+    plain = parse_spec("model: m\ntask: glue/mrpc")
+    assert (plain.model.dtype, plain.optimizer.name, plain.checkpointing) == ("fp32", "adamw", False)
+
+
 def test_the_space_in_the_readme_is_one(tmp_path: Path) -> None:
     _, text = blocks("yaml")
     (tmp_path / "space.yaml").write_text(text)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 from builders import climbed
 
 from raymask.config import make_spec
@@ -697,6 +698,19 @@ def test_weights_are_put_once_a_snapshot_and_workers_are_kept(
         assert len(puts) == 3
         assert sorted(desks()) == sorted(workers)
     assert {pid_of(evaluation) for evaluation in [*first, *second]} <= set(workers)
+
+
+def test_the_store_lets_go_of_weights_with_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "put", lambda packed: f"a reference to {packed.index}")
+    pool = object.__new__(remote.Pool)
+    pool.watch, pool.shelf = Ear(), {}
+    snapshot = Snapshot("first", pack({"w": torch.ones(3)}), pack({"step": torch.ones(())}))
+    refs = pool.put(snapshot)
+    assert set(refs) == {"weights", "optimizer"}
+    assert pool.put(Snapshot("second", snapshot.weights)) == {"weights": refs["weights"]}
+    assert len(pool.shelf) == 2
+    del snapshot
+    assert pool.shelf == {}
 
 
 def test_what_travels_for_a_candidate_is_small(pool: tuple[Candidate, ...], undisturbed: dict[int, Evaluation]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from raymask.config import make_spec
 from raymask.core.errors import UserError
 from raymask.core.masks import digest, pack_bits
 from raymask.core.records import Candidate, Checkpoint, Climb, Evaluation, FineTuned, Point, Settling, Snapshot
-from raymask.core.tensors import pack
+from raymask.core.tensors import Packed, pack
 from raymask.driver.search import Plan, conclude, prepare, prune
 from raymask.report.terminal import Silent
 from raymask.store import DENSE, IMP, SEARCH, RunDir, check_run, open_run, sealed
@@ -382,6 +383,24 @@ def test_the_baseline_can_be_left_out(tmp_path: Path) -> None:
     fakes = Fakes(plan_of(imp={"run": False}))
     fakes.run(RunDir(tmp_path))
     assert not any("IMP" in name for name in names(fakes))
+
+
+def test_parents_are_let_go_of_with_their_level(plan: Plan, tmp_path: Path) -> None:
+    fakes = Fakes(plan)
+    known: list[weakref.ref[Packed]] = []
+
+    def evaluate(parents: Mapping[int, Snapshot], wanted: Callable[[], Iterable[Climb]]) -> Iterator[Evaluation]:
+        assert not any(weights() for weights in known)
+        known.extend(weakref.ref(parent.weights) for parent in parents.values())
+        yield from fakes.evaluate(parents, wanted)
+
+    def fine_tune(work: Sequence[tuple[Snapshot, Settling]]) -> Iterator[tuple[int, Checkpoint]]:
+        known.extend(weakref.ref(parent.weights) for parent, _ in work)
+        yield from fakes.fine_tune(work)
+        fakes.tuned.clear()
+
+    prune(plan, RunDir(tmp_path / "run"), evaluate, fine_tune, Silent())
+    assert len(known) == 1 + 2 * (1 + 2)  # the dense model; at each level the search's twice, the baseline's once
 
 
 def test_distillation_warms_the_dense_model_up_and_hands_every_stage_the_same_teacher(tmp_path: Path) -> None:

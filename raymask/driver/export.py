@@ -5,17 +5,16 @@ from __future__ import annotations
 from safetensors import SafetensorError
 
 from raymask.core.records import Result
-from raymask.core.tensors import load
 from raymask.report.card import model_card
-from raymask.store import EXPORT, MASK, RunDir, write_tensors
-from raymask.train.model import Source, build, persistent, quiet
+from raymask.store import EXPORT, MASK, MODEL, RunDir, write_tensors
+from raymask.train.model import Source, build, quiet
 
 
 def export(store: RunDir, source: Source, result: Result, lineage: str) -> None:
     """Write `export/` from a lineage's last level; it appears whole or not at all."""
     last = result.levels[-1].level
     module = build(source.config, kind=source.kind)
-    load(store.read_weights(lineage, last), persistent(module))
+    module.load_state_dict(store.read_tensors(lineage, last, MODEL), strict=False)  # which names tied weights once
     mask = store.read_tensors(lineage, last, MASK)
     with store.storage.writing_folder(EXPORT) as folder:
         try:

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,6 @@ from raymask.core.records import (
     Snapshot,
     Watch,
 )
-from raymask.core.tensors import Packed
 from raymask.driver.cluster import Resources, alive, connected, needs, offer, require_room, slots
 from raymask.train import gang
 from raymask.train.gang import ALONE, Gang, Meeting
@@ -189,7 +189,7 @@ class Pool:
         self.busy: dict[Any, tuple[Call, Sequence[Any], float]] = {}
         self.helping: dict[Any, Any] = {}
         self.gathering: float | None = None
-        self.shelf: dict[int, tuple[Packed, Any]] = {}
+        self.shelf: dict[int, Any] = {}
         self.grown = 0.0
         self.broken = 0
         if not self.workers.wait:
@@ -423,21 +423,20 @@ class Pool:
         return result
 
     def put(self, parent: Snapshot) -> dict[str, Any]:
-        """References to a snapshot's tensors; what the object store has already is not put again."""
+        """References to a snapshot's tensors; what the object store has already is not put again.
+
+        It has them for as long as this process does.
+        """
         tensors = {"weights": parent.weights, "optimizer": parent.optimizer, "teacher": parent.teacher}
         refs = {}
         for name, packed in tensors.items():
             if packed is not None:
                 if id(packed) not in self.shelf:
-                    self.shelf[id(packed)] = (packed, ray.put(packed))
+                    self.shelf[id(packed)] = ray.put(packed)
+                    weakref.finalize(packed, self.shelf.pop, id(packed), None)
                     self.watch.sent(packed.buffer.nbytes)
-                refs[name] = self.shelf[id(packed)][1]
+                refs[name] = self.shelf[id(packed)]
         return refs
-
-    def keep(self, parents: Sequence[Snapshot]) -> None:
-        """Let go of every tensor but those of `parents`."""
-        wanted = {id(packed) for parent in parents for packed in (parent.weights, parent.optimizer, parent.teacher)}
-        self.shelf = {key: entry for key, entry in self.shelf.items() if key in wanted}
 
 
 @contextmanager
@@ -449,7 +448,6 @@ def workers(job: Job, watch: Watch, address: str | None) -> Iterator[tuple[Evalu
         watch.note(f"room for {slots(pool.need, alive()) // pool.workers.gang} workers; each has {offer(pool.need)}")
 
         def evaluate(parents: Mapping[int, Snapshot], wanted: Callable[[], Iterable[Climb]]) -> Iterator[Evaluation]:
-            pool.keep(list(parents.values()))
             paused: dict[Place, Any] = {}
             climbs: dict[Place, Climb] = {}
             top = len(job.spec.probe.rungs) - 1
@@ -482,8 +480,6 @@ def workers(job: Job, watch: Watch, address: str | None) -> Iterator[tuple[Evalu
                         del paused[place]
 
         def fine_tune(work: Sequence[tuple[Snapshot, Settling]]) -> Iterator[tuple[int, Checkpoint]]:
-            pool.keep([parent for parent, _ in work])
-
             def call(index: int) -> Call:
                 parent, settling = work[index]
 

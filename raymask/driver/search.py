@@ -156,11 +156,8 @@ def prune(plan: Plan, store: RunDir, evaluate: Evaluate, fine_tune: FineTune, wa
     recipe = plan.recipe
     teacher = make_dense(plan, store, fine_tune, watch)
     for level in range(1, len(recipe.densities) + 1):
-        work = selected(recipe, store, level, teacher, evaluate, watch)
-        if runs_imp(recipe.spec) and not made(store, IMP, level):
-            parent = read_parent(store, IMP, level, teacher)
-            work.append(Work(IMP, parent, finetune_stage(recipe, level, imp=True), alone(control(recipe, level))))
-        settle(plan, store, work, fine_tune, watch)
+        # without a name for the work: no parent is kept beyond its level
+        settle(plan, store, to_settle(recipe, store, level, teacher, evaluate, watch), fine_tune, watch)
 
 
 @dataclass(frozen=True)
@@ -187,6 +184,17 @@ class Work:
     @property
     def winner(self) -> Evaluation:
         return self.outcome.winners[self.place]
+
+
+def to_settle(
+    recipe: Recipe, store: RunDir, level: int, teacher: Packed | None, evaluate: Evaluate, watch: Watch
+) -> list[Work]:
+    """A level's fine-tunings that are still to be done: the search's, and its baseline's."""
+    work = selected(recipe, store, level, teacher, evaluate, watch)
+    if runs_imp(recipe.spec) and not made(store, IMP, level):
+        parent = read_parent(store, IMP, level, teacher)
+        work.append(Work(IMP, parent, finetune_stage(recipe, level, imp=True), alone(control(recipe, level))))
+    return work
 
 
 def selected(
@@ -243,16 +251,23 @@ def make_dense(plan: Plan, store: RunDir, fine_tune: FineTune, watch: Watch) -> 
     """Fine-tune the dense model, then distil it into the parent of level 1; returns the teacher, if there is one."""
     spec, unmasked = plan.recipe.spec, alone(control(plan.recipe, 0))
     if not store.has_level(DENSE, 0):
-        fine_tuned = spec.dense.epochs == 0
-        weights = load_weights(spec.model, plan.source.config, derive(spec.seed, "head"), fine_tuned, plan.source.kind)
-        settle(plan, store, [Work(DENSE, Snapshot("initial", weights), dense_stage(spec), unmasked)], fine_tune, watch)
+        settle(plan, store, [Work(DENSE, initial(plan), dense_stage(spec), unmasked)], fine_tune, watch)
     require_same_data(plan, store)
     teacher = store.read_weights(DENSE, 0) if spec.taught else None
     warm = warm_stage(spec)
     if warm and not store.has_level(SEARCH, 0):
-        parent = Snapshot("teacher", store.read_weights(DENSE, 0), None, teacher)
+        assert teacher is not None
+        parent = Snapshot("teacher", teacher, None, teacher)
         settle(plan, store, [Work(SEARCH, parent, warm, unmasked)], fine_tune, watch)
     return teacher
+
+
+def initial(plan: Plan) -> Snapshot:
+    """The model as it was asked for."""
+    spec = plan.recipe.spec
+    fine_tuned, source = spec.dense.epochs == 0, plan.source
+    weights = load_weights(spec.model, source.config, derive(spec.seed, "head"), fine_tuned, source.kind)
+    return Snapshot("initial", weights)
 
 
 def alone(candidate: Candidate) -> Outcome:

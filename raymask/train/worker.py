@@ -69,14 +69,14 @@ class Job:
         return self.data.select.sample(self.spec.probe.rows, derive(self.spec.seed, "look"))
 
     @property
-    def weights(self) -> int:
-        """Bytes of one model."""
+    def model_bytes(self) -> int:
+        """Of the weights of one model."""
         return DTYPES[self.spec.model.dtype].itemsize * self.parameters
 
     @property
-    def moments(self) -> int:
-        """Bytes of what the optimizer keeps, about: of Adafactor's, next to none."""
-        return 2 * self.weights if self.spec.optimizer.name == "adamw" else 0
+    def moment_bytes(self) -> int:
+        """Of what the optimizer keeps, about: of Adafactor's, next to none."""
+        return 2 * self.model_bytes if self.spec.optimizer.name == "adamw" else 0
 
     def memory(self, *, on_gpu: bool) -> int:
         """Bytes of the machine's memory that one worker needs, about.
@@ -87,8 +87,8 @@ class Job:
         a batch, and what is computed of them.
         """
         calibrated = SCORERS[self.spec.mask.score] not in BLIND
-        passing = self.weights + self.moments
-        living = (3 + self.spec.distill) * self.weights + self.moments + 4 * calibrated * self.parameters
+        passing = self.model_bytes + self.moment_bytes
+        living = (3 + self.spec.distill) * self.model_bytes + self.moment_bytes + 4 * calibrated * self.parameters
         if on_gpu:
             return 2**30 * 3 + passing
         rows = int(self.spec.probe.epochs * len(self.data.train))
@@ -105,7 +105,7 @@ class Job:
         candidates that pause at a rung."""
         lineages, pausing = self.spec.select.keep + 1, len(self.spec.probe.rungs) > 1
         paused = parents_of(self.spec, 2) * (self.spec.candidates.count + 1) * pausing
-        return (2 * lineages + paused) * (self.weights + self.moments) + self.weights
+        return (2 * lineages + paused) * (self.model_bytes + self.moment_bytes) + self.model_bytes
 
 
 Drawn = tuple[masks.Mask, Packed]
