@@ -285,6 +285,22 @@ def test_a_wrong_value_is_answered_with_its_place_the_rule_and_the_value(line, w
 
 
 @pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("mask: {score: wanda}", "mask.score: wanda needs a model that lies on one device"),
+        ("optimizer: {name: adafactor}", "optimizer.name: adamw is the one whose state a gang can cut"),
+        ("finetune: {shards: 2}", "dense.shards and finetune.shards: a gang cuts batches by itself, leave them at 1"),
+    ],
+)
+def test_what_a_gang_cannot_do_is_refused(line, said):
+    assert f"workers.gang: 2 does not go with other settings; {said}" in with_line(f"{line}\nworkers: {{gang: 2}}")
+
+
+def test_a_gang_does_not_share_a_gpu():
+    assert "workers.gpus: each process of a gang has a GPU, or none has" in with_line("workers: {gang: 2, gpus: 0.5}")
+
+
+@pytest.mark.parametrize(
     ("sparsity", "rule"),
     [("0", "greater than 0"), ("1", "less than 1"), ("1.5", "less than 1"), ("-0.5", "greater than 0")],
 )

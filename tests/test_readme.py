@@ -121,6 +121,7 @@ def test_the_defaults_in_the_readme_are_the_real_ones() -> None:
         spec.workers.deadline,
         spec.workers.retries,
         spec.workers.wait,
+        spec.workers.gang,
     ]
 
 

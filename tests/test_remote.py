@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -85,7 +86,8 @@ class Killer(Ear):
 
     def running(self, shares: Mapping[str, float]) -> None:
         super().running(shares)
-        if shares.get(self.name, 0.0) > 0.0 and len(self.hit) < self.times:
+        noticed = not self.together or len(self.hit) <= len(self.troubles)  # else its partners are still there
+        if shares.get(self.name, 0.0) > 0.0 and len(self.hit) < self.times and noticed:
             for pid in [pid for pid in desks() if pid not in self.hit][: self.together]:
                 os.kill(pid, self.signal)
                 self.hit.append(pid)
@@ -563,6 +565,33 @@ def test_a_mistake_that_a_gang_finds_is_told_once_and_as_it_is(
         pytest.raises(UserError, match=r"candidate 1 of level 1 drew mask .*, but mask 0{32} was scored"),
     ):
         list(fine_tune(wrong))
+
+
+GANG = {"cpus": 0.5, "count": 1, "gang": 2}
+
+
+def test_a_worker_may_be_a_gang_that_holds_a_model_in_parts(
+    ours: None, attentive: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]
+) -> None:
+    """The same masks, to rounding the same scores where nothing drops out; and whoever loses a member ends."""
+    config = copy.deepcopy(plan.job.config)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    job = replace(job_of(plan, workers=GANG, probe=LONG), config=config)
+    with local.workers(job, Silent()) as (evaluate, _):
+        expected = by_index(climbed(evaluate, parent, pool[:2]))
+    killer = Killer(times=1, together=1)
+    with hired(job, killer) as (evaluate, fine_tune):
+        found = by_index(climbed(evaluate, parent, pool[:2]))
+        settling = Settling("selected", pool[1], finetune_stage(resolve(job.spec), 1), expected[1].digest)
+        [(_, checkpoint)] = fine_tune([(parent, settling)])
+    assert len(killer.hit) == 1
+    assert [note.partition(":")[0] for note in killer.troubles] == ["candidate 1"]
+    for index, evaluation in found.items():
+        assert evaluation.ok
+        assert evaluation.digest == expected[index].digest
+        assert evaluation.score == pytest.approx(expected[index].score, rel=1e-2)
+    assert checkpoint.digest == expected[1].digest
+    assert checkpoint.finetuned.helpers == ()
 
 
 def replace_stage(settling: Settling, **changes: object) -> Settling:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from builders import FAMILIES, SIZE, tiny_config, tiny_job, tiny_snapshot, tiny_tokenizer
+from builders import FAMILIES, SIZE, refused, tiny_config, tiny_job, tiny_snapshot, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -409,3 +409,10 @@ def test_a_probe_on_two_ranks_scores_as_on_one(together):
     assert digest == expected.digest
     assert distance == expected.distance
     assert close(weights, tensors.pack(worker.live))
+
+
+def test_a_torch_that_is_too_old_for_a_model_in_parts_is_named(monkeypatch):
+    from torch.distributed.fsdp import FSDPModule
+
+    monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms")
+    assert "use 2.9 or a newer one, or set it to 1" in refused(shard, nn.Linear(2, 2), SimpleNamespace())
