@@ -75,7 +75,7 @@ class Bench:
         self.spec = Spec.model_validate({"model": name, "task": "glue/mrpc", "distill": False})
         self.source = describe(self.spec.model, config, None, ("different", "same"))
         self.rows = mrpc_rows(count, config.vocab_size)
-        data = Data(self.rows, self.rows, self.rows, {"": (0, count)}, ("accuracy",), False, padding=0)
+        data = Data(self.rows, self.rows, self.rows, {"": (0, count)}, ("accuracy",), "classification", padding=0)
         self.worker = Worker(Job(self.spec, config, data, self.source.prunable, self.source.sizes.whole), device)
         self.parent = Snapshot("random", pack(persistent(build(config))))
         with isolated(self.spec, self.worker.device):
