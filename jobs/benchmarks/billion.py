@@ -1,7 +1,7 @@
 """Does a search of a model of a billion parameters fit a machine with 24 GB, and where does its time go?
 
 A model with random weights, of BERT's shape, on a few of the quickstart's sentences: two steps of everything. What is
-measured is one `raymask search`, its Ray and its worker with it. It takes about ten minutes and 10 GB of disk.
+measured is one `raymask search`, its Ray and its worker with it. It takes six minutes or more and 10 GB of disk.
 """
 
 from __future__ import annotations
