@@ -195,7 +195,6 @@ def build(config: Any, trust_remote_code: bool = False, *, show_attention: bool 
     return AutoModelForSequenceClassification.from_config(  # type: ignore[no-any-return]
         config,
         trust_remote_code=trust_remote_code,
-        dtype=config.dtype or torch.float32,
         attn_implementation="eager" if show_attention else None,
     )
 
