@@ -226,7 +226,6 @@ def build(
     return auto_class(kind).from_config(  # type: ignore[no-any-return]
         config,
         trust_remote_code=trust_remote_code,
-        dtype=config.dtype or torch.float32,
         attn_implementation="eager" if show_attention else None,
     )
 
