@@ -195,10 +195,13 @@ def in_parts(gathering, job):
         return first, paused, second, [worker.settle(snapshot, settling) for settling in settlings(job)], largest
 
 
-@pytest.mark.parametrize("settings", [{}, {"distill": True}], ids=["labels", "distilled"])
-def test_a_model_in_parts_is_scored_and_tuned_as_one_in_one_piece(settings):
-    job = tiny_job(rows=(51, 300, 12), dense={"epochs": 1, "batch_size": 16}, probe={"rungs": [0.5, 1.0]}, **settings)
-    job.config.hidden_dropout_prob = job.config.attention_probs_dropout_prob = 0.0
+@pytest.mark.parametrize(("family", "settings"), [("bert", {"distill": True}), ("llama", {}), ("gpt2", {})])
+def test_a_model_in_parts_is_scored_and_tuned_as_one_in_one_piece(family, settings):
+    job = tiny_job(
+        family, rows=(51, 300, 12), dense={"epochs": 1, "batch_size": 16}, probe={"rungs": [0.5, 1.0]}, **settings
+    )
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        setattr(job.config, name, 0.0)
     expected = in_parts(nullcontext(ALONE), job)
     first, second = in_a_gang(2, in_parts, job, cut=True)
     assert second[1] is None
@@ -214,7 +217,7 @@ def test_a_model_in_parts_is_scored_and_tuned_as_one_in_one_piece(settings):
         for whole, other in [(mine.weights, wanted.weights), (mine.optimizer, wanted.optimizer)]:
             assert whole.index.keys() == other.index.keys()
             for name, tensor in other.views().items():
-                if not name.endswith("key.bias"):  # no loss depends on it, so that AdamW follows rounding errors
+                if not name.endswith(("key.bias", "c_attn.bias")):  # where nothing but rounding errors drives AdamW
                     torch.testing.assert_close(whole.views()[name], tensor, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(mine.logits, wanted.logits, rtol=1e-3, atol=1e-4)
 
