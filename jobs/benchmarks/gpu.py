@@ -79,7 +79,7 @@ class Bench:
         self.worker = Worker(Job(self.spec, config, data, self.source.prunable, self.source.sizes.whole), device)
         self.parent = Snapshot("random", pack(persistent(build(config))))
         with isolated(self.spec, self.worker.device):
-            self.mask = self.worker.reset(self.parent, CANDIDATE)
+            self.mask, _ = self.worker.reset(self.parent, CANDIDATE)
 
     def train(self, mask: Mask, precision: str, *, as_search: bool = True) -> None:
         """One epoch in raymask's loop; with `as_search` on a search's kernels, deterministic on a GPU."""

@@ -45,7 +45,7 @@ class Bench:
         self.parent = Snapshot("parent", weights, teacher=weights if distill else None)
         self.candidates = propose(resolve(self.spec), 1)
         with isolated(self.spec, self.worker.device):
-            self.mask = self.worker.reset(self.parent, self.candidates[1])
+            self.mask, _ = self.worker.reset(self.parent, self.candidates[1])
 
     def ours(self, mask: Mask) -> None:
         """The candidate stage's own loop."""
@@ -146,7 +146,7 @@ def teaching(bench: Bench) -> None:
     found = []
     for candidate in bench.candidates[1:3]:
         with isolated(bench.spec, bench.worker.device):
-            mask = bench.worker.reset(bench.parent, candidate)
+            mask, _ = bench.worker.reset(bench.parent, candidate)
             optimizer = bench.worker.optimizer(bench.parent)
             started = time.perf_counter()
             bench.worker.train(bench.parent, bench.stage, mask, 0, [], lambda step: None, optimizer, shared=True)
