@@ -540,6 +540,7 @@ def test_workers_that_would_stand_idle_share_a_fine_tuning_and_change_no_bit_of_
         assert_same(found, wanted)
 
 
+@pytest.mark.faults
 def test_a_gang_that_loses_a_member_is_replaced_as_a_whole(
     ours: None, attentive: None, plan: Plan, work: list[tuple[Snapshot, Settling]]
 ) -> None:
@@ -570,6 +571,7 @@ def test_a_mistake_that_a_gang_finds_is_told_once_and_as_it_is(
 GANG = {"cpus": 0.5, "count": 1, "gang": 2}
 
 
+@pytest.mark.faults
 def test_a_worker_may_be_a_gang_that_holds_a_model_in_parts(
     ours: None, attentive: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
