@@ -13,12 +13,10 @@ from rich.table import Table
 from raymask.core.masks import quotas
 from raymask.core.recipe import Recipe, epochs, parents_of, runs_imp
 from raymask.core.rungs import places
-from raymask.core.seeds import derive
 from raymask.core.spec import Spec
-from raymask.driver.search import Plan, prepare
+from raymask.driver.search import Plan, initial, prepare
 from raymask.report.terminal import say
 from raymask.report.words import blocks, percent
-from raymask.train.model import load_weights
 
 GIB = 2**30
 
@@ -26,8 +24,7 @@ GIB = 2**30
 def show_check(console: Console, spec: Spec, address: str | None) -> None:
     """Read everything a search will read, weights included, and print what it will do. Raises UserError as it would."""
     plan = prepare(spec)
-    fine_tuned = spec.dense.epochs == 0
-    load_weights(spec.model, plan.source.config, derive(spec.seed, "head"), fine_tuned, plan.source.kind)
+    initial(plan)
     show_model(console, plan)
     show_data(console, plan)
     console.print(level_table(plan))
@@ -116,10 +113,10 @@ def show_offer(console: Console, plan: Plan, address: str | None) -> None:
             nodes = cluster.alive()
     need = cluster.needs(plan.job, nodes)
     if not asked.wait:
-        cluster.require_room(need, nodes)
+        cluster.require_room(need, nodes, asked.gang)
     where = "machine" if address is None else f"{len(nodes)} nodes"
     offers = "; ".join(cluster.offer(node) for node in nodes)
-    room = min(cluster.slots(need, nodes) // asked.gang, asked.count or sys.maxsize)
+    room = min(cluster.slots(need, nodes, asked.gang), asked.count or sys.maxsize)
     say(console, f"{where:8} {offers}: room for {room} workers")
     show_idle(console, plan.recipe, room)
 

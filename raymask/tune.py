@@ -162,15 +162,15 @@ class Reporter(Silent):
 
 def bundles(spec: Spec) -> Any:
     """What a trial takes: a driver, which mostly waits and takes nothing, and its workers. Raises UserError."""
-    need, nodes, count = needs(job_of(spec), alive()), alive(), (spec.workers.count or 1) * spec.workers.gang
+    need, nodes, count, gang = needs(job_of(spec), alive()), alive(), spec.workers.count or 1, spec.workers.gang
     if not spec.workers.wait:
-        require_room(need, nodes)
-        if slots(need, nodes) < count:
+        require_room(need, nodes, gang)
+        if slots(need, nodes, gang) < count:
             raise UserError(
-                f"workers.count: a trial asks for {count} processes at once, each with {offer(need)}; there is room "
-                f"for {slots(need, nodes)}"
+                f"workers.count: a trial asks for {count} workers at once, each with {offer(need)}; there is room for "
+                f"{slots(need, nodes, gang)}"
             )
-    return tune.PlacementGroupFactory([{}, *[dict(need)] * count])
+    return tune.PlacementGroupFactory([{}, *[dict(need)] * count * gang])
 
 
 def job_of(spec: Spec) -> Job:

@@ -122,6 +122,12 @@ def test_a_path_may_look_like_markup(tmp_path: Path) -> None:
     assert "a[/x]: is not a run directory" in refused("show", "a[/x]", cwd=tmp_path)
 
 
+def test_check_says_when_a_gang_does_not_fit(tmp_path: Path) -> None:
+    said = refused("check", "--set", "workers.cpus=0.25", "--set", "workers.gang=1024", cwd=tmp_path)
+    assert "no node can hold a worker: one asks for 0.25 CPUs" in said
+    assert "for each of its 1024 processes (workers.gang)" in said.replace("\n", " ")
+
+
 def test_check_says_what_will_be_pruned_and_what_it_costs(tmp_path: Path) -> None:
     done = raymask("check", *SHORT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -233,7 +233,7 @@ def test_a_trial_takes_its_workers_and_nothing_else(two_cpus: None) -> None:
     assert asked.head_bundle_is_empty
     assert asked.bundles == [{"CPU": 0.5, "memory": memory}] * 2
     assert "no node can hold a worker" in refused(tune.bundles, tune.trial_spec(SPEC, {"workers.gpus": 1.0}))
-    assert "a trial asks for 3 processes at once" in refused(tune.bundles, tune.trial_spec(SPEC, {"workers.count": 3}))
+    assert "a trial asks for 3 workers at once" in refused(tune.bundles, tune.trial_spec(SPEC, {"workers.count": 3}))
 
 
 @pytest.mark.ray
@@ -310,7 +310,7 @@ def test_asha_stops_a_trial_between_levels_and_its_workers_are_gone(two_cpus: No
     [
         ({"candidates.exponnet": 3.0}, "candidates.exponnet: there is no such key; did you mean exponent?"),
         ({"candidates.count": ray_tune.uniform(2, 8)}, "candidates.count: input should be a valid integer"),
-        ({"workers.count": 1000}, "a trial asks for 1000 processes at once"),
+        ({"workers.count": 1000}, "a trial asks for 1000 workers at once"),
     ],
 )
 def test_a_mistake_in_the_space_is_said_before_any_trial(

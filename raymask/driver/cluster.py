@@ -39,12 +39,13 @@ def needs(job: Job, nodes: Sequence[Resources]) -> Resources:
     return {"CPU": job.spec.workers.cpus, "GPU": gpus, "memory": job.memory(on_gpu=gpus > 0)}
 
 
-def slots(need: Resources, nodes: Sequence[Resources]) -> int:
-    """How many workers all nodes together can hold."""
-    return sum(
+def slots(need: Resources, nodes: Sequence[Resources], gang: int = 1) -> int:
+    """How many workers all nodes together can hold, each of so many processes that have the `need`."""
+    processes = sum(
         min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in need.items() if amount)
         for node in nodes
     )
+    return processes // gang
 
 
 def alive() -> list[Resources]:
@@ -57,13 +58,14 @@ def alive() -> list[Resources]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def require_room(need: Resources, nodes: Sequence[Resources]) -> None:
-    """Raise UserError when no node can hold even one worker."""
-    if not slots(need, nodes):
+def require_room(need: Resources, nodes: Sequence[Resources], gang: int = 1) -> None:
+    """Raise UserError when the nodes cannot hold even one worker."""
+    if not slots(need, nodes, gang):
+        each = f" for each of its {gang} processes (workers.gang)" if gang > 1 else ""
         raise UserError(
-            f"no node can hold a worker: one asks for {offer(need)} (workers.cpus, workers.gpus, the model's memory), "
-            f"the nodes have {'; '.join(map(offer, nodes)) or 'nothing'}. On a cluster that grows by itself, say with "
-            "workers.wait how many seconds to wait for it"
+            f"no node can hold a worker: one asks for {offer(need)}{each} (workers.cpus, workers.gpus, the model's "
+            f"memory), the nodes have {'; '.join(map(offer, nodes)) or 'nothing'}. On a cluster that grows by itself, "
+            "say with workers.wait how many seconds to wait for it"
         )
 
 

@@ -193,7 +193,7 @@ class Pool:
         self.grown = 0.0
         self.broken = 0
         if not self.workers.wait:
-            require_room(self.need, alive())
+            require_room(self.need, alive(), self.workers.gang)
         if type(job.config).__module__.startswith(REMOTE_CODE):  # the node that unpickles it may not have the module
             ray.cloudpickle.register_pickle_by_value(sys.modules[type(job.config).__module__])
         self.job = ray.put(job)
@@ -276,7 +276,7 @@ class Pool:
         """Say what is waited for; raise UserError when it is too long since any node could hold a worker."""
         nodes = alive()
         if seconds > (self.workers.wait or LOST):
-            require_room(self.need, nodes)
+            require_room(self.need, nodes, self.workers.gang)
         free = offer(ray.available_resources())
         self.watch.note(
             f"waiting for the cluster for {seconds:.0f} s: a worker asks for {offer(self.need)}; of {len(nodes)} nodes "
@@ -333,7 +333,7 @@ class Pool:
         # On a cluster that grows, waiting actors are what makes it.
         room = self.workers.count or sys.maxsize
         if not self.workers.wait:
-            room = min(slots(self.need, alive()) // self.workers.gang, room)
+            room = min(slots(self.need, alive(), self.workers.gang), room)
         work = sum(call.hands for call in islice(wanted(), room))
         for _ in range(min(work, room) - len(self.actors())):
             actor = self.actor.remote(self.job, self.need)
@@ -445,7 +445,7 @@ def workers(job: Job, watch: Watch, address: str | None) -> Iterator[tuple[Evalu
     watch.note(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
     with connected(job, address):
         pool = Pool(job, watch)
-        watch.note(f"room for {slots(pool.need, alive()) // pool.workers.gang} workers; each has {offer(pool.need)}")
+        watch.note(f"room for {slots(pool.need, alive(), pool.workers.gang)} workers; each has {offer(pool.need)}")
 
         def evaluate(parents: Mapping[int, Snapshot], wanted: Callable[[], Iterable[Climb]]) -> Iterator[Evaluation]:
             paused: dict[Place, Any] = {}
