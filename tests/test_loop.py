@@ -535,20 +535,28 @@ def test_padding_changes_neither_loss_nor_gradient(uneven, distilled, kind):
         torch.testing.assert_close(padded_gradients[name], gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_distillation_is_the_sum_of_its_terms_over_real_tokens(uneven):
-    module, teacher = tiny_module(0), tiny_module(1)
+def terms_of(module, teacher, rows, predicting=slice(None)):
+    """Sums of the soft cross-entropies (of a language model's tokens, those that are `predicting`), and over layers of
+    the errors of hidden states and attentions; how many tokens and pairs: row by row, so that nothing is padded."""
     soft, hidden, attention, tokens, pairs = 0.0, 0.0, 0.0, 0, 0
-    for row in range(4):  # one at a time: no padding anywhere
-        inputs = {name: tensor for name, tensor in collate(uneven, np.array([row]), 0).items() if name != "labels"}
+    for inputs in rows:
         with torch.no_grad():
             mine, theirs = (m(**inputs, output_attentions=True, output_hidden_states=True) for m in (module, teacher))
-        soft += float(-(theirs.logits.softmax(-1) * mine.logits.log_softmax(-1)).sum())
+        soft += float(-(theirs.logits.softmax(-1) * mine.logits.log_softmax(-1))[:, predicting].sum())
         for ours, taught in zip(mine.hidden_states, theirs.hidden_states, strict=True):
             hidden += float((ours - taught).square().mean(-1).sum())
         for ours, taught in zip(mine.attentions, theirs.attentions, strict=True):
             attention += float((ours - taught).square().mean(1).sum())
         length = inputs["input_ids"].shape[1]
         tokens, pairs = tokens + length, pairs + length**2
+    return soft, hidden, attention, tokens, pairs
+
+
+def test_distillation_is_the_sum_of_its_terms_over_real_tokens(uneven):
+    module, teacher = tiny_module(0), tiny_module(1)
+    batches = (collate(uneven, np.array([row]), 0) for row in range(4))
+    rows = ({name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches)
+    soft, hidden, attention, tokens, pairs = terms_of(module, teacher, rows)
     found = loss_of(module, collate(uneven, np.arange(4), 0), teacher=teacher).item()
     assert found == pytest.approx(soft / 4 + hidden / tokens + attention / pairs, rel=1e-5)
 
@@ -556,18 +564,9 @@ def test_distillation_is_the_sum_of_its_terms_over_real_tokens(uneven):
 def test_soft_targets_of_a_language_model_are_those_of_predicted_tokens(uneven):
     module, teacher = (module_for("causal-lm", seed) for seed in (0, 1))
     whole = loss_of(module, batch_for("causal-lm", uneven, range(4)), NEXT_TOKEN, teacher).item()
-    soft, hidden, attention, tokens, pairs = 0.0, 0.0, 0.0, 0, 0
-    for row in range(4):  # one at a time: no padding anywhere
-        inputs = {name: batch_for("causal-lm", uneven, [row])[name] for name in ("input_ids", "attention_mask")}
-        with torch.no_grad():
-            mine, theirs = (m(**inputs, output_attentions=True, output_hidden_states=True) for m in (module, teacher))
-        soft += float(-(theirs.logits.softmax(-1) * mine.logits.log_softmax(-1))[:, :-1].sum())
-        for ours, taught in zip(mine.hidden_states, theirs.hidden_states, strict=True):
-            hidden += float((ours - taught).square().mean(-1).sum())
-        for ours, taught in zip(mine.attentions, theirs.attentions, strict=True):
-            attention += float((ours - taught).square().mean(1).sum())
-        length = inputs["input_ids"].shape[1]
-        tokens, pairs = tokens + length, pairs + length**2
+    batches = (batch_for("causal-lm", uneven, [row]) for row in range(4))
+    rows = ({name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches)
+    soft, hidden, attention, tokens, pairs = terms_of(module, teacher, rows, slice(-1))
     assert whole == pytest.approx(soft / (tokens - 4) + hidden / tokens + attention / pairs, rel=1e-5)
 
 

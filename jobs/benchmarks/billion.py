@@ -137,13 +137,12 @@ def phases(looks: list[Look], result: Result) -> dict[str, list[Look]]:
     return found
 
 
-def report(name: str, layers: int, width: int) -> None:
+def report(layers: int, width: int) -> None:
     """A finding for the memory of a whole search, and a line for each of its phases."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        with ProcessPoolExecutor(
-            1, get_context("spawn")
-        ) as aside:  # whose memory is back before the search asks for it
+        # aside, so that its memory is back before the search asks for it
+        with ProcessPoolExecutor(1, get_context("spawn")) as aside:
             parameters = aside.submit(write_model, folder / "model", layers, width).result()
         spec = SPEC | {"model": {"name": "model", "dtype": "bf16"}, "task": write_task(folder)}
         started = time.monotonic()
@@ -167,4 +166,4 @@ if __name__ == "__main__":
     parser.add_argument("--size", choices=LAYERS, default="billion")
     parser.add_argument("--quick", action="store_true", help="sizes at which it only shows that it runs")
     chosen = parser.parse_args()
-    report(chosen.size, 2 if chosen.quick else LAYERS[chosen.size], 64 if chosen.quick else WIDTH)
+    report(2 if chosen.quick else LAYERS[chosen.size], 64 if chosen.quick else WIDTH)

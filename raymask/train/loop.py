@@ -92,12 +92,12 @@ def train(
             group["lr"] = stage.learning_rate * pace(stage, step, total)
         chosen = next(batches)
         whole = counts(rows.lengths[chosen])
-        dropout = derive(seed, "dropout", step)
         if gang.cut:  # which sums the gradients as it computes them
-            backward(*shard(chosen, whole, gang.rank, gang.size, dropout))
+            backward(*shard(chosen, whole, gang.rank, gang.size, derive(seed, "dropout", step)))
         elif stage.shards == 1:
             backward(chosen, whole)
         else:
+            dropout = derive(seed, "dropout", step)
             sum_of_shards(parameters.values(), backward, chosen, whole, stage.shards, dropout, gang)
         nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
         optimizer.step()
