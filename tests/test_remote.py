@@ -563,9 +563,11 @@ def test_a_mistake_that_a_gang_finds_is_told_once_and_as_it_is(
     wrong = [(start, replace(replace_stage(settling, shards=2), digest="0" * 32)) for start, settling in work[:1]]
     with (
         hired(job_of(plan, workers={"count": 2})) as (_, fine_tune),
-        pytest.raises(UserError, match=r"candidate 1 of level 1 drew mask .*, but mask 0{32} was scored"),
+        pytest.raises(UserError, match=r"candidate 1 of level 1 drew mask .*, but mask 0{32} was scored") as told,
     ):
         list(fine_tune(wrong))
+    wait_until(lambda: not desks())
+    assert told  # which still holds the error and all that it knows, so nothing has ended for being forgotten
 
 
 GANG = {"cpus": 0.5, "count": 1, "gang": 2}

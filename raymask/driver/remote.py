@@ -200,8 +200,7 @@ class Pool:
         self.actor = hire(self.need)
 
     def close(self) -> None:
-        for actor in self.actors():
-            ray.kill(actor)
+        dismiss(self.actors())
 
     def actors(self) -> list[Any]:
         """All of them, whatever they do."""
@@ -238,8 +237,7 @@ class Pool:
                         self.wait_for_room(looked - served)
                     late = self.kill_late()
                     if looked - began > ANSWER:
-                        for actor in self.returning.values():
-                            ray.kill(actor)
+                        dismiss(self.returning.values())
                 for ref in self.finished(asked):
                     if ref in asked:
                         self.hear(ref, asked.pop(ref), shares)
@@ -250,9 +248,10 @@ class Pool:
                     elif ref in self.helping:
                         self.helped(ref)
                     else:
-                        call, actors, _ = self.busy.pop(ref)
-                        shares.pop(call.key, None)
+                        call, actors, _ = self.busy[ref]
                         outcome = self.collect(ref, actors, call, faults, late)
+                        del self.busy[ref]  # not before: an error that is raised above must find its actors
+                        shares.pop(call.key, None)
                         if outcome is not None:
                             yield call.key, outcome
         except OSError as error:
@@ -263,13 +262,12 @@ class Pool:
                 "goes on from here"
             ) from None
         finally:  # whoever stops listening, or an error, leaves work behind that nobody waits for
-            for leader in self.busy:
-                self.dismiss(leader)
+            for _, actors, _ in self.busy.values():
+                dismiss(actors)
             self.busy.clear()
             self.helping.clear()
             if self.workers.wait:  # what has not started by now would only make the cluster grow
-                for actor in self.starting.values():
-                    ray.kill(actor)
+                dismiss(self.starting.values())
                 self.starting.clear()
 
     def wait_for_room(self, seconds: float) -> None:
@@ -379,16 +377,11 @@ class Pool:
     def kill_late(self) -> set[Any]:
         """End what is past its deadline."""
         late = set()
-        for leader, (call, _, since) in self.busy.items():
+        for call, actors, since in self.busy.values():
             if time.monotonic() - since > call.deadline:
                 late.add(call.key)
-                self.dismiss(leader)
+                dismiss(actors)
         return late
-
-    def dismiss(self, leader: Any) -> None:
-        """End whoever works on a call."""
-        for actor in self.busy[leader][1]:
-            ray.kill(actor)
 
     def helped(self, ref: Any) -> None:
         """A helper has done its part of a call, or failed, which ends the call for all."""
@@ -397,7 +390,8 @@ class Pool:
             answer(ref)
         except INFRA:
             if leader in self.busy:
-                self.dismiss(leader)
+                _, actors, _ = self.busy[leader]
+                dismiss(actors)
 
     def collect(
         self, ref: Any, actors: Sequence[Any], call: Call, faults: Counter[Any], late: Container[Any]
@@ -406,8 +400,7 @@ class Pool:
         try:
             result = answer(ref)
         except INFRA as error:
-            for actor in actors:
-                ray.kill(actor)
+            dismiss(actors)
             if isinstance(error, ObjectLostError):
                 self.shelf.clear()
             if call.key in late:
@@ -510,6 +503,12 @@ def workers(job: Job, watch: Watch, address: str | None) -> Iterator[tuple[Evalu
             yield evaluate, fine_tune
         finally:
             pool.close()
+
+
+def dismiss(actors: Iterable[Any]) -> None:
+    """End them, whatever they do."""
+    for actor in actors:
+        ray.kill(actor)
 
 
 def answer(ref: Any) -> Any:
