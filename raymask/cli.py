@@ -177,10 +177,21 @@ def show(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory: a path or a URI.")],
     as_json: Annotated[bool, typer.Option("--json", help="For other programs.")] = False,
 ) -> None:
-    """Print a finished or running search."""
+    """Print a finished or running search: what its report.html shows, in letters."""
     from raymask.report.show import show_run
 
     show_run(make_console(), run, as_json)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories: paths or URIs.")],
+    html: Annotated[Path | None, typer.Option(help="Also as a page, with plots, in this file.")] = None,
+) -> None:
+    """Print searches side by side: what they found, what it cost, and what was asked differently."""
+    from raymask.report.show import show_comparison
+
+    show_comparison(make_console(), runs, html)
 
 
 @app.command()

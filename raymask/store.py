@@ -9,6 +9,8 @@
           branch-2/level-N/ ...       the same for a level's other masks, where more than one is kept
           imp/level-N/                the same for the baseline
           export/ result.json
+          report.html report.json     what people and their programs look at, as far as the search is
+          results.parquet             one row per early evaluation
 
 One writer, the driver. The same in a folder and in an object store. Nothing is ever unpickled.
 """
@@ -28,6 +30,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import yaml
+from pyarrow import Table
+from pyarrow.parquet import write_table
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -41,6 +45,7 @@ from raymask.storage import Note, Storage, open_storage
 from raymask.version import __version__
 
 SPEC, ENV, RESULT, EXPORT = "spec.yaml", "env.json", "result.json", "export"
+PAGE, FIGURES, TABLE = "report.html", "report.json", "results.parquet"
 JOURNAL, LEVEL = "evaluations.jsonl", "level.json"
 MASK, MODEL, OPTIMIZER, REPORT = "mask.safetensors", "model.safetensors", "optimizer.safetensors", "report.safetensors"
 DENSE, SEARCH, IMP = "dense", "", "imp"
@@ -104,6 +109,15 @@ class RunDir:
     def has_level(self, lineage: str, level: int) -> bool:
         return self.storage.has(f"{level_name(lineage, level)}/{LEVEL}")
 
+    def finished(self) -> list[tuple[str, Level]]:
+        """Every finished level behind its lineage: the dense model first, then level by level."""
+        spec = self.read_spec()
+        levels = range(len(spec.levels.densities()) + 1)
+        places = [(DENSE, 0), *((lineage, level) for level in levels for lineage in (*branches(spec), IMP))]
+        return [
+            (lineage, self.read_level(lineage, level)) for lineage, level in places if self.has_level(lineage, level)
+        ]
+
     def level_uri(self, lineage: str, level: int) -> str:
         """Where a level's record is."""
         return self.storage.at(f"{level_name(lineage, level)}/{LEVEL}")
@@ -163,14 +177,24 @@ class RunDir:
         with self.storage.writing(name) as path:
             path.write_text(text + "\n", encoding="utf-8")
 
-    def note_start(self, **facts: Any) -> None:
-        """Add this start's versions, machine and `facts` to env.json."""
+    def write_report(self, page: str, figures: str, table: Table) -> None:
+        """What is looked at: HTML, JSON, and a table of all early evaluations."""
+        self.write_text(PAGE, page)
+        self.write_text(FIGURES, figures)
+        with self.storage.writing(TABLE) as path:
+            write_table(table, path)
+
+    def starts(self) -> list[dict[str, Any]]:
+        """Every start's versions, machine and settings that change no result."""
         try:
-            starts = json.loads(self.storage.read(ENV))
+            return list(json.loads(self.storage.read(ENV)))
         except FileNotFoundError:
-            starts = []
+            return []
         except ValueError:
             raise UserError(f"{self.storage.at(ENV)}: is damaged. Delete it, and the same command goes on") from None
+
+    def note_start(self, **facts: Any) -> None:
+        """Add this start's versions, machine and `facts` to env.json."""
         packages = ("ray", "torch", "transformers", "numpy")
         own = {"python": platform.python_version(), "raymask": __version__}
         start = {
@@ -178,7 +202,7 @@ class RunDir:
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
             **facts,
         }
-        self.write_text(ENV, json.dumps([*starts, start], indent=1))
+        self.write_text(ENV, json.dumps([*self.starts(), start], indent=1))
 
     def write_result(self, result: Result) -> None:
         self.write_text(RESULT, sealed(result, indent=1))
@@ -196,6 +220,9 @@ class RunDir:
 
     def has_export(self) -> bool:
         return self.storage.has(f"{EXPORT}/{MASK}")
+
+    def write_spec(self, spec: Spec) -> None:
+        self.write_text(SPEC, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False).rstrip())
 
     def read_spec(self) -> Spec:
         """The spec that this run was started with. Raises UserError when there is none."""
@@ -248,7 +275,7 @@ def open_run(store: RunDir, spec: Spec) -> Iterator[RunDir]:
     check_run(store, spec)
     with store.storage.held():
         if not store.has_work():
-            store.write_text(SPEC, yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False).rstrip())
+            store.write_spec(spec)
         yield store
 
 

@@ -190,6 +190,13 @@ def test_a_search_prints_its_table_exports_and_is_shown_again(tmp_path: Path) ->
     assert result.levels[-1].digest in shown.stdout
     as_json = json.loads(raymask("show", "run", "--json", cwd=tmp_path).stdout)
     assert Result.model_validate(as_json["result"]) == result
+    assert as_json["starts"][0]["versions"]["ray"]
+    assert as_json == json.loads((tmp_path / "run" / "report.json").read_text()) | {"written": as_json["written"]}
+    compared = raymask("compare", "run", "--html", "page.html", cwd=tmp_path)
+    assert compared.returncode == 0, compared.stderr
+    assert "Side by side" in compared.stdout
+    assert "<title>run</title>" in (tmp_path / "page.html").read_text()
+    assert "none: is not a run directory" in refused("compare", "run", "none", cwd=tmp_path)
 
     other = refused("search", "--run", "run", *SHORT, "--set", "seed=9", cwd=tmp_path)
     assert "seed: 0 there, 9 now" in other

@@ -120,6 +120,8 @@ class Fakes:
             )
 
     def run(self, store: RunDir) -> None:
+        if not store.has_work():
+            store.write_spec(self.plan.recipe.spec)
         prune(self.plan, store, self.evaluate, self.fine_tune, Silent())
 
 

@@ -15,6 +15,7 @@ def result(gain: Interval | None, metrics: tuple[str, ...] = ("accuracy",)) -> R
         task="t",
         metrics=metrics,
         rows=(),
+        sizes={},
         gain=gain,
         levels=(),
         imp=(),

@@ -211,10 +211,12 @@ class Level(Record):
 
 
 class Row(Record):
-    """One model of the final table: metrics on `report`, and sparsity in [0, 1] in three denominators."""
+    """One model of the final table: metrics on `report` with their intervals, sparsity in [0, 1] in three
+    denominators."""
 
     name: str
     report: dict[str, float]
+    intervals: dict[str, Interval]
     sparsity: dict[str, float]
 
 
@@ -235,8 +237,9 @@ class Piece(Record):
 class Result(Record):
     """What a finished search found. `rows`: dense, the baseline where it ran, selected.
 
-    `kind`: the spec's task.kind. `gain`: by how much the selected model's mean metric on `report` exceeds the
-    baseline's, paired over rows; of a perplexity, by how much its logarithm falls short. `levels`: from the dense model
+    `kind`: the spec's task.kind. `sizes`: the dense model's parameters in the three denominators. `gain`: by how much
+    the selected model's mean metric on `report` exceeds the baseline's, paired over rows; of a perplexity, by how much
+    its logarithm falls short. `levels`: from the dense model
     to the selected one. `others`: masks that were fine-tuned too, and led elsewhere. `scored`: how many rows of
     `select` scored the candidates, and how many it has. `seconds`: by purpose, summed over workers, and the `wall`
     clock of the last start. `timeline`: all work that was finished, in any of its starts.
@@ -248,6 +251,7 @@ class Result(Record):
     kind: str = "classification"
     metrics: tuple[str, ...]
     rows: tuple[Row, ...]
+    sizes: dict[str, int]
     gain: Interval | None
     levels: tuple[Level, ...]
     others: tuple[Level, ...] = ()

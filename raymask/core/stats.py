@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.stats import rankdata
@@ -15,7 +15,8 @@ RESAMPLES = 2000
 def paired_gain(baseline: np.ndarray, winner: np.ndarray, seed: int) -> Interval:
     """By how much the winner's mean loss undercuts the baseline's on the same rows; both float (rows,)."""
     gains = baseline.astype(np.float64) - winner.astype(np.float64)
-    return paired_bootstrap(len(gains), lambda rows: float(gains[rows].mean()), seed)
+    [gain] = bootstrap(len(gains), lambda rows: [float(gains[rows].mean())], seed)
+    return gain
 
 
 def chances(losses: np.ndarray, seed: int) -> np.ndarray:
@@ -49,11 +50,12 @@ def spearman(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.asarray((ours * theirs).sum(-1) / np.where(spread > 0, spread, 1.0))
 
 
-def paired_bootstrap(count: int, difference: Callable[[np.ndarray], float], seed: int) -> Interval:
-    """The difference on all rows, with the 2.5 % and 97.5 % quantiles over resampled rows (percentile bootstrap,
-    Efron 1979). `difference` takes row numbers (int64, in [0, count)) and compares both sides on just those rows.
+def bootstrap(count: int, measure: Callable[[np.ndarray], Sequence[float]], seed: int) -> list[Interval]:
+    """Each of several figures on all rows, with the 2.5 % and 97.5 % quantiles over resampled rows (percentile
+    bootstrap, Efron 1979), the same ones for all. `measure` takes the numbers of rows, int64 in [0, count).
     """
     rng = np.random.default_rng(seed)
-    resampled = [difference(rng.integers(0, count, count)) for _ in range(RESAMPLES)]
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return Interval(mean=difference(np.arange(count)), low=float(low), high=float(high))
+    resampled = [measure(rng.integers(0, count, count)) for _ in range(RESAMPLES)]
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    found = zip(measure(np.arange(count)), low, high, strict=True)
+    return [Interval(mean=float(value), low=float(below), high=float(above)) for value, below, above in found]

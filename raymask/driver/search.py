@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,8 @@ from raymask.core.records import (
     Evaluate,
     Evaluation,
     FineTune,
-    FineTuned,
     Interval,
     Level,
-    Piece,
-    Purpose,
     Result,
     Row,
     Settling,
@@ -44,10 +42,11 @@ from raymask.core.records import (
 from raymask.core.rungs import Ladder, climbs
 from raymask.core.seeds import derive
 from raymask.core.spec import Spec
-from raymask.core.stats import chances, paired_bootstrap, paired_gain
+from raymask.core.stats import bootstrap, chances, paired_gain
 from raymask.core.tensors import Packed
 from raymask.driver.export import export
-from raymask.report.timeline import by_purpose
+from raymask.report.live import Reporter, write_report
+from raymask.report.timeline import by_purpose, worked
 from raymask.store import DENSE, IMP, MODEL, SEARCH, RunDir, branch, branches, check_run, open_run
 from raymask.train.data import Corpus, load_corpus, tokenize
 from raymask.train.documents import Documents, cut, load_documents
@@ -82,7 +81,7 @@ def search(
     with seams(plan.job, watch, address, in_process) as (evaluate, fine_tune, watch), open_run(store, spec):
         store.note_start(threads=spec.workers.threads, address=address, in_process=in_process)
         started = time.monotonic()
-        prune(plan, store, evaluate, fine_tune, watch)
+        prune(plan, store, evaluate, fine_tune, Reporter(watch, store))
         return conclude(plan, store, time.monotonic() - started)
 
 
@@ -399,26 +398,17 @@ def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
     others = tuple(tree.values())
     imp = tuple(store.read_level(IMP, level) for level in range(1, last + 1)) if runs_imp(recipe.spec) else ()
     dense = store.read_level(DENSE, 0)
-    gain = None
-    if imp:
-        ours, theirs = store.read_logits(chosen[-1], last), store.read_logits(IMP, last)
-
-        def difference(rows: np.ndarray) -> float:
-            return overall(data.measure_report(ours, rows)) - overall(data.measure_report(theirs, rows))
-
-        gain = paired_bootstrap(len(data.report), difference, derive(recipe.spec.seed, "bootstrap"))
-    named = [("dense", dense), *([("control (IMP)", imp[-1])] if imp else []), ("selected", levels[-1])]
-    timeline = worked(store, dense, [*levels, *others], imp)
+    baseline = [("control (IMP)", IMP, imp[-1])] if imp else []
+    rows, gain = compare(plan, store, [("dense", DENSE, dense), *baseline, ("selected", chosen[-1], levels[-1])])
+    timeline = worked(store.finished(), [found for level in range(1, last + 1) for found in store.evaluations(level)])
     result = Result(
         run=store.uri,
         model=Path(recipe.spec.model.name).name if Path(recipe.spec.model.name).is_dir() else recipe.spec.model.name,
         task=recipe.spec.task.name or str(recipe.spec.task.train),
         kind=data.kind,
         metrics=tuple(dense.report),
-        rows=tuple(
-            Row(name=row, report=level.report, sparsity=plan.source.sizes.sparsities(level.total - level.kept))
-            for row, level in named
-        ),
+        rows=rows,
+        sizes=asdict(plan.source.sizes),
         gain=gain,
         levels=levels,
         others=others,
@@ -429,24 +419,35 @@ def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
         export=store.export_uri,
     )
     export(store, plan.source, result, chosen[-1])
-    store.write_result(result)
+    write_report(store, result)
+    store.write_result(result)  # last: it exists, so all is done
     return result
 
 
-def worked(store: RunDir, dense: Level, levels: Sequence[Level], imp: Sequence[Level]) -> tuple[Piece, ...]:
-    """Every piece of work that a worker has finished, in the order in which they started."""
-    warm = [store.read_level(SEARCH, 0)] if store.has_level(SEARCH, 0) else []
-    tuned: dict[Purpose, Sequence[Level]] = {"dense": [dense, *warm], "fine-tuning": levels, "baseline (IMP)": imp}
-    work: list[tuple[Purpose, int, FineTuned | Evaluation]] = [
-        (kind, level.level, level.finetuned) for kind, done in tuned.items() for level in done
-    ]
-    for level in sorted({level.level for level in levels}):
-        work += [("early evaluation", level, found) for found in store.evaluations(level) if found.started]
-    return tuple(
-        Piece(worker=worker, kind=kind, level=number, started=found.started, seconds=found.seconds)
-        for kind, number, found in sorted(work, key=lambda item: item[2].started)
-        for worker in (found.worker, *(found.helpers if isinstance(found, FineTuned) else ()))
+def compare(
+    plan: Plan, store: RunDir, models: Sequence[tuple[str, str, Level]]
+) -> tuple[tuple[Row, ...], Interval | None]:
+    """The table's rows of models, each a name, lineage and level, and by how much the last is better than the baseline
+    before it, on the same resamples of `report`."""
+    data = plan.job.data
+    logits = [store.read_logits(lineage, record.level) for _, lineage, record in models]
+
+    def measure(rows: np.ndarray) -> list[float]:
+        found = [data.measure_report(one, rows) for one in logits]
+        return [*chain(*(each.values() for each in found)), overall(found[-1]) - overall(found[-2])]
+
+    *figures, gain = bootstrap(len(data.report), measure, derive(plan.recipe.spec.seed, "bootstrap"))
+    following = iter(figures)
+    rows = tuple(
+        Row(
+            name=name,
+            report=record.report,
+            intervals=dict(zip(record.report, following, strict=False)),
+            sparsity=plan.source.sizes.sparsities(record.total - record.kept),
+        )
+        for name, _, record in models
     )
+    return rows, gain if len(models) > 2 else None
 
 
 def title(recipe: Recipe, level: int) -> str:

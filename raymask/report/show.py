@@ -1,72 +1,82 @@
-"""How far is a search, or what did it find?"""
+"""How far is a search, or what did it find? And how do several compare?"""
 
 from __future__ import annotations
 
-import json
-from typing import Any
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
+import rich.box
+import rich.table
 from rich.console import Console
 from rich.text import Text
 
-from raymask.core.recipe import climbs_of, resolve
-from raymask.report.terminal import show_result
-from raymask.report.words import evaluated_line, settled_line
-from raymask.store import DENSE, IMP, RunDir, branches
+from raymask.core.errors import UserError
+from raymask.report.figures import gather
+from raymask.report.page import page
+from raymask.report.sections import Section, Table, comparison, report
+from raymask.report.terminal import say
+from raymask.store import RunDir
 
 
 def show_run(console: Console, run: str, as_json: bool) -> None:
-    """Print a run directory's search. Raises UserError when it is none."""
-    store = RunDir(run)
+    """Print a run directory's search, or its figures as JSON. Raises UserError when it is none."""
+    figures = gather(RunDir(run))
     if as_json:
-        print(json.dumps(summary(store), indent=1))
+        print(figures.model_dump_json(indent=1))
         return
-    result = store.read_result()
-    if result:
-        show_result(console, result)
-        return
-    recipe = resolve(store.read_spec())
-    state = "running" if store.storage.busy() else "stopped; the same command goes on from here"
-    console.print(Text(f"{run}: {state}"))
-    if not store.has_level(DENSE, 0):
-        console.print(Text("the dense model is not done yet"))
-        return
-    console.print(Text(settled_line(DENSE, store.read_level(DENSE, 0))))
-    for level, density in enumerate(recipe.densities, 1):
-        found = store.evaluations(level)
-        if not found and not any(store.has_level(lineage, level) for lineage in branches(recipe.spec)):
-            break
-        console.print(Text(f"level {level}/{len(recipe.densities)}, sparsity {1 - density:.2%}"))
-        console.print(Text(f"  {len(found)} of {climbs_of(recipe, level)} early evaluations done"))
-        for evaluation in found:
-            console.print(Text(f"  {evaluated_line(evaluation, recipe.spec.probe.rungs)}"))
-        for lineage in (*branches(recipe.spec), IMP):
-            if store.has_level(lineage, level):
-                console.print(Text(f"  {settled_line(lineage, store.read_level(lineage, level))}"))
+    say(console, f"{run}: {figures.state}")
+    show_sections(console, report(figures))
 
 
-def summary(store: RunDir) -> dict[str, Any]:
-    """The same for other programs: state, the result when there is one, else what is known of each level."""
-    result = store.read_result()
-    if result:
-        return {"state": "finished", "result": result.model_dump(mode="json")}
-    recipe = resolve(store.read_spec())
-    levels = range(1, len(recipe.densities) + 1)
-    records = {
-        name: [
-            store.read_level(lineage, level).model_dump(mode="json")
-            for level in ([0] if name == "dense" else levels)
-            for lineage in lineages
-            if store.has_level(lineage, level)
-        ]
-        for name, lineages in (("dense", [DENSE]), ("levels", branches(recipe.spec)), ("imp", [IMP]))
-    }
-    return {
-        "state": "running" if store.storage.busy() else "stopped",
-        "sparsities": [1 - density for density in recipe.densities],
-        "evaluations": [
-            evaluation.model_dump(mode="json", exclude={"row_losses"})
-            for level in levels
-            for evaluation in store.evaluations(level)
-        ],
-        **records,
-    }
+def show_comparison(console: Console, runs: Sequence[str], html: Path | None) -> None:
+    """Print searches side by side, and write the page. Raises UserError when one of them is no run."""
+    found = dict(zip(short_names(runs), (gather(RunDir(run)) for run in runs), strict=True))
+    sections = comparison(found)
+    show_sections(console, sections)
+    if html is not None:
+        text = page(", ".join(found), sections, "compared", time.time())
+        try:
+            html.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--html: {html} cannot be written: {error.strerror}") from None
+        say(console, f"\nThe same with plots is in {html}")
+
+
+def short_names(runs: Sequence[str]) -> list[str]:
+    """The runs without what all their places begin with. Raises UserError when one of them comes twice."""
+    twice = {run for run in runs if runs.count(run) > 1}
+    if twice:
+        raise UserError(f"{min(twice)} is named twice")
+    parts = [run.rstrip("/").split("/") for run in runs]
+    same = 0
+    while all(len(whole) > same + 1 for whole in parts) and len({whole[same] for whole in parts}) == 1:
+        same += 1
+    return ["/".join(whole[same:]) for whole in parts]
+
+
+def show_sections(console: Console, sections: Sequence[Section]) -> None:
+    """All of them, plots in letters where there are any, and what a page folds away as far as it is a table."""
+    for section in sections:
+        tables = [content for content in section.more.values() if isinstance(content, Table)]
+        if not (section.lines or section.table or section.drawn or tables):
+            continue  # there are only plots
+        console.print()
+        console.print(Text(section.title, style="bold"))
+        for line in section.lines:
+            say(console, line.replace("`", ""))
+        if section.table:
+            show_table(console, section.table)
+        for line in section.drawn:
+            say(console, line)
+        for table in tables:
+            show_table(console, table)
+
+
+def show_table(console: Console, table: Table) -> None:
+    found = rich.table.Table(box=rich.box.SIMPLE_HEAD if any(table.heads) else None, show_header=any(table.heads))
+    for head in table.heads:
+        found.add_column(Text(head))
+    for row in table.rows:
+        found.add_row(*map(Text, row))
+    console.print(found)

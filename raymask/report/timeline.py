@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from raymask.core.records import Piece, Purpose
+from raymask.core.records import Evaluation, FineTuned, Level, Piece, Purpose
 from raymask.report.words import duration
+from raymask.store import IMP
 
 LETTERS: Mapping[Purpose, str] = {"dense": "d", "early evaluation": "p", "fine-tuning": "f", "baseline (IMP)": "b"}
 IDLE = "."
 WIDTH, WORKERS = 60, 16  # letters of a bar, and how many workers get one
+
+
+def worked(finished: Sequence[tuple[str, Level]], evaluations: Sequence[Evaluation]) -> tuple[Piece, ...]:
+    """Every piece of work that a worker has finished in a search, in the order in which they started."""
+    work: list[tuple[Purpose, int, FineTuned | Evaluation]] = [
+        ("early evaluation", found.candidate.level, found) for found in evaluations if found.started
+    ]
+    for lineage, record in finished:
+        kind: Purpose = "dense" if record.level == 0 else "baseline (IMP)" if lineage == IMP else "fine-tuning"
+        work.append((kind, record.level, record.finetuned))
+    return tuple(
+        Piece(worker=worker, kind=kind, level=number, started=found.started, seconds=found.seconds)
+        for kind, number, found in sorted(work, key=lambda item: item[2].started)
+        for worker in (found.worker, *(found.helpers if isinstance(found, FineTuned) else ()))
+    )
 
 
 def timeline(pieces: Sequence[Piece]) -> list[str]:

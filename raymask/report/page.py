@@ -1,0 +1,30 @@
+"""What does a report look like in a browser? One file that needs nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+
+from jinja2 import Environment
+from plotly.offline import get_plotlyjs
+
+from raymask.report.sections import Section, Table
+
+REFRESH = 15  # seconds after which a browser reads the page of a running search again
+
+
+def page(title: str, sections: Sequence[Section], state: str, written: float) -> str:
+    """HTML with all its scripts and styles inside; `written`: Unix time, seconds."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.tests["table"] = lambda value: isinstance(value, Table)
+    template = environment.from_string((files("raymask.report") / "page.html").read_text(encoding="utf-8"))
+    return template.render(
+        title=title,
+        sections=sections,
+        plots=[plot for section in sections for _, plot in section.plots],
+        state=state,
+        when=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(written)),
+        refresh=REFRESH if state == "running" else 0,
+        plotly=get_plotlyjs(),
+    )
