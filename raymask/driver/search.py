@@ -46,7 +46,7 @@ from raymask.core.seeds import derive
 from raymask.core.spec import Spec
 from raymask.core.stats import chances, paired_bootstrap, paired_gain
 from raymask.core.tensors import Packed
-from raymask.driver.export import export
+from raymask.export.hf import export
 from raymask.report.timeline import by_purpose
 from raymask.store import DENSE, IMP, MODEL, SEARCH, RunDir, branch, branches, check_run, open_run
 from raymask.train.data import Corpus, load_corpus, tokenize
