@@ -62,7 +62,7 @@ def outside(out: str | Path) -> tuple[Storage, str]:
     if "://" in str(out):
         raise UserError("--out: takes a local folder, no URI. Without --out it goes where the run is")
     path = Path(out).expanduser().absolute()
-    return Folder(path.parent), path.name
+    return Folder(path.parent, "--out"), path.name
 
 
 def require_free(storage: Storage, name: str) -> None:
