@@ -58,6 +58,11 @@ class Algorithm(StrEnum):
     optuna = "optuna"
 
 
+class Values(StrEnum):
+    exact = "exact"
+    fp16 = "fp16"
+
+
 Job = Annotated[str, typer.Argument(metavar="ID", help="A job, as `raymask jobs` names it.")]
 
 
@@ -192,6 +197,27 @@ def compare(
     from raymask.report.show import show_comparison
 
     show_comparison(make_console(), runs, html)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory of a finished search: a path or a URI.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf, sparse or masks")],
+    out: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="A local folder; export-FORMAT in the run when not given.")
+    ] = None,
+    values: Annotated[Values | None, typer.Option(help="sparse: weights as they are (the default), or fp16.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", hidden=True)] = False,
+    shrink: Annotated[bool, typer.Option("--shrink", hidden=True)] = False,
+) -> None:
+    """Write what a search found in another form, and check it against the original."""
+    from raymask.export.formats import export_run
+
+    options = {"values": values and values.value, "int8": int8, "shrink": shrink}
+    given = {name: value for name, value in options.items() if value}
+    console = make_console()
+    for line in export_run(run, to, out, **given):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -50,8 +50,8 @@ class Storage(Protocol):
     def at(self, name: str = "") -> str:
         """The place of a name, for people."""
 
-    def names(self) -> Iterator[str]:
-        """Every file's name, in any order; none when the place does not exist."""
+    def names(self, under: str = "") -> Iterator[str]:
+        """Every file's name, or of those in a folder `under` it, in any order; none when that does not exist."""
 
     def has(self, name: str) -> bool: ...
 
@@ -60,6 +60,9 @@ class Storage(Protocol):
 
     def reading(self, name: str) -> AbstractContextManager[Path]:
         """A local file with the contents. Raises FileNotFoundError."""
+
+    def reading_folder(self, name: str) -> AbstractContextManager[Path]:
+        """A local folder with all files of a folder."""
 
     def writing(self, name: str) -> AbstractContextManager[Path]:
         """A local file to write, which gets its name when the block ends well."""
@@ -119,15 +122,17 @@ def require_no_secret(uri: str) -> None:
 class Folder:
     """A local folder, also on NFS: files are written beside their place and renamed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, option: str = "--run") -> None:
+        """`option`: by which another place can be chosen."""
         self.path = path
         self.uri = str(path)
+        self.option = option
 
     def at(self, name: str = "") -> str:
         return str(self.path / name)
 
-    def names(self) -> Iterator[str]:
-        for folder, _, files in os.walk(self.path):
+    def names(self, under: str = "") -> Iterator[str]:
+        for folder, _, files in os.walk(self.path / under):
             for file in files:
                 name = (Path(folder) / file).relative_to(self.path).as_posix()
                 if counts(name):
@@ -144,6 +149,10 @@ class Folder:
     def reading(self, name: str) -> Iterator[Path]:
         with complaining(self.at(name), "read"):
             yield self.path / name
+
+    @contextmanager
+    def reading_folder(self, name: str) -> Iterator[Path]:
+        yield self.path / name
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -163,7 +172,7 @@ class Folder:
     def writing_folder(self, name: str) -> Iterator[Path]:
         path = self.path / name
         beside = path.with_name(path.name + PART)
-        with complaining(self.at(name)):
+        with complaining(self.at(name), option=self.option):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             try:
@@ -246,8 +255,8 @@ class Bucket:
     def at(self, name: str = "") -> str:
         return f"{self.base}/{name}" if name else self.base
 
-    def names(self) -> Iterator[str]:
-        return filter(counts, self.listed())
+    def names(self, under: str = "") -> Iterator[str]:
+        return filter(counts, self.listed(under))
 
     def listed(self, under: str = "") -> list[str]:
         from pyarrow.fs import FileSelector
@@ -276,6 +285,15 @@ class Bucket:
             path = Path(folder) / Path(name).name
             self.patiently("read", get)
             yield path
+
+    @contextmanager
+    def reading_folder(self, name: str) -> Iterator[Path]:
+        with temporary() as folder:
+            copy = Folder(folder)
+            for inner in self.names(name):
+                with self.reading(inner) as source, copy.writing(inner) as path:
+                    shutil.move(source, path)
+            yield folder / name
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:

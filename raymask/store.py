@@ -38,6 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, from_numpy
 
 from raymask.core.errors import UserError
+from raymask.core.masks import vacant_bits
 from raymask.core.records import Checkpoint, Evaluation, Level, Place, Record, Result
 from raymask.core.spec import Spec, identity
 from raymask.core.tensors import Packed, pack
@@ -302,10 +303,20 @@ def flat_bits(packed: Packed) -> dict[str, Tensor]:
     return found
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def packed_bits(tensors: Mapping[str, Tensor]) -> Packed:
+    """The inverse of `flat_bits`."""
+    names = [name for name in tensors if f"{name}:shape" in tensors]
+    packed = vacant_bits({name: tuple(tensors[f"{name}:shape"].tolist()) for name in names})
+    for name in names:
+        offset, size, _, _ = packed.index[name]
+        packed.buffer[offset : offset + size] = tensors[name].numpy()
+    return packed
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file and return its SHA-256. Raises OSError."""
     try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
+        save_file(dict(tensors), path, metadata=dict(metadata or {"format": "pt"}))
     except SafetensorError as error:
         raise OSError(str(error)) from None
     return sha256(path)

@@ -19,8 +19,10 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+import raymask
 from raymask.core.recipe import propose, resolve
 from raymask.core.records import Candidate, Snapshot
+from raymask.core.spec import QUICKSTART
 from raymask.driver.search import Plan
 from raymask.train.model import load_weights
 
@@ -57,6 +59,26 @@ def gaussian() -> Callable[..., Tensor]:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
     return weights
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a finished search, the shortest that prunes the quickstart to 1/16. Only ever read it."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    spec = {
+        "model": QUICKSTART,
+        "task": QUICKSTART,
+        "levels": [0.5, 0.9375],
+        "candidates": {"count": 2, "ratios": [0.01]},
+        "dense": {"epochs": 1},
+        "probe": {"epochs": 0.1, "eval_every": 2, "last": 2, "rows": 50},
+        "finetune": {"epochs": 0.2},
+        "imp": {"run": False},
+        "distill": False,
+        "precision": "fp32",
+    }
+    raymask.search(spec, run, in_process=True)
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,1 @@
-"""What the driver does: the method, the two seams in this process and on Ray, and the export."""
+"""What the driver does: the method, and the two seams in this process and on Ray."""

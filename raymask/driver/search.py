@@ -44,7 +44,7 @@ from raymask.core.seeds import derive
 from raymask.core.spec import Spec
 from raymask.core.stats import bootstrap, chances, paired_gain
 from raymask.core.tensors import Packed
-from raymask.driver.export import export
+from raymask.export.hf import export
 from raymask.report.live import Reporter, write_report
 from raymask.report.timeline import by_purpose, worked
 from raymask.store import DENSE, IMP, MODEL, SEARCH, RunDir, branch, branches, check_run, open_run
@@ -418,10 +418,11 @@ def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
         timeline=timeline,
         export=store.export_uri,
     )
-    export(store, plan.source, result, chosen[-1])
-    write_report(store, result)
-    store.write_result(result)  # last: it exists, so all is done
-    return result
+    files = export(store, plan.source, result, chosen[-1], recipe.spec.model.trust_remote_code)
+    done = result.model_copy(update={"files": files})
+    write_report(store, done)
+    store.write_result(done)  # last: it exists, so all is done
+    return done
 
 
 def compare(
