@@ -27,6 +27,7 @@ COMMANDS = (
     "audit",
     "show",
     "compare",
+    "eval",
     "export",
     "submit",
     "jobs",
