@@ -124,11 +124,13 @@ def test_the_defaults_in_the_readme_are_the_real_ones() -> None:
     dense, probe, finetune = spec.dense, spec.probe, spec.finetune
     assert numbers(rows["`levels`"]) == list(spec.levels.sparsities or ())
     assert rows["`mask`"] == ", ".join(spec.mask.model_dump().values())
-    assert numbers(rows["`candidates`"]) == [spec.candidates.count, spec.candidates.exponent, *spec.candidates.ratios]
+    asked = spec.candidates
+    assert rows["`candidates`"].startswith(f"{asked.sampler}; ")
+    assert numbers(rows["`candidates`"]) == [asked.count, asked.exponent, *asked.ratios]
     assert numbers(rows["`dense`"]) == list(dense.model_dump().values())
     flat = probe.model_dump(exclude={"score", "rungs", "repeats"})
     assert numbers(rows["`probe`"]) == [*flat.values(), *probe.rungs, probe.repeats]
-    assert rows["`select`"] == f"{spec.select.keep}, {str(spec.select.beam).lower()}"
+    assert rows["`select`"] == f"{spec.select.rule}, {spec.select.keep}, {str(spec.select.beam).lower()}"
     assert numbers(rows["`finetune`"]) == list(finetune.model_dump().values())
     assert numbers(rows["`workers`"]) == [
         spec.workers.cpus,
