@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from raymask.core.errors import UserError
     from raymask.core.records import Result
     from raymask.core.spec import Spec
+    from raymask.export.sparse import load_sparse
 
-__all__ = ["Result", "Spec", "UserError", "__version__", "apply_mask", "draw_mask", "search"]
+__all__ = ["Result", "Spec", "UserError", "__version__", "apply_mask", "draw_mask", "load_sparse", "search"]
 
 HOMES = {
     "search": "raymask.api",
     "draw_mask": "raymask.api",
     "apply_mask": "raymask.api",
+    "load_sparse": "raymask.export.sparse",
     "UserError": "raymask.core.errors",
     "Result": "raymask.core.records",
     "Spec": "raymask.core.spec",

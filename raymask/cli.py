@@ -191,11 +191,11 @@ def show(
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory of a finished search: a path or a URI.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf or sparse")],
     out: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="A local folder; export-FORMAT in the run when not given.")
     ] = None,
-    values: Annotated[Values | None, typer.Option(hidden=True)] = None,
+    values: Annotated[Values | None, typer.Option(help="sparse: weights as they are (the default), or fp16.")] = None,
     int8: Annotated[bool, typer.Option("--int8", hidden=True)] = False,
     shrink: Annotated[bool, typer.Option("--shrink", hidden=True)] = False,
 ) -> None:

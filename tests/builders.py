@@ -13,11 +13,14 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from raymask.api import apply_mask, draw_mask
 from raymask.core.errors import UserError
-from raymask.core.records import Candidate, Evaluate, Evaluation, Snapshot
+from raymask.core.masks import digest, pack_bits
+from raymask.core.records import Candidate, Evaluate, Evaluation, FineTuned, Level, Point, Result, Snapshot
 from raymask.core.rungs import Ladder
 from raymask.core.spec import QUICKSTART, Spec, Task
 from raymask.core.tensors import Packed, pack
+from raymask.export.selected import Selected
 from raymask.train import quickstart
 from raymask.train.data import Corpus, Texts, tokenize
 from raymask.train.documents import Documents, cut
@@ -173,3 +176,52 @@ def refused(call: Callable[..., object], *arguments: Any, **options: Any) -> str
     with pytest.raises(UserError) as raised:
         call(*arguments, **options)
     return str(raised.value)
+
+
+def tiny_selected(family: str = "bert", density: float = 0.0625, **changes: Any) -> Selected:
+    """What a search of a random model would have selected, without a search: its magnitude mask."""
+    job = tiny_job(family)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = build(tiny_config(family, **changes), kind=kind_of(family)).eval()
+    mask = draw_mask(module, density)
+    apply_mask(module, mask)
+    kept, total = (
+        sum(int(count) for count in counts)
+        for counts in zip(*((m.sum(), m.numel()) for m in mask.values()), strict=True)
+    )
+    winner = Evaluation(candidate=Candidate(level=1, index=0, seed=0, density=density))
+    tuned = FineTuned(curve=(Point(step=1, loss=1.0, metric=0.0),), best=0, started=0.0, seconds=0.0, worker="")
+    level = Level(
+        level=1,
+        density=density,
+        kept=kept,
+        total=total,
+        winner=winner,
+        evaluated=1,
+        failed=0,
+        gain=None,
+        finetuned=tuned,
+        report={},
+        digest=digest(pack_bits(mask)),
+        parent="dense-0-0123456789abcdef",
+        data="",
+    )
+    result = Result(
+        run="",
+        model=family,
+        task="",
+        kind=kind_of(family),
+        metrics=(),
+        rows=(),
+        gain=None,
+        levels=(level,),
+        imp=(),
+        scored=(0, 0),
+        seconds={},
+        timeline=(),
+        export="",
+    )
+    return Selected(
+        result, job.spec, module, tiny_tokenizer(family), mask, {"config.json": module.config.to_json_string().encode()}
+    )

@@ -11,6 +11,7 @@ from typing import Any
 from raymask.core.errors import UserError
 from raymask.export.hf import write_hf
 from raymask.export.selected import read_selected
+from raymask.export.sparse import write_sparse
 from raymask.storage import Folder, Storage
 from raymask.store import RunDir
 from raymask.version import __version__
@@ -19,6 +20,7 @@ MARK = "raymask.json"
 """A folder with this file is an export, which another one may replace."""
 FORMATS: dict[str, Callable[..., list[str]]] = {
     "hf": write_hf,
+    "sparse": write_sparse,
 }
 """By their names for --to: (selected, folder, *, options of its own) -> lines that say what was written and checked."""
 

@@ -44,7 +44,7 @@ def write_hf(selected: Selected, folder: Path) -> list[str]:
     save_module(selected.module, folder)
     write_tensors(folder / MASK, flat_bits(pack_bits(selected.mask)))
     selected.write_files(folder)
-    again, whole = persistent(load_exported(folder, selected.spec)), selected.tensors()
+    again, whole = persistent(load_exported(folder, selected.spec, selected.result.kind)), selected.tensors()
     if again.keys() != whole.keys() or not all(torch.equal(again[name], whole[name]) for name in whole):
         raise UserError(f"{folder}: transformers does not read there what was written")
     last = selected.result.levels[-1]

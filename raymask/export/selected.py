@@ -64,9 +64,10 @@ def read_selected(store: RunDir) -> Selected:
     try:
         with store.storage.reading_folder(EXPORT) as folder:
             bits = packed_bits(load_file(folder / MASK))
-            mask, module, tokenizer = unpack_bits(bits), load_exported(folder, spec), load_tokenizer(folder, spec)
+            module, tokenizer = load_exported(folder, spec, result.kind), load_tokenizer(folder, spec)
             paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
             files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(paths)}
+        mask = unpack_bits(bits)
         require_masked(module, mask)
         if digest(bits) != result.levels[-1].digest:
             raise ValueError("its mask is another one")
@@ -77,11 +78,11 @@ def read_selected(store: RunDir) -> Selected:
     return Selected(result, spec, module, tokenizer, mask, files)
 
 
-def load_exported(folder: Path, spec: Spec) -> nn.Module:
+def load_exported(folder: Path, spec: Spec, kind: str) -> nn.Module:
     """A checkpoint of ours by transformers, in eval mode; safetensors only. Raises ValueError when weights are missing,
     and whatever transformers raises."""
     with quiet():
-        module, report = auto_class(spec.task.kind or "classification").from_pretrained(
+        module, report = auto_class(kind).from_pretrained(
             folder,
             dtype=DTYPES[spec.model.dtype],
             trust_remote_code=spec.model.trust_remote_code,
@@ -112,6 +113,18 @@ def sizes(files: Mapping[str, Path], selected: Selected) -> str:
     size = sum(path.stat().st_size for path in files.values())
     dense = 4 * sum(tensor.numel() for tensor in selected.tensors().values())
     return f"{' + '.join(files)}: {megabytes(size)}, {dense / size:.1f}x smaller than dense fp32, {megabytes(dense)}"
+
+
+def sizes_of_prunable(size: int, selected: Selected) -> str:
+    """What the prunable matrices take, in words, against the same in dense fp32."""
+    dense = 4 * selected.result.levels[-1].total
+    return f"The prunable matrices take {megabytes(size)} of it, {dense / size:.1f}x smaller than {megabytes(dense)}"
+
+
+@torch.no_grad()
+def logits(module: nn.Module, rows: dict[str, Tensor]) -> Tensor:
+    """What a model says of rows of tokens, float32."""
+    return module(**rows).logits.float()  # type: ignore[no-any-return]
 
 
 def megabytes(size: float) -> str:
