@@ -191,13 +191,13 @@ def show(
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory of a finished search: a path or a URI.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf or sparse")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf, sparse or onnx")],
     out: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="A local folder; export-FORMAT in the run when not given.")
     ] = None,
     values: Annotated[Values | None, typer.Option(help="sparse: weights as they are (the default), or fp16.")] = None,
-    int8: Annotated[bool, typer.Option("--int8", hidden=True)] = False,
-    shrink: Annotated[bool, typer.Option("--shrink", hidden=True)] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="onnx: weights in int8 as well, and what it costs.")] = False,
+    shrink: Annotated[bool, typer.Option("--shrink", help="onnx: without dead neurons and attention heads.")] = False,
 ) -> None:
     """Write what a search found in another form, and check it against the original."""
     from raymask.export.formats import export_run

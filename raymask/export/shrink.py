@@ -98,7 +98,7 @@ def narrow(inner: Sequence[nn.Linear], outer: nn.Linear, constants: Tensor, size
     if dead.all():
         dead[0] = False
     gone = dead.repeat_interleave(size)
-    outer.bias += (outer.weight[:, gone].double() @ constants[gone].double()).to(outer.bias.dtype)
+    outer.bias.add_(outer.weight[:, gone].double() @ constants[gone].double())
     for layer in inner:
         layer.weight = nn.Parameter(layer.weight[~gone])
         layer.bias = nn.Parameter(layer.bias[~gone])
