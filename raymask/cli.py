@@ -191,7 +191,7 @@ def show(
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory of a finished search: a path or a URI.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf, sparse or onnx")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf, sparse, onnx or masks")],
     out: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="A local folder; export-FORMAT in the run when not given.")
     ] = None,

@@ -122,9 +122,11 @@ def require_no_secret(uri: str) -> None:
 class Folder:
     """A local folder, also on NFS: files are written beside their place and renamed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, option: str = "--run") -> None:
+        """`option`: by which another place can be chosen."""
         self.path = path
         self.uri = str(path)
+        self.option = option
 
     def at(self, name: str = "") -> str:
         return str(self.path / name)
@@ -170,7 +172,7 @@ class Folder:
     def writing_folder(self, name: str) -> Iterator[Path]:
         path = self.path / name
         beside = path.with_name(path.name + PART)
-        with complaining(self.at(name)):
+        with complaining(self.at(name), option=self.option):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             try:

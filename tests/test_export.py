@@ -119,6 +119,13 @@ def test_what_fails_leaves_nothing(finished: Path, tmp_path: Path, monkeypatch: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_cannot_be_written_is_said(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = refused(export_run, finished, "hf", tmp_path / "file" / "out")
+    assert said.startswith(f"{tmp_path / 'file' / 'out'}: cannot be written: ")
+    assert said.endswith("or choose another place with --out")
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +163,19 @@ def swap_mask(export: Path) -> None:
     save_file(tensors, export / MODEL, metadata={"format": "pt"})
 
 
+def flip_bit(export: Path) -> None:
+    data = bytearray((export / MODEL).read_bytes())
+    data[-1] ^= 1
+    (export / MODEL).write_bytes(data)
+
+
+@pytest.mark.parametrize("spoil", [flip_bit, flip_mask, lose_weight])
+def test_an_export_that_is_not_what_was_written_is_said(copy: Path, spoil: Callable[[Path], object]) -> None:
+    spoil(copy / "export")
+    said = refused(export_run, copy, "hf")
+    assert "safetensors is not what was written: its hash differs" in said
+
+
 @pytest.mark.parametrize(
     ("spoil", "cause"),
     [
@@ -169,6 +189,12 @@ def swap_mask(export: Path) -> None:
     ids=["cut off", "no config", "no tokenizer", "another mask's weights", "a weight lost", "another mask"],
 )
 def test_a_damaged_export_is_said(copy: Path, spoil: Callable[[Path], object], cause: str) -> None:
+    """Also of a search that did not note hashes yet."""
+    store = RunDir(copy)
+    result = store.read_result()
+    assert result is not None
+    assert set(result.files) == {MODEL, MASK}
+    store.write_result(result.model_copy(update={"files": {}}))
     spoil(copy / "export")
     said = refused(export_run, copy, "hf")
     assert said.startswith(f"{copy / 'export'}: is damaged (")

@@ -239,7 +239,8 @@ class Result(Record):
     baseline's, paired over rows; of a perplexity, by how much its logarithm falls short. `levels`: from the dense model
     to the selected one. `others`: masks that were fine-tuned too, and led elsewhere. `scored`: how many rows of
     `select` scored the candidates, and how many it has. `seconds`: by purpose, summed over workers, and the `wall`
-    clock of the last start. `timeline`: all work that was finished, in any of its starts.
+    clock of the last start. `timeline`: all work that was finished, in any of its starts. `files`: SHA-256 by name of
+    the tensors in `export`.
     """
 
     run: str
@@ -256,6 +257,7 @@ class Result(Record):
     seconds: dict[str, float]
     timeline: tuple[Piece, ...]
     export: str
+    files: dict[str, str] = {}
 
 
 class Watch(Protocol):

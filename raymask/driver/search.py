@@ -424,9 +424,10 @@ def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
         timeline=timeline,
         export=store.export_uri,
     )
-    export(store, plan.source, result, chosen[-1])
-    store.write_result(result)
-    return result
+    files = export(store, plan.source, result, chosen[-1], recipe.spec.model.trust_remote_code)
+    done = result.model_copy(update={"files": files})
+    store.write_result(done)
+    return done
 
 
 def worked(store: RunDir, dense: Level, levels: Sequence[Level], imp: Sequence[Level]) -> tuple[Piece, ...]:

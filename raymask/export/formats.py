@@ -10,6 +10,7 @@ from typing import Any
 
 from raymask.core.errors import UserError
 from raymask.export.hf import write_hf
+from raymask.export.masks import write_masks
 from raymask.export.onnx import write_onnx
 from raymask.export.selected import read_selected
 from raymask.export.sparse import write_sparse
@@ -23,6 +24,7 @@ FORMATS: dict[str, Callable[..., list[str]]] = {
     "hf": write_hf,
     "sparse": write_sparse,
     "onnx": write_onnx,
+    "masks": write_masks,
 }
 """By their names for --to: (selected, folder, *, options of its own) -> lines that say what was written and checked."""
 
@@ -62,7 +64,7 @@ def outside(out: str | Path) -> tuple[Storage, str]:
     if "://" in str(out):
         raise UserError("--out: takes a local folder, no URI. Without --out it goes where the run is")
     path = Path(out).expanduser().absolute()
-    return Folder(path.parent), path.name
+    return Folder(path.parent, "--out"), path.name
 
 
 def require_free(storage: Storage, name: str) -> None:

@@ -13,14 +13,15 @@ from raymask.core.masks import pack_bits
 from raymask.core.records import Result
 from raymask.export.selected import Selected, load_exported, sizes
 from raymask.report.card import model_card
-from raymask.store import EXPORT, MASK, MODEL, RunDir, flat_bits, write_tensors
+from raymask.store import EXPORT, MASK, MODEL, RunDir, flat_bits, sha256, write_tensors
 from raymask.train.model import Source, build, persistent, quiet
 
 
-def export(store: RunDir, source: Source, result: Result, lineage: str) -> None:
-    """Write `export/` from a lineage's last level; it appears whole or not at all."""
+def export(store: RunDir, source: Source, result: Result, lineage: str, trust_remote_code: bool) -> dict[str, str]:
+    """Write `export/` from a lineage's last level; it appears whole or not at all. Returns the SHA-256 of its tensors'
+    files by name."""
     last = result.levels[-1].level
-    module = build(source.config, store.read_spec().model.trust_remote_code, kind=source.kind)
+    module = build(source.config, trust_remote_code, kind=source.kind)
     module.load_state_dict(store.read_tensors(lineage, last, MODEL), strict=False)  # which names tied weights once
     mask = store.read_tensors(lineage, last, MASK)
     with store.storage.writing_folder(EXPORT) as folder:
@@ -28,6 +29,7 @@ def export(store: RunDir, source: Source, result: Result, lineage: str) -> None:
         source.tokenizer.save_pretrained(folder)
         write_tensors(folder / MASK, mask)
         (folder / "README.md").write_text(model_card(result), encoding="utf-8")
+        return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def save_module(module: nn.Module, folder: Path) -> None:

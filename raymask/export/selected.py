@@ -15,7 +15,7 @@ from raymask.core.errors import UserError, first_line
 from raymask.core.masks import Mask, digest, unpack_bits
 from raymask.core.records import Result
 from raymask.core.spec import Spec
-from raymask.store import EXPORT, MASK, RunDir, packed_bits
+from raymask.store import EXPORT, MASK, RunDir, packed_bits, sha256
 from raymask.train.model import DTYPES, auto_class, persistent, quiet, vocabulary
 
 
@@ -63,6 +63,9 @@ def read_selected(store: RunDir) -> Selected:
         raise UserError(f"{store.export_uri}: is gone; {again}")
     try:
         with store.storage.reading_folder(EXPORT) as folder:
+            for name, expected in result.files.items():
+                if sha256(folder / name) != expected:
+                    raise ValueError(f"{name} is not what was written: its hash differs")
             bits = packed_bits(load_file(folder / MASK))
             module, tokenizer = load_exported(folder, spec, result.kind), load_tokenizer(folder, spec)
             paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
