@@ -210,6 +210,23 @@ def export(
 
 
 @app.command()
+def bench(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory of a finished search: a path or a URI.")],
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows at once, 1 and 16; can be repeated.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row, 128 or as many as the model takes.")
+    ] = None,
+) -> None:
+    """Say how fast what was found is on this machine, in all forms and by all runtimes that are installed.
+
+    Threads are those of OMP_NUM_THREADS, or as many as there are cores.
+    """
+    from raymask.bench import show_bench
+
+    show_bench(make_console(), run, batch or (), length)
+
+
+@app.command()
 def submit(
     spec: SpecFile = None,
     overrides: Overrides = None,

@@ -39,7 +39,9 @@ def write_onnx(selected: Selected, folder: Path, *, int8: bool = False, shrink: 
     `int8`: another file with weights in int8, whose metrics on `report` are held against fp32's. `shrink`: without dead
     neurons and heads. Raises UserError for packages that are missing and models that cannot be exported.
     """
-    require_packages()
+    missing = missing_packages()
+    if missing:
+        raise UserError(f"--to onnx: needs {', '.join(missing)}: pip install 'raymask[onnx]'")
     data = report_rows(selected) if int8 else None
     module, lines = selected.module, []
     if shrink:
@@ -64,11 +66,9 @@ def write_onnx(selected: Selected, folder: Path, *, int8: bool = False, shrink: 
     return lines
 
 
-def require_packages() -> None:
-    """Raise UserError when one of the packages is missing."""
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise UserError(f"--to onnx: needs {', '.join(missing)}: pip install 'raymask[onnx]'")
+def missing_packages() -> list[str]:
+    """Those that are needed and not installed."""
+    return [name for name in PACKAGES if find_spec(name) is None]
 
 
 class Logits(nn.Module):
