@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
+from statistics import quantiles
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
@@ -34,13 +34,15 @@ NOISE = 1.2
 """Latencies are told apart when one is more than so many times the other."""
 REPEATS, FEW, SECONDS = 30, 5, 60.0
 """How often each form is timed; at least FEW times, and no more once a batch size took so many seconds."""
+RUNTIMES = ("torch", "ONNX Runtime", "ONNX Runtime int8", "OpenVINO")
 DENSE_FORM, SELECTED, SHRUNK = "dense", "selected", "selected, shrunk"
-CSR, OPTION = "selected, CSR weights", "selected, sparse-weights option"
+CSR, OPTION = "selected, CSR", "selected, option"
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}  # OpenVINO computes in bf16 otherwise, where the processor can
 LEGEND = (
     "MB: of weights, in memory for torch, else of the file. Differs: outputs from torch's with the same weights, at "
     "most; ~ is approximate. To torch: times as fast as the dense model in torch. To dense: as the dense model in the "
-    "same runtime."
+    "same runtime. CSR: pruned layers multiply by sparse matrices. Shrunk: without dead neurons and heads. Option: "
+    "OpenVINO's for sparse weights."
 )
 
 
@@ -78,11 +80,12 @@ def show_bench(console: Console, run: str, batches: Sequence[int] = (), length: 
     notes: list[str] = []
     with TemporaryDirectory() as folder, torch.no_grad():
         models = in_fp32(selected, store)
-        forms = [*torch_forms(models, selected.mask), *onnx_forms(models, selected, Path(folder), notes)]
+        made = [*torch_forms(models, selected.mask), *onnx_forms(models, selected, Path(folder), notes)]
+        forms = [form for runtime in RUNTIMES for form in made if form.runtime == runtime]
         for rows in sorted(set(batches or BATCHES)):
             batch = sample(selected, rows, length) | {"attention_mask": torch.ones(rows, length, dtype=torch.int64)}
             forms = [form for form in forms if agrees(form, batch, notes)]
-            measure(forms, batch)
+            notes += measure(forms, batch)
     console.print(bench_table(forms, length))
     say(console, LEGEND)
     for line in [*(verdict(forms, rows) for rows in forms[0].seconds), *notes]:
@@ -114,8 +117,8 @@ def torch_forms(models: dict[str, Any], mask: Iterable[str]) -> Iterator[Form]:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """What a module's tensors take in memory."""
-    tensors = [*module.parameters(), *module.buffers()]
+    """What a module's weights take in memory."""
+    tensors: list[Tensor] = [*module.parameters()]
     for layer in module.modules():
         if isinstance(layer, SparseLinear):
             tensors += [layer.weight.crow_indices(), layer.weight.col_indices(), layer.weight.values()]
@@ -184,18 +187,27 @@ def agrees(form: Form, batch: dict[str, Tensor], notes: list[str]) -> bool:
     return same
 
 
-def measure(forms: Sequence[Form], batch: dict[str, Tensor]) -> None:
-    """Time all forms in turn, so that what else the machine does hits them alike."""
+def measure(forms: Sequence[Form], batch: dict[str, Tensor]) -> list[str]:
+    """Time all forms in turn, so that what else the machine does hits them alike; says whether it did."""
     times: list[list[float]] = [[] for _ in forms]
-    started = time.perf_counter()
+    rows, started = len(batch["input_ids"]), time.perf_counter()
     while len(times[0]) < FEW or (len(times[0]) < REPEATS and time.perf_counter() - started < SECONDS):
         for form, taken in zip(forms, times, strict=True):
             form.call(**batch)  # another's threads may still spin, and its weights fill the caches
             begun = time.perf_counter()
             form.call(**batch)
             taken.append(time.perf_counter() - begun)
+    unsteady = []
     for form, taken in zip(forms, times, strict=True):
-        form.seconds[len(batch["input_ids"])] = median(taken)
+        low, form.seconds[rows], high = quantiles(taken, method="inclusive")
+        if high > NOISE * low:
+            unsteady.append(f"{form.runtime}, {form.model} took {1e3 * low:.1f} to {1e3 * high:.1f} ms (quartiles)")
+    if not unsteady:
+        return []
+    return [
+        f"Batch of {rows}: {len(unsteady)} of {len(forms)} were not steady; {unsteady[0]}. Something else keeps this "
+        "machine busy: measure again, or with OMP_NUM_THREADS=1"
+    ]
 
 
 def rival(form: Form, forms: Sequence[Form]) -> Form | None:
@@ -210,7 +222,7 @@ def bench_table(forms: Sequence[Form], length: int) -> Table:
     """All forms by runtime; the first one is the dense model in torch."""
     threads = torch.get_num_threads()
     table = Table(
-        title=f"Median latency of rows of {length} tokens on {threads} thread{'s' * (threads > 1)}, "
+        title=f"Median latency in ms, rows of {length} tokens, {threads} thread{'s' * (threads > 1)}, "
         f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         title_justify="left",
     )
@@ -219,13 +231,13 @@ def bench_table(forms: Sequence[Form], length: int) -> Table:
     for heading in ("MB", "differs"):
         table.add_column(heading, justify="right")
     for rows in forms[0].seconds:
-        for heading in (f"{rows} row{'s' * (rows > 1)}, ms", "to torch", "to dense"):
+        for heading in (f"{rows} row{'s' * (rows > 1)}", "to torch", "to dense"):
             table.add_column(heading, justify="right")
-    for runtime in dict.fromkeys(form.runtime for form in forms):
-        for form in (form for form in forms if form.runtime == runtime):
-            strayed = f"{'' if form.exact else '~'}{form.strayed:.0e}" if form.call is not form.original else ""
-            table.add_row(runtime, form.model, f"{form.size / 1e6:.1f}", strayed, *cells(form, forms))
-        table.add_section()
+    for form, following in zip(forms, [*forms[1:], None], strict=True):
+        strayed = f"{'' if form.exact else '~'}{form.strayed:.0e}" if form.call is not form.original else ""
+        ends = following is None or following.runtime != form.runtime
+        figures = (f"{form.size / 1e6:.1f}", strayed, *cells(form, forms))
+        table.add_row(form.runtime, form.model, *figures, end_section=ends)
     return table
 
 
@@ -240,7 +252,7 @@ def cells(form: Form, forms: Sequence[Form]) -> Iterator[str]:
 
 def verdict(forms: Sequence[Form], rows: int) -> str:
     """What sparsity is worth at a batch size: each form of the selected model held against the dense one there."""
-    said: dict[str, list[str]] = {"faster": [], f"within noise ({NOISE - 1:.0%})": [], "slower": []}
+    said: dict[str, list[str]] = {"Faster": [], f"Within noise ({NOISE - 1:.0%})": [], "Slower": []}
     faster, same, slower = said.values()
     for form in forms:
         other = rival(form, forms)
@@ -249,6 +261,6 @@ def verdict(forms: Sequence[Form], rows: int) -> str:
         ratio = other.seconds[rows] / form.seconds[rows]
         kind = faster if ratio > NOISE else slower if ratio < 1 / NOISE else same
         kind.append(f"{form.runtime}{form.model.removeprefix(SELECTED)} {ratio:.2f}x")
-    lists = ". ".join(f"{kind.capitalize()}: {'; '.join(found)}" for kind, found in said.items() if found)
+    lists = ". ".join(f"{kind}: {'; '.join(found)}" for kind, found in said.items() if found)
     nothing = "" if faster else "Sparsity makes nothing faster here. "
     return f"Batch of {rows}, against the dense model by the same runtime. {nothing}{lists}."
