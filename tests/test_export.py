@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import refused
+from builders import refused, reviews, tiny_model, write_table
 from safetensors.torch import load_file, save_file
-from test_cli import raymask
+from test_cli import raymask as typed
 from test_cli import refused as refused_command
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import raymask
 from raymask.core.masks import digest, pack_bits
 from raymask.export import formats
 from raymask.export.formats import MARK, export_run
@@ -71,6 +72,35 @@ def test_hf_is_the_checkpoint_again(finished: Path, tmp_path: Path) -> None:
     assert lines[2] == f"All of it is in {tmp_path / 'out'}"
 
 
+def test_a_model_with_code_of_its_own_is_exported_where_that_may_run(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "model")
+    code = "from transformers import BertConfig, BertForSequenceClassification as Bert\n\n\n"
+    code += "class OwnConfig(BertConfig):\n    model_type = 'own'\n\n\nclass Own(Bert):\n    config_class = OwnConfig\n"
+    (source / "own.py").write_text(code)
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.Own"}
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
+    texts, labels = reviews(80)
+    table = str(write_table(tmp_path / "rows.csv", {"text": texts, "label": labels}))
+    spec = {
+        "model": {"name": str(source), "trust_remote_code": True},
+        "task": {"train": table, "report": table, "text": "text", "label": "label"},
+        "levels": [0.5],
+        "candidates": {"count": 0},
+        "dense": {"epochs": 0.5},
+        "finetune": {"epochs": 0.5},
+        "distill": False,
+    }
+    raymask.search(spec, tmp_path / "run", in_process=True)
+    export_run(tmp_path / "run", "hf")
+    export_run(tmp_path / "run", "sparse")
+    folder = tmp_path / "run" / "export-sparse"
+    assert type(raymask.load_sparse(folder, trust_remote_code=True)).__name__ == "Own"
+    said = refused(raymask.load_sparse, folder)
+    assert "contains custom code" in said
+    assert said.endswith("; trust_remote_code=True runs code of its own")
+
+
 # --- where it goes ---------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +154,15 @@ def test_a_place_that_cannot_be_written_is_said(finished: Path, tmp_path: Path) 
     said = refused(export_run, finished, "hf", tmp_path / "file" / "out")
     assert said.startswith(f"{tmp_path / 'file' / 'out'}: cannot be written: ")
     assert said.endswith("or choose another place with --out")
+
+
+def test_a_checkpoint_that_reads_otherwise_is_not_left(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raymask.export.hf.load_exported", lambda *where: read_selected(RunDir(finished)).module.half())
+    said = refused(export_run, finished, "hf", tmp_path / "out")
+    assert "transformers does not read there what was written" in said
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -218,7 +257,7 @@ def test_unknown_formats_and_options_are_said_before_anything_is_read() -> None:
 
 
 def test_it_can_be_typed(finished: Path, tmp_path: Path) -> None:
-    done = raymask("export", finished, "--to", "hf", "--out", tmp_path / "out")
+    done = typed("export", finished, "--to", "hf", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "".join(f"{line}\n" for line in export_run(finished, "hf", tmp_path / "out"))
     assert "known are hf" in refused_command("export", finished, "--to", "zip")

@@ -41,7 +41,7 @@ def test_all_masks_are_drawn_again_from_the_weights_of_the_run(finished: Path, t
     check_redrawn(finished, tmp_path / "out")
     levels = json.loads((tmp_path / "out" / RECIPE).read_text())["levels"]
     assert any("seed" in level["draw_mask"] for level in levels)  # a random one among them
-    assert lines[1] == "recipe.json: how raymask.draw_mask draws the masks of all 2 levels again"
+    assert lines[1] == "recipe.json: how raymask.draw_mask draws every level's mask again"
 
 
 def test_so_they_are_with_an_allocation_a_pattern_and_turned_layers(tmp_path: Path) -> None:

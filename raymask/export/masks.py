@@ -39,7 +39,7 @@ def write_masks(selected: Selected, folder: Path) -> list[str]:
     last = result.levels[-1]
     if digest(packed_bits(load_file(folder / MASK))) != last.digest:
         raise UserError(f"{MASK}: is another mask when it is read again")
-    redrawn = f"{RECIPE}: how raymask.draw_mask draws the masks of all {len(result.levels)} levels again"
+    redrawn = f"{RECIPE}: how raymask.draw_mask draws every level's mask again"
     if spec.mask.score != "magnitude":
         redrawn = f"{RECIPE}: who won. {spec.mask.score} looks at rows of the task, so only a search draws it again"
     return [

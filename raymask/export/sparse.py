@@ -136,7 +136,8 @@ def load_sparse(path: str | Path, *, csr: bool = False, trust_remote_code: bool 
             module = build(config, trust_remote_code, kind=head["kind"])
         fill(module, tensors)
     except Exception as error:  # noqa: BLE001 - transformers raises its own kinds
-        raise UserError(f"{folder}: its {SPARSE} is whole, but makes no model: {first_line(error)}") from None
+        advice = "; trust_remote_code=True runs code of its own" if "custom code" in str(error) else ""
+        raise UserError(f"{folder}: its {SPARSE} is whole, but makes no model: {first_line(error)}{advice}") from None
     module.eval()
     if csr:
         for name in json.loads(head["shapes"]):
