@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from raymask.core.errors import UserError
-from raymask.export.onnx import INT8, ONNX, OnnxModel, missing_packages, quantize, sample, to_onnx
+from raymask.export.onnx import INT8, ONNX, OnnxModel, missing_packages, quantize, sample, samples, to_onnx
 from raymask.export.selected import Selected, logits, read_selected
 from raymask.export.shrink import shrink
 from raymask.export.sparse import SparseLinear, make_sparse
@@ -96,11 +96,12 @@ def show_bench(console: Console, run: str, batches: Sequence[int] = (), length: 
 
 
 def in_fp32(selected: Selected, store: RunDir) -> dict[str, Any]:
-    """The dense model, as it was before the first mask, and the selected one, both in fp32."""
+    """The dense model and the selected one, both in fp32. Raises UserError when the run no longer has the dense one."""
+    if not store.has_level(DENSE, 0):
+        raise UserError(f"{store.uri}: its dense model is gone: bench takes a run as the search left it")
     found: dict[str, Any] = {name: copy.deepcopy(selected.module) for name in (DENSE_FORM, SELECTED)}
-    found[DENSE_FORM].load_state_dict(
-        store.read_tensors(DENSE, 0, MODEL), strict=False
-    )  # which names tied weights once
+    dense = store.read_tensors(DENSE, 0, MODEL)  # which names tied weights once
+    found[DENSE_FORM].load_state_dict(dense, strict=False)
     for module in found.values():
         module.float().config.use_cache = False
     return found
@@ -141,7 +142,7 @@ def onnx_forms(models: dict[str, Any], selected: Selected, folder: Path, notes: 
         original = models[DENSE_FORM if name == DENSE_FORM else SELECTED]
         path, low = folder / f"{name}-{ONNX}", folder / f"{name}-{INT8}"
         try:
-            to_onnx(module, sample(selected, 3, 7), path)
+            to_onnx(module, samples(selected)[-1], path)
         except UserError as error:
             notes.append(f"Not measured: ONNX Runtime, OpenVINO. {error}")
             return
@@ -204,9 +205,10 @@ def measure(forms: Sequence[Form], batch: dict[str, Tensor]) -> list[str]:
             unsteady.append(f"{form.runtime}, {form.model} took {1e3 * low:.1f} to {1e3 * high:.1f} ms (quartiles)")
     if not unsteady:
         return []
+    advice = "measure again" + (", or with OMP_NUM_THREADS=1" if torch.get_num_threads() > 1 else "")
     return [
         f"Batch of {rows}: {len(unsteady)} of {len(forms)} were not steady; {unsteady[0]}. Something else keeps this "
-        "machine busy: measure again, or with OMP_NUM_THREADS=1"
+        f"machine busy: {advice}"
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -134,9 +135,13 @@ class Slow(nn.Module):
             self.clock[0] += self.taken[self.calls // 2 - 1]
 
 
-def test_times_are_medians_and_what_was_not_steady_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("threads", "advice"), [(1, ""), (2, ", or with OMP_NUM_THREADS=1")])
+def test_times_are_medians_and_what_was_not_steady_is_said(
+    threads: int, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = [0.0]
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(bench, "SECONDS", 0.0)
     steady, busy = Slow(clock, [1, 1, 1, 9, 1]), Slow(clock, [1, 2, 3, 4, 5])
     forms = [Form(name, "torch", module, module, 4) for name, module in (("dense", steady), ("selected", busy))]
@@ -144,8 +149,15 @@ def test_times_are_medians_and_what_was_not_steady_is_said(monkeypatch: pytest.M
     assert [form.seconds for form in forms] == [{7: 1.0}, {7: 3.0}]
     assert said == [
         "Batch of 7: 1 of 2 were not steady; torch, selected took 2000.0 to 4000.0 ms (quartiles). Something else "
-        "keeps this machine busy: measure again, or with OMP_NUM_THREADS=1"
+        f"keeps this machine busy: measure again{advice}"
     ]
+
+
+def test_a_run_without_its_dense_model_is_refused(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "dense")
+    said = f"{tmp_path / 'run'}: its dense model is gone: bench takes a run as the search left it"
+    assert refused(shown, str(tmp_path / "run")) == said
 
 
 def test_another_model_is_not_measured(finished: Path) -> None:

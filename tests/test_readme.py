@@ -20,7 +20,21 @@ from raymask.space import load_space
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = ("search", "tune", "check", "audit", "show", "export", "submit", "jobs", "status", "logs", "stop", "fetch")
+COMMANDS = (
+    "search",
+    "tune",
+    "check",
+    "audit",
+    "show",
+    "export",
+    "bench",
+    "submit",
+    "jobs",
+    "status",
+    "logs",
+    "stop",
+    "fetch",
+)
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 
 
