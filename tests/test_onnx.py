@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import DECODERS, FAMILIES, kind_of, refused, tiny_config, tiny_tokenizer
+from builders import DECODERS, FAMILIES, kind_of, refused, tiny_config, tiny_job, tiny_tokenizer
 from test_cli import raymask
 from torch import nn
 
@@ -103,6 +103,15 @@ def test_int8_is_measured_on_report_and_fp32_is_what_the_search_measured(
     assert "differ from torch's by" in refused(
         difference, OnnxModel(folder / INT8, selected.module.config), selected.module, samples(selected)
     )
+
+
+@needs_onnx
+def test_a_decoder_s_perplexity_is_measured(tmp_path: Path) -> None:
+    selected, data = random_selected("gpt2"), tiny_job("gpt2").data
+    to_onnx(selected.module, samples(selected)[-1], tmp_path / ONNX)
+    found = metrics(OnnxModel(tmp_path / ONNX, selected.module.config), data)
+    assert found == pytest.approx(metrics(selected.module, data), rel=1e-4)
+    assert list(found) == ["perplexity"]
 
 
 @needs_onnx
