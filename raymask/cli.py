@@ -202,13 +202,13 @@ def compare(
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory of a finished search: a path or a URI.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf, sparse or masks")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf, sparse, onnx or masks")],
     out: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="A local folder; export-FORMAT in the run when not given.")
     ] = None,
     values: Annotated[Values | None, typer.Option(help="sparse: weights as they are (the default), or fp16.")] = None,
-    int8: Annotated[bool, typer.Option("--int8", hidden=True)] = False,
-    shrink: Annotated[bool, typer.Option("--shrink", hidden=True)] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="onnx: weights in int8 as well, and what it costs.")] = False,
+    shrink: Annotated[bool, typer.Option("--shrink", help="onnx: without dead neurons and attention heads.")] = False,
 ) -> None:
     """Write what a search found in another form, and check it against the original."""
     from raymask.export.formats import export_run
@@ -218,6 +218,23 @@ def export(
     console = make_console()
     for line in export_run(run, to, out, **given):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def bench(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory of a finished search: a path or a URI.")],
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows at once, 1 and 16; can be repeated.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row, 128 or as many as the model takes.")
+    ] = None,
+) -> None:
+    """Say how fast what was found is on this machine, in all forms and by all runtimes that are installed.
+
+    Threads are those of OMP_NUM_THREADS, or as many as there are cores.
+    """
+    from raymask.bench import show_bench
+
+    show_bench(make_console(), run, batch or (), length)
 
 
 @app.command()

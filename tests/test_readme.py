@@ -28,6 +28,7 @@ COMMANDS = (
     "show",
     "compare",
     "export",
+    "bench",
     "submit",
     "jobs",
     "status",
