@@ -176,7 +176,12 @@ class Levels(Section):
     sparsities: tuple[Share, ...] | None = None
     sparsity: Share | None = None
     steps: Count = 4
-    schedule: Literal["cubic", "linear"] = "cubic"
+    schedule: Text = "cubic"
+
+    @field_validator("schedule")
+    @classmethod
+    def a_known_schedule(cls, name: str) -> str:
+        return one_of(SCHEDULES, name, "schedule")
 
     @model_validator(mode="after")
     def one_way(self) -> Levels:
