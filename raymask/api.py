@@ -13,6 +13,7 @@ from raymask.core import masks, patterns
 from raymask.core.allocations import ALLOCATIONS
 from raymask.core.masks import Mask
 from raymask.core.records import Candidate, Noise, Result
+from raymask.core.samplers import SAMPLERS
 from raymask.core.spec import Spec, one_of, require_whole_groups
 from raymask.driver.search import search as run_search
 from raymask.report.terminal import Silent
@@ -48,6 +49,7 @@ def draw_mask(
     seed: int | None = None,
     exponent: float = 5.0,
     ratio: float = 3e-4,
+    sampler: str = "votes",
     allocation: str = "uniform",
     pattern: str = "unstructured",
     include: Sequence[str] = (),
@@ -56,15 +58,16 @@ def draw_mask(
     """A mask over the module's prunable matrices: bool tensors by parameter name, on the parameters' devices.
 
     `density` in (0, 1]: share of these matrices' weights that is kept. Without a `seed` it is the magnitude mask; with
-    one a random mask near it, of `exponent` a and sampling `ratio` r (method.md 2). `allocation` and `pattern` as in a
-    spec's `mask`. `include` and `exclude` are shell-style patterns on parameter names; by default the linear weights
-    inside the repeated blocks are taken.
+    one a random mask near it, of `exponent` a and sampling `ratio` r (README, "How it works"). `sampler` as in a spec's
+    `candidates`, `allocation` and `pattern` as in its `mask`. `include` and `exclude` are shell-style patterns on
+    parameter names; by default the linear weights inside the repeated blocks are taken.
     Raises ValueError when nothing can be pruned, a weight is not finite, or the pattern does not fit.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must lie in (0, 1], not {density}")
     form = patterns.named(pattern)
     share = ALLOCATIONS[one_of(ALLOCATIONS, allocation, "allocation")]
+    drawn = SAMPLERS[one_of(SAMPLERS, sampler, "sampler")]
     require_whole_groups(pattern, allocation, [density])
     names = find_prunable(module, tuple(include), tuple(exclude))
     if not names:
@@ -77,7 +80,7 @@ def draw_mask(
             raise ValueError(f"{pattern} does not divide {name} of {' x '.join(map(str, weight.shape))}")
     noise = None if seed is None else Noise(exponent=exponent, ratio=ratio)
     candidate = Candidate(level=1, index=int(noise is not None), seed=seed or 0, density=density, noise=noise)
-    return as_kept(module, masks.draw(weights, candidate, allocation=share, pattern=form))
+    return as_kept(module, masks.draw(weights, candidate, allocation=share, sampler=drawn, pattern=form))
 
 
 def apply_mask(module: nn.Module, mask: Mapping[str, Tensor]) -> None:

@@ -66,7 +66,7 @@ class Values(StrEnum):
 Job = Annotated[str, typer.Argument(metavar="ID", help="A job, as `raymask jobs` names it.")]
 
 
-@app.command()
+@app.command(epilog="Example: raymask search spec.yaml --set candidates.count=16 --run runs/many")
 def search(
     spec: SpecFile = None,
     overrides: Overrides = None,
@@ -90,7 +90,7 @@ def search(
         console.print("      raymask search SPEC   for your own model and task; the repository's jobs/ has specs")
 
 
-@app.command()
+@app.command(epilog="Example: raymask audit jobs/audit.yaml --set task=glue/rte")
 def audit(
     spec: SpecFile = None,
     overrides: Overrides = None,
@@ -115,7 +115,7 @@ def searched(console: Console, asked: Spec, folder: str, address: str | None, in
     from raymask.storage import require_no_secret
 
     require_no_secret(folder)
-    console.print(f"Run directory: {folder}", highlight=False, markup=False)
+    console.print(f"Run directory: {folder}; report.html there shows how far it is", highlight=False, markup=False)
     from raymask.driver.search import search as run_search
     from raymask.report.terminal import watching
 
@@ -123,7 +123,7 @@ def searched(console: Console, asked: Spec, folder: str, address: str | None, in
         return run_search(asked, folder, watch, address=address, in_process=in_process)
 
 
-@app.command()
+@app.command(epilog="Example: raymask tune spec.yaml space.yaml --num-samples 16 --scheduler asha")
 def tune(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="A YAML spec.")],
     space: Annotated[Path, typer.Argument(metavar="SPACE", help="A YAML file: which of its keys vary, and how.")],
@@ -168,7 +168,7 @@ def tune(
         )
 
 
-@app.command()
+@app.command(epilog="Example: raymask check spec.yaml --address auto")
 def check(spec: SpecFile = None, overrides: Overrides = None, address: Address = None) -> None:
     """Say what a search would do, without doing it: is all readable, what is pruned, what it costs."""
     asked, _ = read(spec, overrides)
@@ -177,7 +177,7 @@ def check(spec: SpecFile = None, overrides: Overrides = None, address: Address =
     show_check(make_console(), asked, address)
 
 
-@app.command()
+@app.command(epilog="Example: raymask show s3://bucket/runs/mrpc")
 def show(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory: a path or a URI.")],
     as_json: Annotated[bool, typer.Option("--json", help="For other programs.")] = False,
@@ -188,7 +188,7 @@ def show(
     show_run(make_console(), run, as_json)
 
 
-@app.command()
+@app.command(epilog="Example: raymask compare runs/spec runs/many --html compare.html")
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories: paths or URIs.")],
     html: Annotated[Path | None, typer.Option(help="Also as a page, with plots, in this file.")] = None,
@@ -199,7 +199,7 @@ def compare(
     show_comparison(make_console(), runs, html)
 
 
-@app.command("eval")
+@app.command("eval", epilog="Example: raymask eval runs/spec/export --task glue/mrpc --set task.folder=GLUE")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, or a folder: a checkpoint, a run's export.")],
     task: Annotated[str, typer.Option(metavar="TASK", help="A task's name (glue/mrpc), or a YAML spec, as of a run.")],
@@ -215,16 +215,16 @@ def evaluate(
     show_evaluation(make_console(), model, task, overrides or (), as_json)
 
 
-@app.command()
+@app.command(epilog="Example: raymask export runs/spec --to sparse --values fp16")
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory of a finished search: a path or a URI.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf, sparse or masks")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf, sparse, onnx or masks")],
     out: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="A local folder; export-FORMAT in the run when not given.")
     ] = None,
     values: Annotated[Values | None, typer.Option(help="sparse: weights as they are (the default), or fp16.")] = None,
-    int8: Annotated[bool, typer.Option("--int8", hidden=True)] = False,
-    shrink: Annotated[bool, typer.Option("--shrink", hidden=True)] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="onnx: weights in int8 as well, and what it costs.")] = False,
+    shrink: Annotated[bool, typer.Option("--shrink", help="onnx: without dead neurons and attention heads.")] = False,
 ) -> None:
     """Write what a search found in another form, and check it against the original."""
     from raymask.export.formats import export_run
@@ -236,7 +236,24 @@ def export(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: raymask bench runs/spec --batch 1 --batch 8 --length 64")
+def bench(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory of a finished search: a path or a URI.")],
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows at once, 1 and 16; can be repeated.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row, 128 or as many as the model takes.")
+    ] = None,
+) -> None:
+    """Say how fast what was found is on this machine, in all forms and by all runtimes that are installed.
+
+    Threads are those of OMP_NUM_THREADS, or as many as there are cores.
+    """
+    from raymask.bench import show_bench
+
+    show_bench(make_console(), run, batch or (), length)
+
+
+@app.command(epilog="Example: raymask submit spec.yaml --run s3://bucket/runs/mrpc --follow")
 def submit(
     spec: SpecFile = None,
     overrides: Overrides = None,
@@ -260,7 +277,7 @@ def submit(
     console.print(f"\nNext: raymask status {job}\n      raymask logs {job} --follow", highlight=False, markup=False)
 
 
-@app.command()
+@app.command(epilog="Example: raymask jobs --address http://head:8265")
 def jobs(address: JobsAddress = None) -> None:
     """List the searches that a Ray cluster knows."""
     from raymask.submit import show_jobs
@@ -268,7 +285,7 @@ def jobs(address: JobsAddress = None) -> None:
     show_jobs(make_console(), address)
 
 
-@app.command()
+@app.command(epilog="Example: raymask status raysubmit_qPfzG5Y9BMsnqpRw")
 def status(job: Job, address: JobsAddress = None) -> None:
     """Say how far a job's search is."""
     from raymask.submit import show_status
@@ -276,7 +293,7 @@ def status(job: Job, address: JobsAddress = None) -> None:
     show_status(make_console(), job, address)
 
 
-@app.command()
+@app.command(epilog="Example: raymask logs raysubmit_qPfzG5Y9BMsnqpRw --follow")
 def logs(
     job: Job,
     address: JobsAddress = None,
@@ -288,7 +305,7 @@ def logs(
     raise typer.Exit(show_logs(make_console(), job, address, follow))
 
 
-@app.command()
+@app.command(epilog="Example: raymask stop raysubmit_qPfzG5Y9BMsnqpRw")
 def stop(job: Job, address: JobsAddress = None) -> None:
     """End a job. What it has finished stays in its run directory."""
     from raymask import submit as jobs
@@ -296,7 +313,7 @@ def stop(job: Job, address: JobsAddress = None) -> None:
     jobs.stop(make_console(), job, address)
 
 
-@app.command()
+@app.command(epilog="Example: raymask fetch raysubmit_qPfzG5Y9BMsnqpRw here")
 def fetch(
     job: Job,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A local folder.")],

@@ -78,7 +78,7 @@ class RunDir:
     def results(self) -> list[str]:
         """Names of all that a user may want elsewhere: everything but tensors to go on from."""
         names = self.storage.names()
-        return sorted(name for name in names if name.startswith(f"{EXPORT}/") or not name.endswith(".safetensors"))
+        return sorted(name for name in names if name.startswith(EXPORT) or not name.endswith(".safetensors"))
 
     # --- the journal ---------------------------------------------------------------------------------------------
 

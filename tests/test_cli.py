@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from raymask.cli import app
 from raymask.core.records import Result
 from raymask.store import RunDir
 from raymask.train import quickstart
@@ -54,6 +57,14 @@ def result_of(run: Path) -> Result:
     found = RunDir(run).read_result()
     assert found is not None
     return found
+
+
+def test_every_command_s_help_has_an_example_that_it_takes() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for name, command in commands.items():
+        program, called, *words = shlex.split(command.epilog.removeprefix("Example: "))
+        assert (program, called) == ("raymask", name)
+        assert command.make_context(name, words).params
 
 
 def test_help_names_the_commands_and_loads_nothing_heavy() -> None:

@@ -12,8 +12,10 @@ from pydantic import ValidationError
 from raymask.config import load_spec, make_spec, parse_spec
 from raymask.core.allocations import ALLOCATIONS
 from raymask.core.errors import UserError
+from raymask.core.rules import RULES
+from raymask.core.samplers import SAMPLERS
 from raymask.core.scorers import SCORERS
-from raymask.core.spec import FREE, GLUE, PRESETS, Levels, Mask, Spec, Workers, identity
+from raymask.core.spec import FREE, GLUE, PRESETS, Candidates, Levels, Mask, Select, Spec, Workers, identity
 
 TWO_LINES = "model: bert-base-uncased\ntask: glue/mrpc\n"
 FIVE_LINES = """\
@@ -360,6 +362,8 @@ def test_a_mask_is_the_method_s_unless_something_else_is_asked_for():
 def test_every_entry_of_the_tables_is_known():
     assert all(Mask(allocation=name).allocation == name for name in ALLOCATIONS)
     assert all(Mask(score=name).score == name for name in SCORERS)
+    assert all(Candidates(sampler=name).sampler == name for name in SAMPLERS)
+    assert all(Select(rule=name).rule == name for name in RULES)
 
 
 @pytest.mark.parametrize(
@@ -373,6 +377,13 @@ def test_every_entry_of_the_tables_is_known():
 )
 def test_an_unknown_mask_is_answered_with_the_known_ones(keys, message):
     assert with_line(f"mask: {{{keys}}}").startswith(f"job.yaml: mask.{message}")
+
+
+def test_an_unknown_sampler_or_rule_is_answered_with_the_known_ones():
+    said = with_line("candidates: {sampler: gumbel}")
+    assert said.startswith("job.yaml: candidates.sampler: no sampler is called 'gumbel'; known are votes, uniform")
+    said = with_line("select: {rule: last}")
+    assert said.startswith("job.yaml: select.rule: no rule is called 'last'; known are best, first")
 
 
 @pytest.mark.parametrize(("written", "size", "level"), [("2:4", 4, "0.5"), ("1:4", 4, "0.75"), ("8:16", 16, "0.5")])

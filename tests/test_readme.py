@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import reviews, tiny_model, write_table
 from clusters import clean_environ, free_port
 from pydantic import BaseModel
+from transformers import AutoModelForSequenceClassification
 
 from raymask.config import load_spec, parse_spec
 from raymask.core.spec import GLUE, Spec
+from raymask.driver.search import search
+from raymask.report.terminal import Silent
 from raymask.space import load_space
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +33,7 @@ COMMANDS = (
     "compare",
     "eval",
     "export",
+    "bench",
     "submit",
     "jobs",
     "status",
@@ -75,10 +80,28 @@ def test_the_file_tree_is_the_real_one() -> None:
 
 
 def test_the_spec_in_the_readme_is_one() -> None:
-    text, _ = blocks("yaml")
+    text, _, _ = blocks("yaml")
     assert len(text.splitlines()) == 5
     spec = parse_spec(text)
     assert (spec.candidates.count, spec.workers.gpus) == (16, 0.5)
+
+
+@pytest.mark.long
+def test_a_classifier_and_rows_of_one_s_own_are_pruned_as_the_readme_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, text, _ = blocks("yaml")
+    names = {0: "refund", 1: "praise"}
+    tiny_model(tmp_path / "tickets", id2label=names, label2id={name: number for number, name in names.items()})
+    for split, count in (("train", 200), ("test", 60)):
+        messages, labels = reviews(count, seed=count)
+        write_table(tmp_path / f"{split}.csv", {"message": messages, "queue": [names[label] for label in labels]})
+    monkeypatch.chdir(tmp_path)
+    quick = ["candidates.count=1", "probe.epochs=0.5", "finetune.epochs=1", "imp.epochs=1"]
+    result = search(parse_spec(text, quick), "runs/tickets", Silent(), in_process=True)
+    assert [row.sparsity["prunable"] for row in result.rows] == pytest.approx([0, 0.9, 0.9], abs=0.01)
+    exported = AutoModelForSequenceClassification.from_pretrained("runs/tickets/export")
+    assert exported.config.id2label == names
 
 
 def test_the_masks_in_the_readme_are_masks() -> None:
@@ -98,7 +121,7 @@ def test_the_keys_that_save_memory_are_keys() -> None:
 
 
 def test_the_space_in_the_readme_is_one(tmp_path: Path) -> None:
-    _, text = blocks("yaml")
+    _, _, text = blocks("yaml")
     (tmp_path / "space.yaml").write_text(text)
     space = load_space(tmp_path / "space.yaml", {"model": "m", "task": "glue/mrpc"})
     assert set(space) == {"candidates.exponent", "candidates.count", "candidates.ratios"}
@@ -125,11 +148,13 @@ def test_the_defaults_in_the_readme_are_the_real_ones() -> None:
     dense, probe, finetune = spec.dense, spec.probe, spec.finetune
     assert numbers(rows["`levels`"]) == list(spec.levels.sparsities or ())
     assert rows["`mask`"] == ", ".join(spec.mask.model_dump().values())
-    assert numbers(rows["`candidates`"]) == [spec.candidates.count, spec.candidates.exponent, *spec.candidates.ratios]
+    asked = spec.candidates
+    assert rows["`candidates`"].startswith(f"{asked.sampler}; ")
+    assert numbers(rows["`candidates`"]) == [asked.count, asked.exponent, *asked.ratios]
     assert numbers(rows["`dense`"]) == list(dense.model_dump().values())
     flat = probe.model_dump(exclude={"score", "rungs", "repeats"})
     assert numbers(rows["`probe`"]) == [*flat.values(), *probe.rungs, probe.repeats]
-    assert rows["`select`"] == f"{spec.select.keep}, {str(spec.select.beam).lower()}"
+    assert rows["`select`"] == f"{spec.select.rule}, {spec.select.keep}, {str(spec.select.beam).lower()}"
     assert numbers(rows["`finetune`"]) == list(finetune.model_dump().values())
     assert numbers(rows["`workers`"]) == [
         spec.workers.cpus,
@@ -143,12 +168,30 @@ def test_the_defaults_in_the_readme_are_the_real_ones() -> None:
 @pytest.mark.ray
 @pytest.mark.long
 def test_the_python_examples_run(tmp_path: Path) -> None:
-    whole, pieces, _ = blocks("python")
+    whole, pieces, _, sampler = blocks("python")
     done = subprocess.run([sys.executable, "-c", whole], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert "accuracy" in done.stdout
     check = "\nassert all(int((model.get_parameter(n) != 0).sum()) == m.numel() // 16 for n, m in mask.items())"
     subprocess.run([sys.executable, "-c", pieces + check], cwd=tmp_path, check=True, timeout=280)
+    subprocess.run(
+        [sys.executable, "-c", f"{sampler}\nassert all(int(m.sum()) == m.numel() // 16 for m in mask.values())"],
+        cwd=tmp_path,
+        check=True,
+        timeout=280,
+    )
+
+
+def test_every_symptom_in_the_readme_is_a_message_of_ours() -> None:
+    """Or of torch's."""
+    table = README.split("## Troubleshooting")[1].split("\n## ")[0]
+    symptoms = [symptom for line in table.splitlines() for symptom in re.findall(r"^\| [^|`]*`([^`]+)`", line)]
+    code = "".join(path.read_text() for path in (ROOT / "raymask").rglob("*.py"))
+    code = re.sub(r'"\n\s*f?"', "", code)
+    parts = [part.strip() for symptom in symptoms for part in re.split(r"\.\.\.|\d+", symptom)]
+    unknown = {part for part in parts if part and part not in code}
+    assert len(symptoms) > 5
+    assert unknown == {"CUDA out of memory"}
 
 
 @pytest.mark.faults
@@ -156,7 +199,7 @@ def test_the_python_examples_run(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_the_example_for_tune_runs(tmp_path: Path) -> None:
     """As it stands but for the folder; a Ray of its own, by Tune's own means."""
-    *_, text = blocks("python")
+    text = next(text for text in blocks("python") if "/tmp/tuning" in text)  # noqa: S108
     code = text.replace("/tmp/tuning", str(tmp_path / "tuning"))  # noqa: S108
     environ = clean_environ() | {"RAY_AUTH_MODE": "disabled"}
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=280)

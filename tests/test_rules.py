@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymask.core.errors import UserError
-from raymask.core.records import Candidate, Evaluation
-from raymask.core.rules import RULES, best
+from raymask.core.records import Candidate, Evaluation, Noise
+from raymask.core.rules import RULES, best, first
 
 scores = st.sampled_from([-1.0, -0.5, 0.5]) | st.floats(-9, 9)  # ties are common
 outcomes = st.lists(st.none() | scores, min_size=1, max_size=9).filter(lambda found: set(found) != {None})
@@ -37,6 +37,14 @@ def test_the_highest_score_wins_and_on_a_tie_the_lowest_index(scores, data):
     highest = max(score for score in scores if score is not None)
     winner, *_ = best(data.draw(st.permutations(failed_where_none(scores))))
     assert winner.candidate.index == scores.index(highest)
+
+
+def test_the_first_random_masks_win_whatever_their_scores_and_the_control_only_without_them():
+    noise = Noise(exponent=5.0, ratio=1e-4)
+    pool = [evaluated(0, 9.0), evaluated(1, error="died"), evaluated(2, -3.0), evaluated(3, 5.0)]
+    random = [found.candidate.model_copy(update={"noise": noise if found.candidate.index else None}) for found in pool]
+    pool = [found.model_copy(update={"candidate": drawn}) for found, drawn in zip(pool, random, strict=True)]
+    assert [found.candidate.index for found in first(pool[::-1], 3)] == [2, 3, 0]
 
 
 def test_a_failure_never_wins_even_with_a_score():

@@ -25,6 +25,7 @@ from raymask.core.samplers import (
     rounds,
     tally_contests,
     tally_open,
+    uniform,
     votes,
 )
 
@@ -218,6 +219,18 @@ def test_every_sampler_fills_the_places_of_every_contest_with_live_entries_only(
     assert mask.sum(1).tolist() == scores.count_nonzero(1).clamp(max=places).tolist()
     assert not mask[scores == 0].any()
     assert torch.equal(scores, before)
+
+
+def test_chance_alone_keeps_any_entry_that_has_a_score(square):
+    scores = torch.where(square.abs() > 0.3, square.abs(), 0.0)
+    masks = masks_of(uniform(scores, KEPT, 5.0, 7), scores, 300).float()
+    live = scores.flatten() > 0
+    rate = KEPT / int(live.sum())
+    found = masks.reshape(300, -1)[:, live].mean(0)
+    assert not masks.reshape(300, -1)[:, ~live].any()
+    assert found.mean().item() == pytest.approx(rate)
+    assert found.std().item() == pytest.approx(sqrt(rate * (1 - rate) / 300), rel=0.1)
+    assert abs(torch.corrcoef(torch.stack([found, scores.flatten()[live]]))[0, 1].item()) < 0.1
 
 
 @pytest.mark.parametrize("ratio", [1e-7, 0.01], ids=["race", "predicted"])

@@ -246,3 +246,11 @@ def test_every_start_is_noted_with_its_versions(store: RunDir) -> None:
     (Path(store.uri) / "env.json").write_text("[{")
     with pytest.raises(UserError, match=r"env.json: is damaged. Delete it"):
         store.note_start()
+
+
+def test_what_a_user_may_want_elsewhere_has_every_export_and_no_tensors_to_go_on_from(tmp_path: Path) -> None:
+    wanted = ["export/model.safetensors", "export-sparse/model.sparse.safetensors", "level-1/level.json", "report.html"]
+    for name in (*wanted, "dense/model.safetensors", "level-1/optimizer.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert RunDir(tmp_path).results() == sorted(wanted)

@@ -33,15 +33,15 @@ class Recipe:
 
 
 def resolve(spec: Spec) -> Recipe:
-    """The verbs that a spec names; sampler and rule have one implementation so far."""
+    """The verbs that a spec names."""
     return Recipe(
         spec=spec,
         densities=spec.levels.densities(),
         allocation=ALLOCATIONS[spec.mask.allocation],
         scorer=SCORERS[spec.mask.score],
-        sampler=SAMPLERS["votes"],
+        sampler=SAMPLERS[spec.candidates.sampler],
         pattern=patterns.named(spec.mask.pattern),
-        rule=RULES["best"],
+        rule=RULES[spec.select.rule],
     )
 
 

@@ -23,13 +23,23 @@ def best(evaluations: Sequence[Evaluation], keep: int = 1) -> list[Evaluation]:
     """
     found = ranked(evaluations)
     if not found:
-        first = min(evaluations, key=lambda evaluation: evaluation.candidate.index)
-        reason = first.error or f"its score is {first.score}"
+        culprit = min(evaluations, key=lambda evaluation: evaluation.candidate.index)
+        reason = culprit.error or f"its score is {culprit.score}"
         raise UserError(
-            f"level {first.candidate.level}: all {len(evaluations)} candidates failed; the first one said: {reason}. "
+            f"level {culprit.candidate.level}: all {len(evaluations)} candidates failed; the first one said: {reason}. "
             "Mend the cause, such as too high a learning rate or too little memory, and start in a new run directory"
         )
     return found[:keep]
 
 
-RULES: dict[str, Rule] = {"best": best}
+def first(evaluations: Sequence[Evaluation], keep: int = 1) -> list[Evaluation]:
+    """The random masks that were drawn first, whatever their scores: what the method's choice is to be better than.
+
+    The control only where they are too few. Raises UserError when every candidate failed.
+    """
+    alive = best(evaluations, len(evaluations))
+    return sorted(alive, key=lambda evaluation: (evaluation.candidate.is_control, evaluation.candidate.index))[:keep]
+
+
+RULES: dict[str, Rule] = {"best": best, "first": first}
+"""By a spec's select.rule."""

@@ -63,6 +63,14 @@ def votes(scores: Tensor, kept: int, exponent: float, count: int) -> Draw:
     return predict(scores, kept, exponent, count)
 
 
+def uniform(scores: Tensor, kept: int, exponent: float, count: int) -> Draw:
+    """Chance alone: whatever has a score may be kept, and how large the score is makes no difference. What the method
+    is to be better than."""
+    return lambda scores, rng: torch.where(
+        scores > 0, torch.rand(scores.shape, generator=rng, device=scores.device) + TINY, 0.0
+    )
+
+
 def race(scores: Tensor, rng: Generator, *, kept: int, exponent: float, count: int) -> Tensor:
     """`count` exact draws of `kept` entries of each contest without replacement, summed, plus a tie-break in (0, 1)."""
     live = scores[0].nonzero()[:, 0] if len(scores) == 1 else torch.arange(scores.shape[1], device=scores.device)
@@ -209,4 +217,5 @@ def vote_boundary(q: np.ndarray, sizes: np.ndarray, kept: int, count: int) -> in
     return low
 
 
-SAMPLERS: dict[str, Sampler] = {"votes": votes}
+SAMPLERS: dict[str, Sampler] = {"votes": votes, "uniform": uniform}
+"""By a spec's candidates.sampler."""

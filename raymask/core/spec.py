@@ -176,7 +176,12 @@ class Levels(Section):
     sparsities: tuple[Share, ...] | None = None
     sparsity: Share | None = None
     steps: Count = 4
-    schedule: Literal["cubic", "linear"] = "cubic"
+    schedule: Text = "cubic"
+
+    @field_validator("schedule")
+    @classmethod
+    def a_known_schedule(cls, name: str) -> str:
+        return one_of(SCHEDULES, name, "schedule")
 
     @model_validator(mode="after")
     def one_way(self) -> Levels:
@@ -210,7 +215,7 @@ class Mask(Section):
     pattern: Annotated[Text, BeforeValidator(unclocked)] = "unstructured"
     score: Text = "magnitude"
 
-    # What is known is said by the tables, which are read when somebody asks: they import torch.
+    # What is known is said by the tables, here and below, which are read when somebody asks: they import torch.
     @field_validator("allocation")
     @classmethod
     def a_known_allocation(cls, name: str) -> str:
@@ -235,8 +240,12 @@ class Mask(Section):
 
 
 class Candidates(Section):
-    """How many random masks a level draws beside the control, and how: exponent a, sampling ratios r in turn."""
+    """How many random masks a level draws beside the control, and how: exponent a, sampling ratios r in turn.
 
+    The `sampler` `uniform` heeds neither, and keeps any weights.
+    """
+
+    sampler: Text = "votes"
     count: Annotated[int, Field(ge=0, strict=True)] = 8
     exponent: Annotated[float, Field(gt=0, le=1000, strict=True)] = 5.0
     ratios: Annotated[tuple[Annotated[float, Field(gt=0, le=1, strict=True)], ...], Field(min_length=1)] = (
@@ -245,6 +254,13 @@ class Candidates(Section):
         8e-5,
         3e-4,
     )
+
+    @field_validator("sampler")
+    @classmethod
+    def a_known_sampler(cls, name: str) -> str:
+        from raymask.core.samplers import SAMPLERS
+
+        return one_of(SAMPLERS, name, "sampler")
 
 
 class Dense(Section):
@@ -295,10 +311,19 @@ class Select(Section):
     """How many of a level's masks are fine-tuned side by side, and what comes of them.
 
     The best of the `keep` after fine-tuning is the parent of the next level's candidates; with `beam` each of them is.
+    The `rule` `first` takes the random masks that were drawn first, whatever their scores.
     """
 
+    rule: Text = "best"
     keep: Count = 1
     beam: bool = False
+
+    @field_validator("rule")
+    @classmethod
+    def a_known_rule(cls, name: str) -> str:
+        from raymask.core.rules import RULES
+
+        return one_of(RULES, name, "rule")
 
 
 class Finetune(Section):

@@ -48,10 +48,11 @@ from raymask.export.hf import export
 from raymask.report.live import Reporter, write_report
 from raymask.report.timeline import by_purpose, worked
 from raymask.store import DENSE, IMP, MODEL, SEARCH, RunDir, branch, branches, check_run, open_run
-from raymask.train.data import Corpus, load_corpus, tokenize
-from raymask.train.documents import Documents, cut, load_documents
+from raymask.train.data import Corpus
+from raymask.train.documents import Documents
 from raymask.train.metrics import overall
-from raymask.train.model import Source, class_names, describe, load_weights, positions, read_config, vocabulary
+from raymask.train.model import Source, describe, load_weights, read_config
+from raymask.train.task import read_texts, to_tokens
 from raymask.train.worker import Job
 
 
@@ -88,16 +89,11 @@ def search(
 def prepare(spec: Spec) -> Plan:
     """Read the data and the model's configuration; the weights are read when they are needed."""
     config, tokenizer = read_config(spec.model)
-    corpus: Corpus | Documents
-    if spec.task.kind == "causal-lm":
-        corpus = load_documents(spec.task, spec.seed)
-    else:
-        corpus = load_corpus(spec.task, spec.seed, class_names(config) if spec.dense.epochs == 0 else ())
+    corpus = read_texts(spec, config)
     source = describe(spec.model, config, tokenizer, corpus.classes, corpus.kind, checkpointing=spec.checkpointing)
     recipe = resolve(spec)
     require_masks(source, recipe)
-    limits = positions(config, corpus.kind), vocabulary(config)
-    data = cut(corpus, tokenizer, *limits) if isinstance(corpus, Documents) else tokenize(corpus, tokenizer, *limits)
+    data = to_tokens(corpus, tokenizer, config)
     return Plan(recipe, source, corpus, Job(spec, source.config, data, source.prunable, source.sizes.whole))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from raymask.core.errors import UserError
 from raymask.export.hf import write_hf
 from raymask.export.masks import write_masks
+from raymask.export.onnx import write_onnx
 from raymask.export.selected import read_selected
 from raymask.export.sparse import write_sparse
 from raymask.storage import Folder, Storage
@@ -22,6 +23,7 @@ MARK = "raymask.json"
 FORMATS: dict[str, Callable[..., list[str]]] = {
     "hf": write_hf,
     "sparse": write_sparse,
+    "onnx": write_onnx,
     "masks": write_masks,
 }
 """By their names for --to: (selected, folder, *, options of its own) -> lines that say what was written and checked."""

@@ -77,6 +77,7 @@ def draw_mask_options(candidate: Candidate, spec: Spec) -> dict[str, Any]:
     return {
         "density": candidate.density,
         **({"seed": candidate.seed, "exponent": noise.exponent, "ratio": noise.ratio} if noise else {}),
+        "sampler": spec.candidates.sampler,
         "allocation": spec.mask.allocation,
         "pattern": spec.mask.pattern,
         "include": list(spec.model.include),

@@ -201,7 +201,7 @@ def asked(figures: Figures) -> Section:
 
 def levels(figures: Figures) -> Section:
     """Metric against sparsity, and how every level went."""
-    heads = ["level", "sparsity", "done", "winner", "distance", "early gain over control", "is the best", "selected"]
+    heads = ["level", "sparsity", "done", "winner", "distance", "early gain over control", "is best", "selected"]
     controls = {level.level: level for level in figures.imp}
     chosen = {level.level: level for level in figures.path}
     rows = [

@@ -149,4 +149,6 @@ def show_result(console: Console, result: Result) -> None:
     console.print(Text(f"Took {duration(result.seconds['wall'])}."))
     for line in timeline(result.timeline):
         say(console, line)
-    console.print(Text(f"Everything is in {result.run}; the sparse model, ready to load, in {result.export}."))
+    console.print(
+        Text(f"Everything is in {result.run}, report.html first; the sparse model, ready to load, in {result.export}.")
+    )

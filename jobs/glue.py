@@ -1,0 +1,225 @@
+"""How good are randomized masks on GLUE, beside what else could be done with the same training?
+
+    python jobs/glue.py jobs/glue-short.yaml                    here, for a few hours
+    python jobs/glue.py --address auto --run s3://bucket/glue   on the Ray cluster that this machine belongs to
+
+For each task and seed there are searches of one spec, from one dense model:
+
+    raymask             as the spec says
+    IMP                 the control at every level, fine-tuned for as many epochs as the search evaluates and fine-tunes
+    one random mask     the first that is drawn, fine-tuned for as long
+    one uniform mask    the same, of any weights
+    smaller dense       the model's first layer with its strongest intermediate neurons, as many as the largest of the
+                        compressions leaves weights; trained on the labels for as many epochs as the whole search
+
+Every search is a run directory, so the same command goes on where a killed one was. The table, `glue.md`, has the mean
+of a task's metrics on `report`, in per cent, over seeds, with its standard deviation, and differences to IMP, seed by
+seed, with their standard error; `glue.json` has every figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import re
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from raymask.config import load_data, make_spec, overridden
+from raymask.core.recipe import epochs, resolve
+from raymask.core.spec import Spec
+from raymask.driver.search import Plan, initial, make_dense, prepare, seams, search
+from raymask.report.terminal import watching
+from raymask.storage import open_storage
+from raymask.store import DENSE, MODEL, RunDir, open_run, write_tensors
+from raymask.train.metrics import overall
+
+HERE = Path(__file__).resolve().parent
+METHODS = ("dense", "smaller dense", "IMP", "one uniform mask", "one random mask", "raymask")
+BASELINE = "IMP"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model's metrics on `report`; `sparsity` 0 for what is not pruned."""
+
+    task: str
+    seed: int
+    method: str
+    sparsity: float
+    report: dict[str, float]
+
+    @property
+    def score(self) -> float:
+        """The mean of the task's metrics, in per cent."""
+        return 100 * overall(self.report)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("spec", nargs="?", default=HERE / "glue.yaml", type=Path, help="a YAML spec")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the spec")
+    parser.add_argument("--tasks", nargs="+", default=["glue/mrpc", "glue/stsb"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--run", default="runs/glue", help="folder of the searches, or a URI")
+    parser.add_argument("--address", help="a Ray cluster: auto, HOST or HOST:PORT; else a private Ray")
+    asked = parser.parse_args()
+    data, console = load_data(asked.spec, asked.set), Console(width=120)
+    cells: list[Cell] = []
+    for seed in range(asked.seeds):  # a whole table of one seed first
+        for task in asked.tasks:
+            spec = spec_of(data, {"seed": seed, "task.name": task})
+            place = f"{asked.run}/{task.rpartition('/')[2]}-{seed}"
+            cells += [Cell(task, seed, *found) for found in measured(console, spec, place, asked.address)]
+            text = table(cells)
+            write(asked.run, {"glue.md": text, "glue.json": json.dumps([asdict(cell) for cell in cells], indent=1)})
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def spec_of(data: Mapping[str, Any], changes: Mapping[str, Any]) -> Spec:
+    """The spec with some keys, joined by dots, set otherwise."""
+    return make_spec(overridden(dict(data), [f"{key}={json.dumps(value)}" for key, value in changes.items()]))
+
+
+def measured(
+    console: Console, spec: Spec, place: str, address: str | None
+) -> Iterator[tuple[str, float, dict[str, float]]]:
+    """All methods on one task with one seed: name, sparsity, and metrics on `report`."""
+    recipe = resolve(spec)
+    spent, levels = epochs(recipe), len(recipe.densities)
+    budget = (spent["early evaluation"] + spent["fine-tuning"]) / levels
+    whole = spec_of(spec.model_dump(mode="json"), {"imp.run": True, "imp.epochs": budget})
+    store = searched(console, whole, f"{place}/raymask", address)
+    yield "dense", 0.0, store.read_level(DENSE, 0).report
+    result = store.read_result()
+    assert result is not None
+    for name, found in (("raymask", result.levels), (BASELINE, result.imp)):
+        yield from ((name, sparsity_of(level.density), level.report) for level in found)
+    alone = {
+        "candidates.count": 1,
+        "select.rule": "first",
+        "select.keep": 1,
+        "probe.epochs": 0.01,  # nobody looks at it
+        "finetune.epochs": budget,
+        "imp.run": False,
+    }
+    for name, sampler in (("one random mask", "votes"), ("one uniform mask", "uniform")):
+        other = spec_of(spec.model_dump(mode="json"), alone | {"candidates.sampler": sampler})
+        made = searched(console, other, f"{place}/{sampler}", address, store)
+        result = made.read_result()
+        assert result is not None
+        yield from ((name, sparsity_of(level.density), level.report) for level in result.levels)
+    for density in recipe.densities:
+        sparsity = sparsity_of(density)
+        report = smaller(console, spec, f"{place}/smaller-{sparsity:g}", address, density, budget * levels)
+        if report:
+            yield "smaller dense", sparsity, report
+
+
+def sparsity_of(density: float) -> float:
+    return round(1 - density, 6)
+
+
+def searched(console: Console, spec: Spec, place: str, address: str | None, dense: RunDir | None = None) -> RunDir:
+    """A finished search, perhaps from the dense model of another."""
+    store = RunDir(place)
+    if dense is not None and not store.has_work():
+        for name in dense.storage.names(DENSE):
+            with dense.storage.reading(name) as source, store.storage.writing(name) as target:
+                shutil.copyfile(source, target)
+        store.write_spec(spec)
+    if store.read_result() is None:
+        console.print(f"== {place}", markup=False, highlight=False)
+        with watching(console, spec) as watch:
+            search(spec, place, watch, address=address)
+    return store
+
+
+def smaller(
+    console: Console, spec: Spec, place: str, address: str | None, density: float, epochs: float
+) -> dict[str, float] | None:
+    """A dense model of as many prunable weights, trained; None where these are not one layer's, or it is no BERT."""
+    plan = prepare(spec)
+    config, width = plan.source.config, plan.source.config.hidden_size
+    neurons = round((plan.source.sizes.prunable * density - 4 * width**2) / (2 * width))
+    if config.model_type != "bert" or not 1 <= neurons <= config.intermediate_size:
+        return None
+    store = RunDir(place)
+    if not store.has_level(DENSE, 0):
+        console.print(f"== {place}: one layer of {neurons} neurons", markup=False, highlight=False)
+        with tempfile.TemporaryDirectory() as folder:
+            cut(plan, Path(folder), neurons)
+            changes = {"model.name": folder, "dense.epochs": epochs, "distill": False, "levels": [0.5]}
+            small = prepare(spec_of(spec.model_dump(mode="json", exclude={"levels"}), changes))
+            with (
+                watching(console, small.recipe.spec) as watch,
+                seams(small.job, watch, address, in_process=False) as (_, fine_tune, heard),
+                open_run(store, small.recipe.spec),
+            ):
+                make_dense(small, store, fine_tune, heard)
+    return store.read_level(DENSE, 0).report
+
+
+def cut(plan: Plan, folder: Path, neurons: int) -> None:
+    """Save a model's first layer with its strongest intermediate neurons, and all that stands around its layers."""
+    packed = initial(plan).weights
+    kept = {name: tensor.clone() for name, tensor in packed.views().items() if not re.search(r"layer\.[1-9]", name)}
+    [into] = [name for name in kept if name.endswith("intermediate.dense.weight")]
+    out = into.replace("intermediate.dense", "output.dense")
+    strength = kept[into].norm(dim=1) * kept[out].norm(dim=0)
+    chosen = strength.topk(neurons).indices.sort().values
+    bias = into.replace("weight", "bias")
+    kept |= {into: kept[into][chosen], bias: kept[bias][chosen], out: kept[out][:, chosen].contiguous()}
+    config = copy.deepcopy(plan.source.config)
+    config.num_hidden_layers, config.intermediate_size = 1, neurons
+    config.save_pretrained(folder)
+    plan.source.tokenizer.save_pretrained(folder)
+    write_tensors(folder / MODEL, kept)
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Markdown: a row a task and sparsity, a column a method, and differences to the baseline."""
+    scores: dict[tuple[str, float, str], dict[int, float]] = {}
+    for cell in cells:
+        scores.setdefault((cell.task, cell.sparsity, cell.method), {})[cell.seed] = cell.score
+    heads = ["task", "sparsity", *METHODS, *(f"{method} - {BASELINE}" for method in METHODS[3:])]
+    lines = []
+    for task, sparsity in sorted({(cell.task, cell.sparsity) for cell in cells if cell.sparsity}):
+        found = {method: scores.get((task, sparsity, method)) for method in METHODS}
+        found["dense"] = scores[task, 0.0, "dense"]
+        rival = found[BASELINE] or {}
+        gaps = [[found[method][seed] - rival[seed] for seed in rival] for method in METHODS[3:]]  # type: ignore[index]
+        values = [spread(list(each.values())) if each else "" for each in found.values()]
+        lines.append([task, f"{sparsity:.2%}", *values, *map(gap, gaps)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines]) + "\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    """A mean with its standard deviation over seeds."""
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def gap(values: Sequence[float]) -> str:
+    """A mean difference with its standard error over seeds."""
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.1f}{error}"
+
+
+def write(place: str, texts: Mapping[str, str]) -> None:
+    storage = open_storage(place)
+    for name, text in texts.items():
+        with storage.writing(name) as path:
+            path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

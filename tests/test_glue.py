@@ -1,0 +1,102 @@
+"""Does jobs/glue.py put the right figures side by side, at equal budgets, and go on where it was killed?"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from builders import reviews, tiny_model, write_table
+
+from raymask.core.recipe import epochs, resolve
+from raymask.store import DENSE, RunDir
+
+SCRIPT = Path(__file__).resolve().parents[1] / "jobs" / "glue.py"
+LEVELS = (0.75, 0.9375)
+
+
+@pytest.fixture(scope="module")
+def glue() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        yield import_module("glue")
+
+
+def rows(glue: ModuleType, scores: dict[str, list[float]]) -> list[str]:
+    """The cells of the one row that is pruned, for scores in [0, 1] by method and seed."""
+    cells = [
+        glue.Cell("glue/rte", seed, method, 0.0 if method == "dense" else 0.9375, {"accuracy": score})
+        for method, values in scores.items()
+        for seed, score in enumerate(values)
+    ]
+    head, _, row = glue.table(cells).strip().splitlines()
+    return [*zip(*([cell.strip() for cell in line.strip("| ").split("|")] for line in (head, row)), strict=True)]
+
+
+def test_the_table_has_means_spreads_and_differences_seed_by_seed(glue: ModuleType) -> None:
+    found = dict(
+        rows(
+            glue,
+            {
+                "dense": [0.9, 0.9, 0.9],
+                "IMP": [0.5, 0.6, 0.7],
+                "one uniform mask": [0.5, 0.5, 0.5],
+                "one random mask": [0.5, 0.6, 0.7],
+                "raymask": [0.52, 0.61, 0.73],
+            },
+        )
+    )
+    assert found["sparsity"] == "93.75%"
+    assert found["dense"] == "90.0 ± 0.0"
+    assert found["smaller dense"] == ""
+    assert found["IMP"] == "60.0 ± 10.0"
+    assert found["one random mask - IMP"] == "+0.0 ± 0.0"
+    assert found["one uniform mask - IMP"] == "-10.0 ± 5.8"
+    assert found["raymask - IMP"] == "+2.0 ± 0.6"
+
+
+def test_one_seed_has_no_spread(glue: ModuleType) -> None:
+    methods = ("dense", "IMP", "one uniform mask", "one random mask", "raymask")
+    found = dict(rows(glue, {method: [0.5] for method in methods}))
+    assert (found["IMP"], found["raymask - IMP"]) == ("50.0", "+0.0")
+
+
+@pytest.mark.long
+def test_it_runs_and_what_is_done_is_not_done_again(glue: ModuleType, tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", head=False, num_hidden_layers=3)
+    for split, count in (("train", 80), ("validation", 40)):
+        texts, labels = reviews(count, seed=len(split))
+        write_table(tmp_path / "glue" / "sst2" / f"{split}.parquet", {"sentence": texts, "label": labels})
+    keys = [f"model={model}", f"task.folder={tmp_path / 'glue'}", f"levels={list(LEVELS)}", "candidates.count=2"]
+    keys += ["dense.epochs=1", "probe.epochs=0.5", "finetune.epochs=1", "distill=false", "workers.gpus=0"]
+    command = [sys.executable, str(SCRIPT), "--tasks", "glue/sst2", "--seeds", "1", "--run", str(tmp_path / "run")]
+    command += [word for key in keys for word in ("--set", key)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = [glue.Cell(**cell) for cell in json.loads((tmp_path / "run" / "glue.json").read_text())]
+    assert {cell.method for cell in cells} == set(glue.METHODS)
+    assert {(cell.method, cell.sparsity) for cell in cells} >= {
+        (name, level) for name in glue.METHODS[2:] for level in LEVELS
+    }
+    place = tmp_path / "run" / "sst2-0"
+    ours, single = RunDir(place / "raymask"), RunDir(place / "votes")
+    spent = epochs(resolve(ours.read_spec()))
+    assert spent["baseline (IMP)"] == spent["early evaluation"] + spent["fine-tuning"] == 5.0
+    assert epochs(resolve(single.read_spec()))["fine-tuning"] == 5.0
+    assert single.read_level(DENSE, 0) == ours.read_level(DENSE, 0)
+    for name in ("votes", "uniform"):
+        result = RunDir(place / name).read_result()
+        assert result is not None
+        assert [level.winner.candidate.index for level in result.levels] == [1, 1]
+    [small] = [cell for cell in cells if cell.method == "smaller dense"]
+    assert small.sparsity == 0.75  # one layer of 16 neurons
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "==" not in again.stdout
+    assert again.stdout.strip() == (tmp_path / "run" / "glue.md").read_text().strip()
