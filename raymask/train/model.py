@@ -154,7 +154,7 @@ def load_module(model: Model, config: Any, fine_tuned: bool, kind: str) -> nn.Mo
             )
     except Exception as error:  # noqa: BLE001 - see above
         raise UserError(unloadable(model, error)) from None
-    for key, there, needed in report["mismatched_keys"]:
+    for key, there, needed in sorted(report["mismatched_keys"]):  # a set, from which any could come first
         cause = "Its head was made for other classes: start from the model without it"
         if kind == "causal-lm":
             cause = "Its config.json is another model's"
