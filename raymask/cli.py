@@ -199,6 +199,22 @@ def compare(
     show_comparison(make_console(), runs, html)
 
 
+@app.command("eval", epilog="Example: raymask eval runs/spec/export --task runs/spec/spec.yaml")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, or a folder: a checkpoint, a run's export.")],
+    task: Annotated[str, typer.Option(metavar="TASK", help="A task's name (glue/mrpc), or a YAML spec, as of a run.")],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For other programs.")] = False,
+) -> None:
+    """Measure any checkpoint as a search's report does: on all rows of report, with 95 % intervals.
+
+    For the figures of a run's own table: [bold]raymask eval RUN/export --task RUN/spec.yaml[/bold]
+    """
+    from raymask.evaluate import show_evaluation
+
+    show_evaluation(make_console(), model, task, overrides or (), as_json)
+
+
 @app.command(epilog="Example: raymask export runs/spec --to sparse --values fp16")
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory of a finished search: a path or a URI.")],

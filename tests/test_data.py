@@ -237,7 +237,7 @@ def test_case_does_not_matter_to_the_order_of_classes(tmp_path):
 def test_a_classifier_with_other_names_is_refused_rather_than_guessed(tmp_path):
     message = refused(load_corpus, own_task(tmp_path), 0, ("ham", "spam"))
     assert message.startswith(
-        "dense.epochs: 0 says that the model is fine-tuned, but its classes are ham, spam and the"
+        "the model is taken as fine-tuned (eval, and dense.epochs: 0), but its classes are ham, spam and the"
     )
     assert "rename one of them, or fine-tune it here" in message
 

@@ -243,7 +243,7 @@ def test_a_decoder_keeps_its_configuration_and_all_its_positions(tmp_path):
 
 def test_a_head_that_is_not_tied_and_missing_is_refused_when_the_model_is_said_to_be_trained(tmp_path):
     rewrite(tiny_model(tmp_path, "llama"), lambda tensors: tensors.pop("lm_head.weight"))
-    said = f"dense.epochs: 0 says that {tmp_path} is fine-tuned, but it lacks lm_head.weight"
+    said = f"model.name: {tmp_path} is taken as fine-tuned (eval, and dense.epochs: 0), but it lacks lm_head.weight"
     assert refused(decoded, tmp_path, fine_tuned=True) == said
 
 
@@ -408,8 +408,8 @@ def test_the_quickstart_s_model_is_drawn_from_the_seed():
 
 def test_a_missing_head_is_refused_when_the_model_is_said_to_be_fine_tuned(tmp_path):
     tiny_model(tmp_path, head=False)
-    expected = f"dense.epochs: 0 says that {tmp_path} is fine-tuned, but it lacks classifier.bias, classifier.weight"
-    assert refused(loaded, tmp_path, fine_tuned=True) == expected
+    expected = "is taken as fine-tuned (eval, and dense.epochs: 0), but it lacks classifier.bias, classifier.weight"
+    assert refused(loaded, tmp_path, fine_tuned=True) == f"model.name: {tmp_path} {expected}"
 
 
 def test_a_head_of_other_classes_is_refused_with_that_reason(tmp_path):

@@ -31,6 +31,7 @@ COMMANDS = (
     "audit",
     "show",
     "compare",
+    "eval",
     "export",
     "bench",
     "submit",

@@ -10,17 +10,14 @@ import torch
 
 from raymask.core.errors import UserError
 from raymask.core.records import Checkpoint, Climb, Evaluate, Evaluation, FineTune, Place, Settling, Snapshot, Watch
+from raymask.core.spec import Spec
 from raymask.train.worker import Job, MachineFault, Worker
 
 
 @contextmanager
 def workers(job: Job, watch: Watch) -> Iterator[tuple[Evaluate, FineTune]]:
-    """One worker here: on the GPU when there is one and the spec does not say `gpus: 0`, else on the CPU.
-
-    There are no deadlines: a process cannot end itself and go on.
-    """
-    device = "cuda" if torch.cuda.is_available() and job.spec.workers.gpus != 0 else "cpu"
-    worker = Worker(job, device)
+    """One worker here. There are no deadlines: a process cannot end itself and go on."""
+    worker = Worker(job, device_for(job.spec))
 
     def show(name: str, share: float) -> None:
         watch.running({name: share})
@@ -52,3 +49,8 @@ def workers(job: Job, watch: Watch) -> Iterator[tuple[Evaluate, FineTune]]:
                 raise UserError(f"{settling.name}: {error}. The same command goes on from here") from None
 
     yield evaluate, fine_tune
+
+
+def device_for(spec: Spec) -> str:
+    """The GPU when there is one and the spec does not say `gpus: 0`, else the CPU."""
+    return "cuda" if torch.cuda.is_available() and spec.workers.gpus != 0 else "cpu"

@@ -325,8 +325,8 @@ def ordered(classes: tuple[str, ...], order: Sequence[str]) -> tuple[str, ...]:
     theirs = [name.casefold() for name in order]
     if sorted(theirs) != sorted(mine):
         raise UserError(
-            f"dense.epochs: 0 says that the model is fine-tuned, but its classes are {', '.join(order)} and the task's "
-            f"are {', '.join(classes)}: rename one of them, or fine-tune it here (dense.epochs: 3)"
+            f"the model is taken as fine-tuned (eval, and dense.epochs: 0), but its classes are {', '.join(order)} and "
+            f"the task's are {', '.join(classes)}: rename one of them, or fine-tune it here (dense.epochs: 3)"
         )
     return tuple(mine[name] for name in theirs)
 

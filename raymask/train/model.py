@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +169,8 @@ def load_module(model: Model, config: Any, fine_tuned: bool, kind: str) -> nn.Mo
         raise UserError(f"model.name: {model.name} has no weights for {lost[0]} and {len(lost) - 1} more of its body")
     if fine_tuned and missing:
         raise UserError(
-            f"dense.epochs: 0 says that {model.name} is fine-tuned, but it lacks {', '.join(sorted(missing))}"
+            f"model.name: {model.name} is taken as fine-tuned (eval, and dense.epochs: 0), but it lacks "
+            f"{', '.join(sorted(missing))}"
         )
     if kind == "causal-lm" and looks_ahead(module):
         raise UserError(f"model.name: {model.name} is no causal language model: it sees what it has to predict")
@@ -309,9 +310,10 @@ def as_kept(module: nn.Module, mask: Mask) -> Mask:
     return {name: bits.T.contiguous() if name in other else bits for name, bits in mask.items()}
 
 
-def count_sizes(module: nn.Module, prunable: tuple[str, ...]) -> Sizes:
-    """Parameters in the three denominators; the encoder is never smaller than what is pruned."""
-    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+def count_sizes(module: nn.Module, prunable: tuple[str, ...], count: Callable[[Tensor], int] = Tensor.numel) -> Sizes:
+    """Parameters in the three denominators, all or those that `count` counts; the encoder is never smaller than what is
+    pruned."""
+    sizes = {name: count(parameter) for name, parameter in module.named_parameters()}
     inside = block_parameters(module) | set(prunable)
     return Sizes(
         prunable=sum(sizes[name] for name in prunable),
