@@ -199,7 +199,7 @@ def compare(
     show_comparison(make_console(), runs, html)
 
 
-@app.command("eval", epilog="Example: raymask eval runs/spec/export --task glue/mrpc --set task.folder=GLUE")
+@app.command("eval", epilog="Example: raymask eval runs/spec/export --task runs/spec/spec.yaml")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, or a folder: a checkpoint, a run's export.")],
     task: Annotated[str, typer.Option(metavar="TASK", help="A task's name (glue/mrpc), or a YAML spec, as of a run.")],
