@@ -40,7 +40,7 @@ from raymask.core.spec import Spec
 from raymask.driver.search import Plan, initial, make_dense, prepare, seams, search
 from raymask.report.terminal import watching
 from raymask.storage import open_storage
-from raymask.store import DENSE, MODEL, RunDir, open_run, write_tensors
+from raymask.store import DENSE, LEVEL, MODEL, RunDir, open_run, write_tensors
 from raymask.train.metrics import overall
 
 HERE = Path(__file__).resolve().parent
@@ -130,17 +130,18 @@ def sparsity_of(density: float) -> float:
 
 
 def searched(console: Console, spec: Spec, place: str, address: str | None, dense: RunDir | None = None) -> RunDir:
-    """A finished search, perhaps from the dense model of another."""
+    """A finished search, perhaps from the dense model of another. Raises UserError when it is there by another spec."""
     store = RunDir(place)
     if dense is not None and not store.has_work():
-        for name in dense.storage.names(DENSE):
+        store.write_spec(spec)
+        # the record last: once it is there, so is all that it speaks of
+        for name in sorted(dense.storage.names(DENSE), key=lambda name: name.endswith(LEVEL)):
             with dense.storage.reading(name) as source, store.storage.writing(name) as target:
                 shutil.copyfile(source, target)
-        store.write_spec(spec)
     if store.read_result() is None:
         console.print(f"== {place}", markup=False, highlight=False)
-        with watching(console, spec) as watch:
-            search(spec, place, watch, address=address)
+    with watching(console, spec) as watch:
+        search(spec, place, watch, address=address)
     return store
 
 

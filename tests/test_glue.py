@@ -11,10 +11,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from builders import reviews, tiny_model, write_table
+from builders import refused, reviews, tiny_model, write_table
+from rich.console import Console
 
 from raymask.core.recipe import epochs, resolve
-from raymask.store import DENSE, RunDir
+from raymask.store import DENSE, RunDir, check_run
 
 SCRIPT = Path(__file__).resolve().parents[1] / "jobs" / "glue.py"
 LEVELS = (0.75, 0.9375)
@@ -64,6 +65,33 @@ def test_one_seed_has_no_spread(glue: ModuleType) -> None:
     methods = ("dense", "IMP", "one uniform mask", "one random mask", "raymask")
     found = dict(rows(glue, {method: [0.5] for method in methods}))
     assert (found["IMP"], found["raymask - IMP"]) == ("50.0", "+0.0")
+
+
+def test_a_search_by_other_settings_is_not_taken_for_this_one(glue: ModuleType, finished: Path) -> None:
+    spec = glue.spec_of(RunDir(finished).read_spec().model_dump(mode="json"), {"seed": 7})
+    said = refused(glue.searched, Console(quiet=True), spec, str(finished), None)
+    assert "was started with another spec" in said
+    assert "seed: 0 there, 7 now" in said
+
+
+@pytest.mark.parametrize("copied", range(4))
+def test_a_dense_model_that_was_copied_in_part_is_copied_again(
+    glue: ModuleType, finished: Path, tmp_path: Path, copied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after so many of its five files: whatever is there is a run directory without work."""
+    files: list[object] = []
+
+    def copy(source: Path, target: Path) -> None:
+        if len(files) == copied:
+            raise KeyboardInterrupt
+        files.append(target.write_bytes(source.read_bytes()))
+
+    monkeypatch.setattr(glue.shutil, "copyfile", copy)
+    dense = RunDir(finished)
+    with pytest.raises(KeyboardInterrupt):
+        glue.searched(Console(quiet=True), dense.read_spec(), str(tmp_path / "run"), None, dense)
+    assert not RunDir(tmp_path / "run").has_work()
+    check_run(RunDir(tmp_path / "run"), dense.read_spec())
 
 
 @pytest.mark.long
