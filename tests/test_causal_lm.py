@@ -24,6 +24,7 @@ from raymask.core.records import Climb, Result, Settling
 from raymask.core.scorers import SCORERS
 from raymask.report.show import show_run
 from raymask.report.terminal import show_result
+from raymask.store import DENSE, RunDir
 from raymask.train.worker import Worker
 
 LENGTH = 16
@@ -126,7 +127,9 @@ def test_a_check_and_an_unfinished_run_are_told_in_a_decoder_s_terms(tmp_path: P
     show_run(console, str(tmp_path / "run"), False)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     kept = result.levels[-1].finetuned.kept
-    assert f"sparsity 75.00%: select loss {kept.loss:.4f}, perplexity {math.exp(-kept.metric):.4f}, " in shown
+    assert f" {math.exp(-kept.metric):.4f} " in next(line for line in shown.splitlines() if line.startswith("  2 of 2"))
+    dense = RunDir(tmp_path / "run").read_level(DENSE, 0).finetuned.kept
+    assert f"sparsity 0.00%: select loss {dense.loss:.4f}, perplexity {math.exp(-dense.metric):.4f}, " in shown
 
 
 @pytest.mark.parametrize("distill", [False, True])

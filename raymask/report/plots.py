@@ -8,7 +8,7 @@ from typing import Any
 
 from raymask.core.records import Evaluation, Purpose
 from raymask.report.figures import CONTROL, SELECTED, Figures, Stand
-from raymask.report.words import percent
+from raymask.report.words import on_select, percent
 from raymask.store import IMP, branch
 
 Plot = dict[str, Any]
@@ -33,7 +33,7 @@ def metric_by_sparsity(runs: Mapping[str, Figures]) -> Plot:
     for color, (name, figures) in zip(colors(len(runs)), runs.items(), strict=True):
         if figures.dense is None:
             continue
-        title = next(iter(figures.dense.report)) if ended else "metric"
+        title = next(iter(figures.dense.report)) if ended else on_select(figures.dense)[0]
         ticks |= {1 / (1 - stand.sparsity): percent(stand.sparsity) for stand in figures.levels}
         alone = len(runs) == 1
         for side, levels in ((SELECTED, figures.path), (CONTROL, figures.imp)):
@@ -42,7 +42,7 @@ def metric_by_sparsity(runs: Mapping[str, Figures]) -> Plot:
                 {
                     "name": side if alone else f"{name}: {side}",
                     "x": [1 / level.density for level in shown],
-                    "y": [level.report[title] if ended else level.finetuned.kept.metric for level in shown],
+                    "y": [level.report[title] if ended else on_select(level)[1] for level in shown],
                     "error_y": whiskers(figures, side, title, len(shown)),
                     "mode": "lines+markers",
                     "line": {

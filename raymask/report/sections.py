@@ -14,7 +14,7 @@ from raymask.report import plots
 from raymask.report.figures import Figures, Stand
 from raymask.report.plots import Plot
 from raymask.report.timeline import by_purpose, timeline
-from raymask.report.words import blocks, duration, percent, scored_line, settled_line, verdict
+from raymask.report.words import blocks, duration, on_select, percent, scored_line, settled_line, verdict
 from raymask.store import DENSE
 
 BAR = 40  # letters of a full bar
@@ -248,7 +248,7 @@ def metric_of(figures: Figures, level: Level | None) -> str:
         return ""
     if figures.result:
         return ", ".join(f"{value:.4f}" for value in level.report.values())
-    return f"{level.finetuned.kept.metric:.4f}"
+    return f"{on_select(level)[1]:.4f}"
 
 
 def early(figures: Figures) -> Section:

@@ -61,6 +61,12 @@ def scored_line(result: Result) -> str:
     return f"Candidates were scored on {part:,} of the {whole:,} rows of `select`, the same for all."
 
 
+def on_select(level: Level) -> tuple[str, float]:
+    """What a fine-tuned model's metric on `select` is called, and how large it is."""
+    metric = level.finetuned.kept.metric
+    return ("perplexity", math.exp(-metric)) if "perplexity" in level.report else ("metric", metric)
+
+
 def settled_line(lineage: str, level: Level) -> str:
     """One finished level."""
     who = (
@@ -70,10 +76,7 @@ def settled_line(lineage: str, level: Level) -> str:
         if lineage == IMP
         else f"selected ({level.winner.candidate.name})"
     )
-    kept = level.finetuned.kept
-    metric = f"metric {kept.metric:.4f}"
-    if "perplexity" in level.report:
-        metric = f"perplexity {math.exp(-kept.metric):.4f}"
+    kept, (named, value) = level.finetuned.kept, on_select(level)
     gain = ""
     if level.gain:
         noise = ", within noise" if level.gain.within_noise else ""
@@ -81,6 +84,6 @@ def settled_line(lineage: str, level: Level) -> str:
     if level.confidence is not None:
         gain += f"; the lowest of {level.evaluated} with a probability of {level.confidence:.0%}"
     return (
-        f"{who}, sparsity {percent(level.sparsity)}: select loss {kept.loss:.4f}, {metric}, "
+        f"{who}, sparsity {percent(level.sparsity)}: select loss {kept.loss:.4f}, {named} {value:.4f}, "
         f"{duration(level.finetuned.seconds)}{gain}"
     )
