@@ -26,6 +26,7 @@ import math
 import re
 import shutil
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ from typing import Any
 from rich.console import Console
 
 from raymask.config import load_data, make_spec, overridden
+from raymask.core.errors import UserError
 from raymask.core.recipe import epochs, resolve
 from raymask.core.spec import Spec
 from raymask.driver.search import Plan, initial, make_dense, prepare, seams, search
@@ -73,6 +75,15 @@ def main() -> None:
     parser.add_argument("--run", default="runs/glue", help="folder of the searches, or a URI")
     parser.add_argument("--address", help="a Ray cluster: auto, HOST or HOST:PORT; else a private Ray")
     asked = parser.parse_args()
+    try:
+        fill(asked)
+    except UserError as error:
+        print(f"glue: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def fill(asked: argparse.Namespace) -> None:
+    """Do what is not done yet, and write the table after every task and seed. Raises UserError."""
     data, console = load_data(asked.spec, asked.set), Console(width=120)
     cells: list[Cell] = []
     for seed in range(asked.seeds):  # a whole table of one seed first
@@ -94,35 +105,49 @@ def measured(
     console: Console, spec: Spec, place: str, address: str | None
 ) -> Iterator[tuple[str, float, dict[str, float]]]:
     """All methods on one task with one seed: name, sparsity, and metrics on `report`."""
-    recipe = resolve(spec)
-    spent, levels = epochs(recipe), len(recipe.densities)
-    budget = (spent["early evaluation"] + spent["fine-tuning"]) / levels
-    whole = spec_of(spec.model_dump(mode="json"), {"imp.run": True, "imp.epochs": budget})
-    store = searched(console, whole, f"{place}/raymask", address)
+    budget, searches = at_equal_budget(spec)
+    store = searched(console, searches["raymask"], f"{place}/raymask", address)
     yield "dense", 0.0, store.read_level(DENSE, 0).report
     result = store.read_result()
     assert result is not None
     for name, found in (("raymask", result.levels), (BASELINE, result.imp)):
         yield from ((name, sparsity_of(level.density), level.report) for level in found)
+    for name, sampler in (("one random mask", "votes"), ("one uniform mask", "uniform")):
+        made = searched(console, searches[sampler], f"{place}/{sampler}", address, store)
+        result = made.read_result()
+        assert result is not None
+        for level in result.levels:
+            if level.winner.candidate.is_control:
+                raise UserError(f"{made.uri}: its random mask of level {level.level} failed, so it has the control's")
+            yield name, sparsity_of(level.density), level.report
+    densities = resolve(spec).densities
+    for density in densities:
+        sparsity = sparsity_of(density)
+        report = smaller(console, spec, f"{place}/smaller-{sparsity:g}", address, density, budget * len(densities))
+        if report:
+            yield "smaller dense", sparsity, report
+
+
+def at_equal_budget(spec: Spec) -> tuple[float, dict[str, Spec]]:
+    """Epochs a level, and the specs of the search and of one mask alone by either sampler.
+
+    Raises UserError for a spec whose epochs are not known before.
+    """
+    if spec.probe.repeats > 1:
+        raise UserError("probe.repeats: how many epochs they take is not known before: leave it at 1")
+    recipe, plain = resolve(spec), spec.model_dump(mode="json")
+    planned = epochs(recipe)
+    budget = (planned["early evaluation"] + planned["fine-tuning"]) / len(recipe.densities)
     alone = {
         "candidates.count": 1,
-        "select.rule": "first",
-        "select.keep": 1,
+        "select": {"rule": "first"},
         "probe.epochs": 0.01,  # nobody looks at it
+        "probe.rungs": [1.0],
         "finetune.epochs": budget,
         "imp.run": False,
     }
-    for name, sampler in (("one random mask", "votes"), ("one uniform mask", "uniform")):
-        other = spec_of(spec.model_dump(mode="json"), alone | {"candidates.sampler": sampler})
-        made = searched(console, other, f"{place}/{sampler}", address, store)
-        result = made.read_result()
-        assert result is not None
-        yield from ((name, sparsity_of(level.density), level.report) for level in result.levels)
-    for density in recipe.densities:
-        sparsity = sparsity_of(density)
-        report = smaller(console, spec, f"{place}/smaller-{sparsity:g}", address, density, budget * levels)
-        if report:
-            yield "smaller dense", sparsity, report
+    single = {sampler: spec_of(plain, alone | {"candidates.sampler": sampler}) for sampler in ("votes", "uniform")}
+    return budget, {"raymask": spec_of(plain, {"imp.run": True, "imp.epochs": budget}), **single}
 
 
 def sparsity_of(density: float) -> float:

@@ -306,8 +306,11 @@ class Bucket:
     def writing_folder(self, name: str) -> Iterator[Path]:
         with temporary() as folder:
             yield folder
-            for inner in Folder(folder).names():
-                self.put(f"{name}/{inner}", folder / inner)
+            written = {f"{name}/{inner}": folder / inner for inner in Folder(folder).names()}
+            for inner, path in written.items():
+                self.put(inner, path)
+            for other in set(self.names(name)) - written.keys():  # of what was there before
+                self.patiently("written", partial(self.filesystem.delete_file, f"{self.root}/{other}"))
 
     def append(self, name: str, line: bytes) -> None:
         old = b""

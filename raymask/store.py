@@ -60,6 +60,7 @@ class RunDir:
 
     def __init__(self, place: str | Path, note: Note = lambda text: None) -> None:
         """At a path or URI, which need not exist; `note` is told of outages. Raises UserError for no such storage."""
+        self.note = note
         self.storage: Storage = open_storage(place, note)
 
     @property
@@ -118,6 +119,10 @@ class RunDir:
         return [
             (lineage, self.read_level(lineage, level)) for lineage, level in places if self.has_level(lineage, level)
         ]
+
+    def has_tensors(self, lineage: str, level: int, name: str) -> bool:
+        """Whether a level's file is there: a run that was fetched is without them."""
+        return self.storage.has(f"{level_name(lineage, level)}/{name}")
 
     def level_uri(self, lineage: str, level: int) -> str:
         """Where a level's record is."""

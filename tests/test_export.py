@@ -128,6 +128,15 @@ def test_a_run_in_an_object_store_is_read_and_written_there(copy: Path) -> None:
         memory.rm("/bucket", recursive=True)
 
 
+@pytest.mark.parametrize("name", ["claims", "beats", "lock", "thesis.part"])
+def test_names_whose_contents_would_go_unseen_are_refused(finished: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("mine")
+    said = refused(export_run, finished, "hf", tmp_path / name)
+    assert said == f"--out: {name} is a name that raymask keeps to itself: choose another"
+    assert (tmp_path / name / "thesis.tex").read_text() == "mine"
+
+
 @pytest.mark.parametrize("there", ["file", "folder"])
 def test_what_is_no_export_is_not_overwritten(finished: Path, tmp_path: Path, there: str) -> None:
     kept = tmp_path / "out" / "thesis.tex" if there == "folder" else tmp_path / "out"

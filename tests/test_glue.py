@@ -94,6 +94,29 @@ def test_a_dense_model_that_was_copied_in_part_is_copied_again(
     check_run(RunDir(tmp_path / "run"), dense.read_spec())
 
 
+def test_a_mistake_in_the_spec_is_told_before_anything_runs(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--run", str(tmp_path / "run")]
+    for words, said in (
+        ([str(tmp_path / "none.yaml")], "glue: " + str(tmp_path / "none.yaml") + ": there is no such file"),
+        (["--set", "probe.repeats=3"], "glue: probe.repeats: how many epochs they take is not known before"),
+    ):
+        done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=100)
+        assert done.returncode == 2
+        assert done.stderr.startswith(said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_budgets_are_equal_whatever_the_spec_keeps(glue: ModuleType) -> None:
+    plain = {"model": "quickstart", "task": "quickstart", "levels": [0.5, 0.9]}
+    tree = glue.spec_of(plain, {"select": {"keep": 2, "beam": True}, "probe.rungs": [0.5, 1.0]})
+    budget, searches = glue.at_equal_budget(tree)
+    spent = {name: epochs(resolve(spec)) for name, spec in searches.items()}
+    assert spent["raymask"]["baseline (IMP)"] == pytest.approx(2 * budget)
+    assert spent["votes"]["fine-tuning"] == spent["uniform"]["fine-tuning"] == pytest.approx(2 * budget)
+    assert not searches["votes"].select.beam
+
+
+@pytest.mark.faults
 @pytest.mark.long
 def test_it_runs_and_what_is_done_is_not_done_again(glue: ModuleType, tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", head=False, num_hidden_layers=3)

@@ -9,19 +9,21 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow.parquet
 import pytest
 from test_search import Fakes, Killed, plan_of
 
+from raymask.core.errors import UserError
 from raymask.core.records import Evaluation, Level
 from raymask.driver.search import conclude
-from raymask.report import live, plots
-from raymask.report.figures import Figures, gather
-from raymask.report.live import Reporter, write_report
+from raymask.report import live, plots, sections
+from raymask.report.figures import Figures, gather, spent
+from raymask.report.live import Reporter, reporting, write_report
 from raymask.report.page import page
 from raymask.report.sections import Section, Table, differences, million, report
 from raymask.report.terminal import Silent
-from raymask.store import FIGURES, PAGE, RESULT, TABLE, RunDir
+from raymask.store import FIGURES, PAGE, RESULT, TABLE, RunDir, branch, open_run
 
 TREE = {"levels": [0.5, 0.6, 0.7], "select": {"keep": 2, "beam": True}, "probe": {"rungs": [0.5, 1.0]}}
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -114,7 +116,8 @@ def test_it_is_refreshed_with_every_level_and_now_and_then(tmp_path: Path, monke
     now, written = [100.0], []
     monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
 
-    def write(store: RunDir) -> None:
+    def write(store: RunDir, state: str) -> None:
+        assert state == "running"
         written.append(now[0])
         now[0] += 2.0  # so long does it take
 
@@ -130,7 +133,7 @@ def test_it_is_refreshed_with_every_level_and_now_and_then(tmp_path: Path, monke
 
 
 def test_whoever_listened_still_hears_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "write_report", lambda store: None)
+    monkeypatch.setattr(live, "write_report", lambda store, state: None)
     heard: list[tuple[str, tuple[object, ...]]] = []
 
     class Ear:
@@ -151,6 +154,41 @@ def test_whoever_listened_still_hears_everything(tmp_path: Path, monkeypatch: py
     assert heard == list(told.items())
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt, UserError])
+def test_whoever_ends_a_search_the_report_says_that_it_stopped(tmp_path: Path, end: type[BaseException]) -> None:
+    """From its start on it says that the search runs, in an object store as well."""
+    memory = fsspec.filesystem("memory")
+    for place in (str(tmp_path / "run"), "memory://reports/run"):
+        plan, store = plan_of(), RunDir(place)
+        try:
+            with pytest.raises(end), open_run(store, plan.recipe.spec), reporting(Silent(), store):
+                assert Figures.model_validate_json(text_of(store, FIGURES)).state == "running"
+                raise end("no more")
+            assert Figures.model_validate_json(text_of(store, FIGURES)).state == "stopped"
+            assert "http-equiv" not in text_of(store, PAGE)
+        finally:
+            if place.startswith("memory") and memory.exists("/reports"):
+                memory.rm("/reports", recursive=True)
+
+
+def test_a_report_that_cannot_be_written_ends_no_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    run_of(tmp_path, 3)
+    monkeypatch.setattr(live, "page", lambda *_: 1 / 0)
+    write_report(RunDir(tmp_path, notes.append), "running")
+    assert notes == ["the report cannot be written: division by zero"]
+
+
+def test_a_run_that_was_fetched_is_shown_without_what_it_lacks(finished: RunDir, tmp_path: Path) -> None:
+    for name in finished.results():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(finished.storage.read(name))
+    figures = gather(RunDir(tmp_path))
+    assert figures.densities == {}
+    assert figures.result == gather(finished).result
+    assert "Density by layer" not in {section.title for section in report(figures)}
+
+
 # --- what is in it ---------------------------------------------------------------------------------------------------
 
 
@@ -158,8 +196,7 @@ def test_whoever_listened_still_hears_everything(tmp_path: Path, monkeypatch: py
 def test_a_search_is_reported_as_far_as_it_is(tmp_path: Path, lives: int) -> None:
     """And a page that runs is read again by the browser."""
     store = run_of(tmp_path, lives)
-    with store.storage.held():
-        write_report(store)
+    write_report(store, "running")
     figures = Figures.model_validate_json(text_of(store, FIGURES))
     assert figures.state == "running"
     html = text_of(store, PAGE)
@@ -185,7 +222,6 @@ def test_failures_are_counted_and_told(finished: RunDir) -> None:
     table = early.more["All early evaluations"]
     assert isinstance(table, Table)
     assert sum(row[-1] == "it broke" for row in table.rows) == 2
-    assert "3 of 4, 1 failed" not in text_of(finished, PAGE)
     assert "4 of 4, 1 failed" in text_of(finished, PAGE)
 
 
@@ -220,6 +256,65 @@ def test_the_tree_has_an_edge_a_fine_tuned_mask_and_the_selected_path_is_bold(tr
     assert sum(edge["line"]["width"] == 4 for edge in edges) == len(figures.levels)
 
 
+def test_the_path_of_an_unfinished_tree_goes_from_parent_to_parent(tree: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(tree.uri, tmp_path / "copy")
+    (tmp_path / "copy" / RESULT).unlink()
+    figures = gather(RunDir(tmp_path / "copy"))
+    above = [level.winner.candidate.parent for level in figures.path]
+    for level, parent in zip(figures.path, above[1:], strict=False):
+        assert level == figures.levels[level.level - 1].settled[branch(parent)]
+    assert list(figures.densities) == ["selected", "control (IMP)"]
+
+
+def test_a_level_that_somebody_deleted_is_no_mishap(tree: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(tree.uri, tmp_path / "copy")
+    for path in [tmp_path / "copy" / RESULT, *(tmp_path / "copy" / "branch-2").rglob("level.json")]:
+        path.unlink()
+    figures = gather(RunDir(tmp_path / "copy"))
+    assert plots.tree(figures)["data"]
+    assert report(figures)
+
+
+def test_intervals_on_report_stand_at_no_figures_on_select(finished: RunDir, tmp_path: Path) -> None:
+    whole, part = gather(finished), gather(run_of(tmp_path, 7))
+    for runs, there in (({"": whole}, True), ({"a": whole, "b": part}, False)):
+        traces = plots.metric_by_sparsity(runs)["data"]
+        assert all(bool(trace["error_y"]) == there for trace in traces)
+
+
+def test_a_side_without_levels_has_no_line(finished: RunDir) -> None:
+    figures = gather(finished)
+    alone = [stand.model_copy(update={"settled": {"": stand.settled[""]}}) for stand in figures.levels]
+    [trace] = plots.metric_by_sparsity({"": figures.model_copy(update={"levels": tuple(alone)})})["data"]
+    assert trace["name"] == "selected"
+
+
+def test_repeats_are_counted_in_the_budget_and_beyond_what_was_planned(finished: RunDir) -> None:
+    figures = gather(finished)
+    first = figures.levels[0]
+    again = tuple(found.model_copy(update={"order": order}) for order in (0, 1, 2) for found in first.evaluations)
+    stand = first.model_copy(update={"evaluations": again})
+    assert sections.progress(first) == "4 of 4, 1 failed"
+    assert sections.progress(stand) == "12, 3 failed"
+    recipe = plan_of().recipe
+    assert spent(recipe, [stand], [])["early evaluation"] == 3 * spent(recipe, [first], [])["early evaluation"] == 9.0
+
+
+def test_how_to_repeat_it_can_be_typed(finished: RunDir) -> None:
+    figures = gather(finished)
+    start = {"versions": {"python": "3.12", "torch": "2.9", "ray": ""}, "machine": "m", "in_process": False}
+
+    def told(run: str, **start_: object) -> str:
+        starts = (start | {"address": None} | start_,)
+        return sections.again(figures.model_copy(update={"run": run, "starts": starts})).lines[0]
+
+    assert told("a b") == "raymask search 'a b/spec.yaml' --run another"
+    assert told("a", in_process=True) == "raymask search a/spec.yaml --run another --in-process"
+    remote = "raymask search spec.yaml --run another --address auto, with s3://x/spec.yaml as spec.yaml"
+    assert told("s3://x", address="auto") == remote
+    assert "ray==" not in sections.again(figures.model_copy(update={"starts": (start | {"address": None},)})).lines[1]
+
+
 def test_densities_stand_by_kind_and_layer() -> None:
     shares = {f"bert.encoder.layer.{layer}.{kind}.weight": 0.1 * layer for layer in range(3) for kind in ("q", "k.x")}
     [trace] = plots.densities(shares | {"head.weight": 0.7})["data"]
@@ -234,9 +329,9 @@ def test_budgets_are_compared_in_epochs(finished: RunDir) -> None:
     def said(figures: Figures) -> str:
         return next(section.lines[0] for section in report(figures) if section.title == "Budget")
 
-    assert said(figures).endswith("Its baseline trains 30; `imp.epochs: 14` gives it as many.")
-    equal = figures.epochs | {"baseline (IMP)": 28.0}
-    assert said(figures.model_copy(update={"epochs": equal})).endswith("So does its baseline: equal budgets.")
+    assert said(figures).endswith("Its baseline trains 30; `imp.epochs: 13` gives it as many.")
+    equal = figures.spent | {"baseline (IMP)": 26.0}  # what failed is not counted
+    assert said(figures.model_copy(update={"spent": equal})).endswith("So does its baseline: equal budgets.")
 
 
 def test_only_keys_that_differ_are_told() -> None:

@@ -120,7 +120,8 @@ def test_one_that_is_no_run_and_a_page_that_cannot_be_written_are_refused(tmp_pa
     stop_after(0, tmp_path / "one")
     runs = [str(tmp_path / "one"), str(tmp_path / "none")]
     assert "none: is not a run directory" in refused(show_comparison, Console(), runs, None)
-    assert "one is named twice" in refused(show_comparison, Console(), runs[:1] * 2, None)
+    for again in (runs[0], f"{runs[0]}/"):
+        assert "one is named twice" in refused(show_comparison, Console(), [runs[0], again], None)
     said = refused(show_comparison, Console(file=io.StringIO()), runs[:1], tmp_path / "no" / "page.html")
     assert said == f"--html: {tmp_path}/no/page.html cannot be written: No such file or directory"
 

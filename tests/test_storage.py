@@ -163,6 +163,14 @@ def test_more_than_one_part_of_an_upload_comes_back(place: Place) -> None:
         assert path.read_bytes() == data
 
 
+def test_nothing_is_left_of_a_folder_that_was_there_before(place: Place) -> None:
+    there = place.open()
+    for name in ("old", "new"):
+        with there.writing_folder("export") as path:
+            (path / name).write_bytes(b"1")
+    assert place.files() == {"export/new": b"1"}
+
+
 def test_a_folder_appears_with_all_its_files(place: Place) -> None:
     there, before = place.open(), list[str]()
     for data in (b"1", b"2"):

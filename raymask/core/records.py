@@ -210,6 +210,10 @@ class Level(Record):
         return 1 - self.kept / self.total if self.total else 0.0
 
 
+SELECTED, CONTROL = "selected", "control (IMP)"
+"""What a search's model and its baseline's are called."""
+
+
 class Row(Record):
     """One model of the final table: metrics on `report` with their intervals, sparsity in [0, 1] in three
     denominators."""

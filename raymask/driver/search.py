@@ -25,6 +25,8 @@ from raymask.core.recipe import (
     warm_stage,
 )
 from raymask.core.records import (
+    CONTROL,
+    SELECTED,
     Candidate,
     Checkpoint,
     Evaluate,
@@ -45,7 +47,7 @@ from raymask.core.spec import Spec
 from raymask.core.stats import bootstrap, chances, paired_gain
 from raymask.core.tensors import Packed
 from raymask.export.hf import export
-from raymask.report.live import Reporter, write_report
+from raymask.report.live import reporting, write_report
 from raymask.report.timeline import by_purpose, worked
 from raymask.store import DENSE, IMP, MODEL, SEARCH, RunDir, branch, branches, check_run, open_run
 from raymask.train.data import Corpus
@@ -82,8 +84,9 @@ def search(
     with seams(plan.job, watch, address, in_process) as (evaluate, fine_tune, watch), open_run(store, spec):
         store.note_start(threads=spec.workers.threads, address=address, in_process=in_process)
         started = time.monotonic()
-        prune(plan, store, evaluate, fine_tune, Reporter(watch, store))
-        return conclude(plan, store, time.monotonic() - started)
+        with reporting(watch, store) as watch:
+            prune(plan, store, evaluate, fine_tune, watch)
+            return conclude(plan, store, time.monotonic() - started)
 
 
 def prepare(spec: Spec) -> Plan:
@@ -394,8 +397,8 @@ def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
     others = tuple(tree.values())
     imp = tuple(store.read_level(IMP, level) for level in range(1, last + 1)) if runs_imp(recipe.spec) else ()
     dense = store.read_level(DENSE, 0)
-    baseline = [("control (IMP)", IMP, imp[-1])] if imp else []
-    rows, gain = compare(plan, store, [("dense", DENSE, dense), *baseline, ("selected", chosen[-1], levels[-1])])
+    baseline = [(CONTROL, IMP, imp[-1])] if imp else []
+    rows, gain = compare(plan, store, [("dense", DENSE, dense), *baseline, (SELECTED, chosen[-1], levels[-1])])
     timeline = worked(store.finished(), [found for level in range(1, last + 1) for found in store.evaluations(level)])
     result = Result(
         run=store.uri,
@@ -416,7 +419,7 @@ def conclude(plan: Plan, store: RunDir, wall: float) -> Result:
     )
     files = export(store, plan.source, result, chosen[-1], recipe.spec.model.trust_remote_code)
     done = result.model_copy(update={"files": files})
-    write_report(store, done)
+    write_report(store, "finished", done)
     store.write_result(done)  # last: it exists, so all is done
     return done
 
@@ -459,4 +462,4 @@ def name(work: Work) -> str:
     candidate = work.winner.candidate
     if candidate.level == 0:
         return "dense" if work.lineage == DENSE else "dense distillation"
-    return "control (IMP)" if work.lineage == IMP else f"selected ({candidate.name})"
+    return CONTROL if work.lineage == IMP else f"selected ({candidate.name})"

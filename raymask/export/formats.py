@@ -14,7 +14,7 @@ from raymask.export.masks import write_masks
 from raymask.export.onnx import write_onnx
 from raymask.export.selected import read_selected
 from raymask.export.sparse import write_sparse
-from raymask.storage import Folder, Storage
+from raymask.storage import Folder, Storage, counts
 from raymask.store import RunDir
 from raymask.version import __version__
 
@@ -64,6 +64,8 @@ def outside(out: str | Path) -> tuple[Storage, str]:
     if "://" in str(out):
         raise UserError("--out: takes a local folder, no URI. Without --out it goes where the run is")
     path = Path(out).expanduser().absolute()
+    if not counts(path.name):  # what is in it would go unseen
+        raise UserError(f"--out: {path.name} is a name that raymask keeps to itself: choose another")
     return Folder(path.parent, "--out"), path.name
 
 

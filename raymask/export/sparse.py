@@ -157,7 +157,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path}: is damaged ({first_line(error)}); write it again with `raymask export`") from None
     if head.get("format") != FORMAT:
         raise UserError(f"{path}: is not what this version of raymask writes; write it again with `raymask export`")
-    if digest(tensors, head) != head["sha256"]:
+    if digest(tensors, head) != head.get("sha256"):
         raise UserError(f"{path}: is damaged (its hash differs); write it again with `raymask export`")
     shapes: dict[str, list[int]] = json.loads(head["shapes"])
     return tensors_of(tensors, shapes), head

@@ -10,14 +10,14 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from raymask.core.recipe import climbs_of, epochs, resolve
-from raymask.core.records import Evaluation, Level, Piece, Record, Result
+from raymask.core.recipe import Recipe, climbs_of, epochs, finetune_stage, resolve, warm_stage
+from raymask.core.records import CONTROL, SELECTED, Evaluation, Level, Piece, Record, Result
+from raymask.core.rungs import share
 from raymask.core.spec import Spec
 from raymask.report.timeline import worked
-from raymask.store import DENSE, IMP, MASK, RunDir, branch
+from raymask.store import DENSE, IMP, MASK, SEARCH, RunDir, branch
 
-SELECTED, CONTROL = "selected", "control (IMP)"
-"""What a search's masks and its baseline's are called."""
+State = Literal["running", "stopped", "finished"]
 
 
 class Stand(Record):
@@ -39,26 +39,25 @@ class Stand(Record):
 class Figures(Record):
     """A run, as far as it is. `written`: Unix time, seconds. `starts`: versions and machine of every start.
 
-    `densities`: the share of each matrix that is kept, by name, at the last finished level of the search and of its
-    baseline. `epochs`: by purpose, of the whole search. `timeline`: all finished work. `result`: once there is one.
+    `path`: the levels that lead to the selected mask, of an unfinished search to that of its first branch. `densities`:
+    the share of each matrix that is kept, by name, at the last finished level of the search and of its baseline.
+    `planned` and `spent`: epochs by purpose, of the whole search and so far. `timeline`: all finished work. `result`:
+    once there is one.
     """
 
     run: str
-    state: Literal["running", "stopped", "finished"]
+    state: State
     written: float
     spec: Spec
     starts: tuple[dict[str, Any], ...]
     dense: Level | None
     levels: tuple[Stand, ...]
+    path: tuple[Level, ...]
     densities: dict[str, dict[str, float]]
-    epochs: dict[str, float]
+    planned: dict[str, float]
+    spent: dict[str, float]
     timeline: tuple[Piece, ...]
     result: Result | None
-
-    @property
-    def path(self) -> tuple[Level, ...]:
-        """The levels that lead to the selected mask; of an unfinished search, those of its first branch."""
-        return self.result.levels if self.result else self.lineage(branch(1))
 
     @property
     def imp(self) -> tuple[Level, ...]:
@@ -68,8 +67,11 @@ class Figures(Record):
         return tuple(stand.settled[name] for stand in self.levels if name in stand.settled)
 
 
-def gather(store: RunDir, result: Result | None = None) -> Figures:
-    """A run's figures, with the result that is there or is about to be. Raises UserError when it is no run."""
+def gather(store: RunDir, state: State | None = None, result: Result | None = None) -> Figures:
+    """A run's figures; its driver knows the `state`, and the result that is about to be written.
+
+    Raises UserError when it is no run.
+    """
     spec = store.read_spec()
     recipe = resolve(spec)
     result = result or store.read_result()
@@ -84,32 +86,70 @@ def gather(store: RunDir, result: Result | None = None) -> Figures:
         )
         for level, density in enumerate(recipe.densities, 1)
     )
+    path = path_of(stands, result)
     return Figures(
         run=store.uri,
-        state="finished" if result else "running" if store.storage.busy() else "stopped",
+        state=state or ("finished" if result else "running" if store.storage.busy() else "stopped"),
         written=time.time(),
         spec=spec,
         starts=tuple(store.starts()),
         dense=dict(finished).get(DENSE),
         levels=stands,
-        densities=densities(store, finished, result),
-        epochs=epochs(recipe),
+        path=tuple(stands[level - 1].settled[lineage] for lineage, level in path),
+        densities=densities(store, stands, path),
+        planned=epochs(recipe),
+        spent=spent(recipe, stands, finished),
         timeline=worked(finished, [found for stand in stands for found in stand.evaluations]),
         result=result,
     )
 
 
-def densities(
-    store: RunDir, finished: Sequence[tuple[str, Level]], result: Result | None
-) -> dict[str, dict[str, float]]:
-    """The share of each matrix that is kept, at the last level of either side."""
-    last = {}
+def path_of(stands: Sequence[Stand], result: Result | None) -> list[tuple[str, int]]:
+    """Lineage and level of each step to the selected mask, or to the last one of the first branch."""
+    ends = [
+        (lineage, stand.level)
+        for stand in stands
+        for lineage, record in stand.settled.items()
+        if (lineage != IMP and record == result.levels[-1] if result else lineage == SEARCH)
+    ]
+    found = ends[-1:]
+    while found and found[0][1] > 1:
+        lineage, level = found[0]
+        above = branch(stands[level - 1].settled[lineage].winner.candidate.parent)
+        if above not in stands[level - 2].settled:
+            break  # somebody has deleted it
+        found.insert(0, (above, level - 1))
+    return found
+
+
+def densities(store: RunDir, stands: Sequence[Stand], path: Sequence[tuple[str, int]]) -> dict[str, dict[str, float]]:
+    """The share of each matrix that is kept, at the last level of either side; a run that was fetched has no masks."""
+    ends = {SELECTED: path[-1:], CONTROL: [(IMP, stand.level) for stand in stands if IMP in stand.settled][-1:]}
+    return {
+        name: kept_shares(store.read_tensors(*place, MASK))
+        for name, places in ends.items()
+        for place in places
+        if store.has_tensors(*place, MASK)
+    }
+
+
+def spent(recipe: Recipe, stands: Sequence[Stand], finished: Sequence[tuple[str, Level]]) -> dict[str, float]:
+    """Epochs by purpose of all that is finished."""
+    probe, found = recipe.spec.probe, dict.fromkeys(epochs(recipe), 0.0)
+    for stand in stands:
+        for one in stand.evaluations:
+            if one.ok:
+                found["early evaluation"] += probe.epochs * share(probe.rungs, one.rung, one.order)
+    warm = warm_stage(recipe.spec)
     for lineage, record in finished:
-        if lineage == IMP:
-            last[CONTROL] = lineage, record.level
-        elif record.level and (result is None or record == result.levels[-1]):
-            last[SELECTED] = lineage, record.level
-    return {name: kept_shares(store.read_tensors(*place, MASK)) for name, place in last.items()}
+        if lineage == DENSE:
+            found["dense"] += recipe.spec.dense.epochs
+        elif record.level == 0:
+            found["dense"] += warm.epochs if warm else 0.0
+        else:
+            purpose = "baseline (IMP)" if lineage == IMP else "fine-tuning"
+            found[purpose] += finetune_stage(recipe, record.level, imp=lineage == IMP).epochs
+    return found
 
 
 def kept_shares(tensors: Mapping[str, Tensor]) -> dict[str, float]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import pyarrow as pa
 
+from raymask.core.errors import first_line
 from raymask.core.records import Evaluation, Level, Result, Watch
-from raymask.report.figures import Figures, gather
+from raymask.report.figures import Figures, State, gather
 from raymask.report.page import page
 from raymask.report.sections import report
 from raymask.store import RunDir
@@ -75,17 +77,32 @@ class Reporter:
 
     def write(self) -> None:
         began = time.monotonic()
-        write_report(self.store)
+        write_report(self.store, "running")
         ended = time.monotonic()
         self.due = ended + max(LEAST, SHARE * (ended - began))
 
 
-def write_report(store: RunDir, result: Result | None = None) -> None:
+@contextmanager
+def reporting(watch: Watch, store: RunDir) -> Iterator[Watch]:
+    """A Watch that keeps the run's report up to date; whoever ends the block early, the report says that it stopped."""
+    reporter = Reporter(watch, store)
+    reporter.write()
+    try:
+        yield reporter
+    except BaseException:
+        write_report(store, "stopped")
+        raise
+
+
+def write_report(store: RunDir, state: State, result: Result | None = None) -> None:
     """The page, its figures, and the table of early evaluations, with the result that is about to be written."""
-    figures = gather(store, result)
-    title = f"{figures.spec.model.name} on {figures.spec.task.name or figures.spec.task.train}"
-    html = page(title, report(figures), figures.state, figures.written)
-    store.write_report(html, figures.model_dump_json(indent=1), table(figures))
+    try:
+        figures = gather(store, state, result)
+        title = f"{figures.spec.model.name} on {figures.spec.task.name or figures.spec.task.train}"
+        html = page(title, report(figures), figures.state, figures.written)
+        store.write_report(html, figures.model_dump_json(indent=1), table(figures))
+    except Exception as error:  # noqa: BLE001 - no page is worth a search
+        store.note(f"the report cannot be written: {first_line(error)}")
 
 
 def table(figures: Figures) -> pa.Table:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from raymask.core.records import Evaluation, Purpose
-from raymask.report.figures import CONTROL, SELECTED, Figures, Stand
+from raymask.core.records import CONTROL, SELECTED, Evaluation, Purpose
+from raymask.report.figures import Figures, Stand
 from raymask.report.words import on_select, percent
 from raymask.store import IMP, branch
 
@@ -33,17 +33,19 @@ def metric_by_sparsity(runs: Mapping[str, Figures]) -> Plot:
     for color, (name, figures) in zip(colors(len(runs)), runs.items(), strict=True):
         if figures.dense is None:
             continue
-        title = next(iter(figures.dense.report)) if ended else on_select(figures.dense)[0]
+        title = title or (next(iter(figures.dense.report)) if ended else on_select(figures.dense)[0])
         ticks |= {1 / (1 - stand.sparsity): percent(stand.sparsity) for stand in figures.levels}
         alone = len(runs) == 1
         for side, levels in ((SELECTED, figures.path), (CONTROL, figures.imp)):
+            if not levels:
+                continue
             shown = [figures.dense, *levels]
             traces.append(
                 {
                     "name": side if alone else f"{name}: {side}",
                     "x": [1 / level.density for level in shown],
-                    "y": [level.report[title] if ended else on_select(level)[1] for level in shown],
-                    "error_y": whiskers(figures, side, title, len(shown)),
+                    "y": [next(iter(level.report.values())) if ended else on_select(level)[1] for level in shown],
+                    "error_y": whiskers(figures, side, len(shown)) if ended else {},
                     "mode": "lines+markers",
                     "line": {
                         "color": (BLUE if side == SELECTED else ORANGE) if alone else color,
@@ -54,7 +56,7 @@ def metric_by_sparsity(runs: Mapping[str, Figures]) -> Plot:
                 }
             )
     return {
-        "data": traces if any(figures.path for figures in runs.values()) else [],
+        "data": traces,
         "layout": {
             "xaxis": {
                 "type": "log",
@@ -72,13 +74,13 @@ def colors(count: int) -> list[str]:
     return [CYCLE[index % len(CYCLE)] for index in range(count)]
 
 
-def whiskers(figures: Figures, side: str, metric: str, points: int) -> Plot:
-    """The interval of a line's last point, of dense's too where it is the first."""
+def whiskers(figures: Figures, side: str, points: int) -> Plot:
+    """The first metric's intervals at a line's ends, the dense model and the last level of a side."""
     rows = {row.name: row for row in figures.result.rows} if figures.result else {}
     above, below = [0.0] * points, [0.0] * points
     for place, name in ((0, "dense"), (-1, side)):
-        if name in rows and metric in rows[name].intervals:
-            found = rows[name].intervals[metric]
+        if name in rows:
+            found = next(iter(rows[name].intervals.values()))
             above[place], below[place] = found.high - found.mean, found.mean - found.low
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1}
 
@@ -237,7 +239,7 @@ def tree(figures: Figures) -> Plot:
             above = name if name == IMP else branch(record.winner.candidate.parent)
             bold = record in figures.path
             color = ORANGE if name == IMP else BLUE if bold else GREY
-            start = rows[above] if stand.level > 1 else 0
+            start = rows.get(above, 0) if stand.level > 1 else 0
             traces.append(
                 {
                     "x": [stand.level - 1, stand.level],
@@ -286,7 +288,7 @@ def workers(figures: Figures) -> Plot:
                     "hovertemplate": "%{text}, %{x:.1f} s",
                 }
             )
-    failed = [found for stand in figures.levels for found in stand.evaluations if not found.ok and found.worker]
+    failed = [found for stand in figures.levels for found in stand.evaluations if not found.ok and found.started]
     if failed:
         traces.append(
             {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
 
-from raymask.core.records import Evaluation, Interval, Level, Row
+from raymask.core.records import CONTROL, SELECTED, Evaluation, Interval, Level, Row
 from raymask.core.spec import Spec
 from raymask.report import plots
 from raymask.report.figures import Figures, Stand
@@ -42,7 +43,7 @@ class Section:
 
 
 def report(figures: Figures) -> list[Section]:
-    """A run's sections; those that have nothing to say yet are left out."""
+    """A run's sections; those that have nothing to say yet are left out, and so are plots."""
     sections = [
         found(figures),
         asked(figures),
@@ -54,7 +55,8 @@ def report(figures: Figures) -> list[Section]:
         budget(figures),
         again(figures),
     ]
-    return [section for section in sections if section.lines or section.table or section.more]
+    said = [section for section in sections if section.lines or section.table or section.more]
+    return [replace(section, plots=[shown for shown in section.plots if shown[1]["data"]]) for section in said]
 
 
 def comparison(runs: Mapping[str, Figures]) -> list[Section]:
@@ -66,8 +68,8 @@ def comparison(runs: Mapping[str, Figures]) -> list[Section]:
             "task",
             "sparsity",
             "dense",
-            "control (IMP)",
-            "selected",
+            CONTROL,
+            SELECTED,
             "gain over control",
             "epochs",
             "took",
@@ -100,17 +102,17 @@ def comparison(runs: Mapping[str, Figures]) -> list[Section]:
 def side_by_side(name: str, figures: Figures) -> list[str]:
     """A run's row among others."""
     result = figures.result
-    spent = duration(sum(piece.seconds for piece in figures.timeline))
+    took = duration(sum(piece.seconds for piece in figures.timeline))
     about = [name, figures.spec.model.name, figures.spec.task.name or str(figures.spec.task.train)]
     sparsity = percent(figures.path[-1].sparsity) if figures.path else ""
-    effort = [f"{sum(figures.epochs.values()):g}", spent]
+    effort = [f"{sum(figures.spent.values()):g}", took]
     if result is None:
         return [*about, sparsity, figures.state, "", "", "", *effort]
     cells = {row.name: measured(row, next(iter(row.report))) for row in result.rows}
     return [
         *about,
         sparsity,
-        *(cells.get(row, "") for row in ("dense", "control (IMP)", "selected")),
+        *(cells.get(row, "") for row in ("dense", CONTROL, SELECTED)),
         gained(result.gain),
         *effort,
     ]
@@ -201,7 +203,9 @@ def asked(figures: Figures) -> Section:
 
 def levels(figures: Figures) -> Section:
     """Metric against sparsity, and how every level went."""
-    heads = ["level", "sparsity", "done", "winner", "distance", "early gain over control", "is best", "selected"]
+    metrics = ", ".join(figures.result.metrics) if figures.result else "metric"
+    heads = ["level", "sparsity", "done", "winner", "distance", "early gain over control", "is best"]
+    heads += [f"{SELECTED}: {metrics}", CONTROL]
     controls = {level.level: level for level in figures.imp}
     chosen = {level.level: level for level in figures.path}
     rows = [
@@ -221,13 +225,14 @@ def levels(figures: Figures) -> Section:
     split = "report" if figures.result else "select"
     plot = ("Metric by sparsity", plots.metric_by_sparsity({"": figures}))
     lines = [f"Metrics are those of `{split}` after fine-tuning."]
-    return Section("Level by level", lines, Table([*heads, "control (IMP)"], rows), [plot])
+    return Section("Level by level", lines, Table(heads, rows), [plot])
 
 
 def progress(stand: Stand) -> str:
     """How many of a level's early evaluations there are, and how many failed."""
-    failed = sum(not found.ok for found in stand.evaluations)
-    return f"{len(stand.evaluations)} of {stand.climbs}" + (f", {failed} failed" if failed else "")
+    done, failed = len(stand.evaluations), sum(not found.ok for found in stand.evaluations)
+    of = f" of {stand.climbs}" if done <= stand.climbs else ""  # repeats, and guesses that came to nothing, are on top
+    return f"{done}{of}" + (f", {failed} failed" if failed else "")
 
 
 def won(level: Level) -> list[str]:
@@ -265,9 +270,7 @@ def early(figures: Figures) -> Section:
     rows = [candidate_row(found, stand) for stand in stands for found in ordered(stand)]
     failures = sum(not found.ok for stand in stands for found in stand.evaluations)
     lines = [f"{failures} evaluations failed: the table below says why."] if failures else []
-    lines.insert(
-        0, "All masks of a level train for a short while, from the same parent and on the same rows in the same order."
-    )
+    lines.insert(0, "All masks of one parent train for a short while, on the same rows in the same order.")
     return Section("Early evaluation", lines, plots=shown, more={"All early evaluations": Table(heads, rows)})
 
 
@@ -302,10 +305,12 @@ def layers(figures: Figures) -> Section:
     shown = [(name, plots.densities(shares)) for name, shares in figures.densities.items()]
     if len({tuple(shares.items()) for shares in figures.densities.values()}) == 1:
         shown = [("All masks", shown[0][1])]
-    shares = next(iter(figures.densities.values()))
+    whose, shares = next(iter(figures.densities.items()))
     top = max(shares.values()) or 1.0
     width = max(map(len, shares))
     drawn = [f"{name:{width}} {percent(share):>7} {'█' * round(BAR * share / top)}" for name, share in shares.items()]
+    if len(shown) > 1:
+        drawn.insert(0, f"{whose}:")
     return Section(
         title, ["The share of each matrix that is kept at the last finished level."], plots=shown, drawn=drawn
     )
@@ -332,23 +337,22 @@ def workers(figures: Figures) -> Section:
 
 def budget(figures: Figures) -> Section:
     """What it cost, beside the baseline."""
-    spent = by_purpose(figures.timeline)
+    spent = figures.spent if figures.result else figures.planned
     rows = [
-        [purpose, f"{figures.epochs[purpose]:g}", duration(seconds)]
-        for purpose, seconds in spent.items()
-        if figures.epochs[purpose]
+        [purpose, f"{figures.planned[purpose]:g}", f"{figures.spent[purpose]:g}", duration(seconds)]
+        for purpose, seconds in by_purpose(figures.timeline).items()
+        if figures.planned[purpose]
     ]
-    search = figures.epochs["early evaluation"] + figures.epochs["fine-tuning"]
-    imp = figures.epochs["baseline (IMP)"]
+    search, imp = spent["early evaluation"] + spent["fine-tuning"], spent["baseline (IMP)"]
     lines = [f"The search trains {search:g} epochs behind the dense model."]
     if imp and round(imp, 6) == round(search, 6):
         lines[0] += " So does its baseline: equal budgets."
     elif imp:
-        level = search / len(figures.levels)
+        level = round(search / len(figures.levels), 3)
         lines[0] += f" Its baseline trains {imp:g}; `imp.epochs: {level:g}` gives it as many."
     if figures.result:
         lines.append(f"The last start took {duration(figures.result.seconds['wall'])} by the clock.")
-    return Section("Budget", lines, Table(["", "epochs", "workers' time so far"], rows))
+    return Section("Budget", lines, Table(["", "epochs planned", "done", "workers' time"], rows))
 
 
 def again(figures: Figures) -> Section:
@@ -356,9 +360,12 @@ def again(figures: Figures) -> Section:
     if not figures.starts:
         return Section("To repeat it")
     last = figures.starts[-1]
-    pins = " ".join(f"{name}=={version}" for name, version in last["versions"].items() if name != "python")
+    pins = " ".join(f"{name}=={version}" for name, version in last["versions"].items() if version and name != "python")
+    spec = f"{figures.run}/spec.yaml"
+    how = " --in-process" if last["in_process"] else f" --address {last['address']}" if last["address"] else ""
+    command = f"raymask search {'spec.yaml' if '://' in spec else shlex.quote(spec)} --run another{how}"
     lines = [
-        f"raymask search {figures.run}/spec.yaml --run another",
+        f"{command}, with {spec} as spec.yaml" if "://" in spec else command,
         f"Versions: Python {last['versions']['python']}, {pins}.",
         f"Machine of the last of {len(figures.starts)} starts: {last['machine']}.",
     ]

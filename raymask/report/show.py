@@ -45,10 +45,11 @@ def show_comparison(console: Console, runs: Sequence[str], html: Path | None) ->
 
 def short_names(runs: Sequence[str]) -> list[str]:
     """The runs without what all their places begin with. Raises UserError when one of them comes twice."""
-    twice = {run for run in runs if runs.count(run) > 1}
+    places = [run.rstrip("/").removeprefix("./") for run in runs]
+    twice = {place for place in places if places.count(place) > 1}
     if twice:
         raise UserError(f"{min(twice)} is named twice")
-    parts = [run.rstrip("/").split("/") for run in runs]
+    parts = [place.split("/") for place in places]
     same = 0
     while all(len(whole) > same + 1 for whole in parts) and len({whole[same] for whole in parts}) == 1:
         same += 1

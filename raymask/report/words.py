@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from raymask.core.records import Evaluation, Interval, Level, Result
+from raymask.core.records import CONTROL, Evaluation, Interval, Level, Result
 from raymask.store import IMP
 
 
@@ -69,13 +69,7 @@ def on_select(level: Level) -> tuple[str, float]:
 
 def settled_line(lineage: str, level: Level) -> str:
     """One finished level."""
-    who = (
-        "dense"
-        if level.level == 0
-        else "control (IMP)"
-        if lineage == IMP
-        else f"selected ({level.winner.candidate.name})"
-    )
+    who = "dense" if level.level == 0 else CONTROL if lineage == IMP else f"selected ({level.winner.candidate.name})"
     kept, (named, value) = level.finetuned.kept, on_select(level)
     gain = ""
     if level.gain:
