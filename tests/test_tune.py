@@ -253,6 +253,7 @@ def test_a_pool_inside_a_placement_group_sees_its_bundles_only(two_cpus: None) -
     assert node["CPU"] == CPUS
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.long
 def test_two_trials_side_by_side_report_their_levels(two_cpus: None, tmp_path: Path) -> None:
@@ -284,6 +285,7 @@ def test_two_trials_side_by_side_report_their_levels(two_cpus: None, tmp_path: P
     no_workers_left()
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.long
 def test_asha_stops_a_trial_between_levels_and_its_workers_are_gone(two_cpus: None, tmp_path: Path) -> None:

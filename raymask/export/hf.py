@@ -11,7 +11,7 @@ from torch import nn
 from raymask.core.errors import UserError
 from raymask.core.masks import pack_bits
 from raymask.core.records import Result
-from raymask.export.selected import Selected, load_exported, sizes
+from raymask.export.selected import CARD, Selected, load_exported, sizes
 from raymask.report.card import model_card
 from raymask.store import EXPORT, MASK, MODEL, RunDir, flat_bits, sha256, write_tensors
 from raymask.train.model import Source, build, persistent, quiet
@@ -28,7 +28,7 @@ def export(store: RunDir, source: Source, result: Result, lineage: str, trust_re
         save_module(module, folder)
         source.tokenizer.save_pretrained(folder)
         write_tensors(folder / MASK, mask)
-        (folder / "README.md").write_text(model_card(result), encoding="utf-8")
+        (folder / CARD).write_text(model_card(result), encoding="utf-8")
         return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
@@ -45,7 +45,7 @@ def write_hf(selected: Selected, folder: Path) -> list[str]:
     """The checkpoint again, wherever it is wanted; loaded by transformers, it has the same tensors."""
     save_module(selected.module, folder)
     write_tensors(folder / MASK, flat_bits(pack_bits(selected.mask)))
-    selected.write_files(folder)
+    selected.write_files(folder, card=True)
     again, whole = persistent(load_exported(folder, selected.spec, selected.result.kind)), selected.tensors()
     if again.keys() != whole.keys() or not all(torch.equal(again[name], whole[name]) for name in whole):
         raise UserError(f"{folder}: transformers does not read there what was written")

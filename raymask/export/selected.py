@@ -18,14 +18,16 @@ from raymask.core.spec import Spec
 from raymask.store import EXPORT, MASK, RunDir, packed_bits, sha256
 from raymask.train.model import DTYPES, auto_class, persistent, quiet, vocabulary
 
+CARD = "README.md"
+
 
 @dataclass(frozen=True)
 class Selected:
     """The selected model of a finished search.
 
     `module`: on the CPU, in eval mode, in the spec's dtype, exactly zero where `mask` is False. `mask`: by parameter
-    name, the way round in which the module keeps its weights. `files`: configuration, tokenizer and model card as they
-    are in the export, by name.
+    name, the way round in which the module keeps its weights. `files`: configuration and tokenizer as they are in the
+    export, by name, and its model card.
     """
 
     result: Result
@@ -35,9 +37,11 @@ class Selected:
     mask: Mask
     files: dict[str, bytes]
 
-    def write_files(self, folder: Path) -> None:
-        """Configuration, tokenizer and model card."""
+    def write_files(self, folder: Path, *, card: bool = False) -> None:
+        """Configuration and tokenizer; with the `card` of a checkpoint that transformers loads."""
         for name, content in self.files.items():
+            if name == CARD and not card:
+                continue
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
 

@@ -161,8 +161,11 @@ def found(figures: Figures) -> Section:
         for row in result.rows
     ]
     heads = ["", *result.metrics, *(f"left of {name}" for name in ("prunable", blocks(result.kind), "whole model"))]
+    first = result.metrics[0]
+    dense, selected = (row.report[first] for row in (result.rows[0], result.rows[-1]))
     lines = [
         verdict(result),
+        f"Against dense, {first}: {dense:.4f} before, {selected:.4f} after, {selected - dense:+.4f}.",
         "Metrics are those of the `report` split, which no choice saw, with 95 % intervals over its rows.",
         f"Mask digest {result.levels[-1].digest}. The sparse model, ready to load, is in {result.export}.",
     ]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from raymask.core.records import Evaluation, Level, Result, Watch
@@ -96,7 +96,9 @@ class Bars(Lines):
     def running(self, shares: Mapping[str, float]) -> None:
         self.progress.running(shares)
         now = self.progress
-        self.bars.update(self.stage, description=f"{now.stage}{now.tail()}", completed=now.done)
+        self.bars.update(
+            self.stage, description=f"{now.stage}{now.tail()}", completed=now.done + sum(now.shares.values())
+        )
         for name in self.tasks.keys() - shares.keys():
             self.bars.remove_task(self.tasks.pop(name))
         for name, share in shares.items():
@@ -112,12 +114,12 @@ def watching(console: Console, spec: Spec) -> Iterator[Watch]:
         yield Lines(console, spec)
         return
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
+        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        BarColumn(bar_width=20),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
     )
-    with rich.progress.Progress(*columns, console=console, transient=True) as bars:
+    with rich.progress.Progress(*columns, console=console, transient=True, expand=True) as bars:
         yield Bars(console, spec, bars)
 
 

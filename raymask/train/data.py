@@ -55,6 +55,7 @@ GLUE_METRICS = {
     "qqp": ("accuracy", "f1"),
     "stsb": ("pearson", "spearman"),
 }
+MOSTLY = 0.7  # of the tokens, the special ones included
 SHORT = ("cola", "sst2")  # at most 64 tokens; the others 128
 READERS = {
     ".csv": pyarrow.csv.read_csv,
@@ -206,7 +207,9 @@ def read_task(task: Task, seed: int, order: Sequence[str]) -> Found:
     tables[task.report] = read_file(Path(task.report), types)
     classes: tuple[str, ...] = ()
     if task.kind == "classification":
-        classes = ordered(find_classes(tables[task.train], task.label, task.train), order)
+        found = find_classes(tables[task.train], task.label, task.train)
+        require_names(order, found)
+        classes = ordered(found, order)
     train, report = (
         make_texts(tables[path], task.text, task.label, classes, path) for path in (task.train, task.report)
     )
@@ -314,12 +317,27 @@ def find_classes(table: pa.Table, label: str, where: str) -> tuple[str, ...]:
     return tuple(str(value) for value in sorted(found.unique().to_pylist()))
 
 
+def nameless(order: Sequence[str]) -> bool:
+    """Whether these are no names of classes, but what transformers writes where there are none."""
+    return all(re.fullmatch(r"LABEL_\d+", name) for name in order)
+
+
+def require_names(order: Sequence[str], classes: Sequence[str]) -> None:
+    """Raise UserError when an existing classifier has no names for classes that are words."""
+    words = [name for name in classes if not name.removeprefix("-").isdigit()]
+    if order and nameless(order) and words:
+        raise UserError(
+            "the model is taken as fine-tuned (eval, and dense.epochs: 0), but its config.json does not say which of "
+            f"its outputs is which class: write the names there as id2label, in their order ({', '.join(classes)}?)"
+        )
+
+
 def ordered(classes: tuple[str, ...], order: Sequence[str]) -> tuple[str, ...]:
     """The classes as an existing classifier numbers them, whatever the case; as they are when it has no names for them.
 
     Raises UserError when it has other names: which of its outputs is which class could only be guessed.
     """
-    if all(re.fullmatch(r"LABEL_\d+", name) for name in order):
+    if nameless(order):
         return classes
     mine = {name.casefold(): name for name in classes}
     theirs = [name.casefold() for name in order]
@@ -404,6 +422,7 @@ def tokenize(corpus: Corpus, tokenizer: Any, positions: int = sys.maxsize, vocab
     limit = min(corpus.max_length, tokenizer.model_max_length, positions)
     train, select, report = (to_rows(texts, tokenizer, limit) for texts in (corpus.train, corpus.select, corpus.report))
     require_known((train, select, report), vocabulary)
+    require_words(train, tokenizer)
     return Data(train, select, report, corpus.parts, corpus.metrics, corpus.kind, tokenizer.pad_token_id or 0)
 
 
@@ -414,6 +433,17 @@ def require_known(splits: Sequence[Rows], vocabulary: int) -> None:
         raise UserError(
             f"model.name: the tokenizer gives token id {largest}, the model knows ids below {vocabulary}: they do not "
             "belong together"
+        )
+
+
+def require_words(rows: Rows, tokenizer: Any) -> None:
+    """Raise UserError when a tokenizer knows next to nothing of the texts, as one that was made from nothing does."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    share = float((rows.ids == unknown).mean()) if unknown is not None else 0.0
+    if share > MOSTLY:
+        raise UserError(
+            f"model.name: {share:.0%} of the texts' tokens are unknown to its tokenizer, which has {len(tokenizer):,}: "
+            "is it in another language, or was it not saved beside the model (tokenizer.save_pretrained)?"
         )
 
 
