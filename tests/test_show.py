@@ -108,8 +108,9 @@ def test_searches_stand_side_by_side_with_what_was_asked_differently(tmp_path: P
     show_comparison(console, [f"{tmp_path}/one", f"{tmp_path}/other/"], page)
     text = output(console)
     first, other = cells(text, "one "), cells(text, "other ")
-    assert first[:4] == ["one", "quickstart", "quickstart", "50.00%"]
-    assert other[:5] == ["other", "quickstart", "quickstart", "50.00%", "stopped"]
+    assert first[:2] == ["one", "50.00%"]
+    assert other[:3] == ["other", "50.00%", "stopped"]
+    assert "All of them: model quickstart, task quickstart." in text
     assert cells(text, "seed") == ["seed", "0", "3"]
     assert "candidates.count" not in text
     assert f"The same with plots is in {page}" in text

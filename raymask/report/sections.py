@@ -61,25 +61,17 @@ def report(figures: Figures) -> list[Section]:
 
 def comparison(runs: Mapping[str, Figures]) -> list[Section]:
     """Searches side by side."""
-    ours = Table(
-        [
-            "run",
-            "model",
-            "task",
-            "sparsity",
-            "dense",
-            CONTROL,
-            SELECTED,
-            "gain over control",
-            "epochs",
-            "took",
-        ],
-        [side_by_side(name, figures) for name, figures in runs.items()],
-    )
+    rows = [side_by_side(name, figures) for name, figures in runs.items()]
+    shared = [head for head in ("model", "task") if len({row[head] for row in rows}) == 1]
+    heads = [head for head in rows[0] if head not in shared]
+    ours = Table(heads, [[row[head] for head in heads] for row in rows])
+    lines = ["Metrics on `report`, with 95 % intervals over its rows. Epochs and time worked are those of all workers."]
+    if shared:
+        lines.append(f"All of them: {', '.join(f'{head} {rows[0][head]}' for head in shared)}.")
     sections = [
         Section(
             "Side by side",
-            ["Metrics on `report`, with 95 % intervals over its rows. Epochs and time are those of all workers."],
+            lines,
             ours,
             [("The first metric over the levels", plots.metric_by_sparsity(runs))],
         )
@@ -99,23 +91,22 @@ def comparison(runs: Mapping[str, Figures]) -> list[Section]:
     return sections
 
 
-def side_by_side(name: str, figures: Figures) -> list[str]:
-    """A run's row among others."""
-    result = figures.result
-    took = duration(sum(piece.seconds for piece in figures.timeline))
-    about = [name, figures.spec.model.name, figures.spec.task.name or str(figures.spec.task.train)]
-    sparsity = percent(figures.path[-1].sparsity) if figures.path else ""
-    effort = [f"{sum(figures.spent.values()):g}", took]
-    if result is None:
-        return [*about, sparsity, figures.state, "", "", "", *effort]
-    cells = {row.name: measured(row, next(iter(row.report))) for row in result.rows}
-    return [
-        *about,
-        sparsity,
-        *(cells.get(row, "") for row in ("dense", CONTROL, SELECTED)),
-        gained(result.gain),
-        *effort,
-    ]
+def side_by_side(name: str, figures: Figures) -> dict[str, str]:
+    """A run's row among others, by the heads of its columns."""
+    result, spec = figures.result, figures.spec
+    cells = {row.name: measured(row, next(iter(row.report))) for row in result.rows} if result else {}
+    return {
+        "run": name,
+        "model": spec.model.name,
+        "task": spec.task.name or str(spec.task.train),
+        "sparsity": percent(figures.path[-1].sparsity) if figures.path else "",
+        "dense": cells.get("dense", "") if result else figures.state,
+        CONTROL: cells.get(CONTROL, ""),
+        SELECTED: cells.get(SELECTED, ""),
+        "gain over control": gained(result.gain if result else None),
+        "epochs": f"{sum(figures.spent.values()):g}",
+        "worked": duration(sum(piece.seconds for piece in figures.timeline)),
+    }
 
 
 def differences(specs: Mapping[str, Spec]) -> Table:
