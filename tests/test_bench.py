@@ -201,6 +201,7 @@ def test_rows_that_are_too_long_are_refused(finished: Path) -> None:
     assert refused(shown, str(finished), [1], 1000) == "--length: the model takes 63 tokens at most, not 1000"
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 def test_it_can_be_typed(finished: Path) -> None:
     done = raymask("bench", finished, "--batch", "2", "--length", "5")

@@ -80,6 +80,7 @@ def test_the_benchmark_of_memory_looks_at_every_process_of_a_search():
     assert float(parts["Ray"]) > 0
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_gpu_benchmark_says_that_there_is_no_gpu_and_runs_on_a_cpu_when_told_to():
     command = [sys.executable, BENCHMARKS / "gpu.py", "--in-process"]

@@ -180,6 +180,7 @@ def test_an_audit_says_how_well_early_scores_agree_with_the_end(tmp_path: Path) 
     )
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.long
 def test_a_search_prints_its_table_exports_and_is_shown_again(tmp_path: Path) -> None:
@@ -321,6 +322,7 @@ def lines(run: Path) -> list[str]:
     return found
 
 
+@pytest.mark.faults
 @pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.parametrize(("how", "where"), [(signal.SIGINT, "--in-process"), (signal.SIGTERM, "--set=seed=0")])

@@ -115,6 +115,7 @@ def test_zeros_are_counted_in_all_three_denominators(finished: Path, tmp_path: P
     }
 
 
+@pytest.mark.faults
 def test_a_task_s_name_will_do(tmp_path: Path) -> None:
     """Of what a run's spec says beside it nothing matters here; the files and the length are set."""
     texts, labels = reviews(120)
@@ -140,6 +141,7 @@ def test_of_a_spec_only_the_model_and_what_is_pruned_make_no_difference(tmp_path
     assert evaluation("mine", "glue/mrpc", ["model.revision=abc"]).model.revision == "abc"
 
 
+@pytest.mark.faults
 def test_the_command_prints_the_result_s_figures_and_where_they_lie(finished: Path) -> None:
     selected = result_of(finished).rows[-1]
     found = selected.intervals["accuracy"]

@@ -165,6 +165,7 @@ def test_the_defaults_in_the_readme_are_the_real_ones() -> None:
     ]
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.long
 def test_the_python_examples_run(tmp_path: Path) -> None:

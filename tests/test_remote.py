@@ -465,6 +465,7 @@ def test_what_is_lost_with_its_node_is_done_again_from_the_parent(ours: None) ->
     wait_until(lambda: remote.still_there([lost]) is None)
 
 
+@pytest.mark.faults
 def test_a_worker_killed_in_the_middle_of_a_probe_is_replaced_and_the_probe_repeated(
     ours: None, attentive: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
@@ -479,6 +480,7 @@ def test_a_worker_killed_in_the_middle_of_a_probe_is_replaced_and_the_probe_repe
     assert note.endswith("trying again elsewhere")
 
 
+@pytest.mark.faults
 def test_a_candidate_whose_workers_die_again_and_again_is_recorded_and_the_others_go_on(
     ours: None,
     attentive: None,
@@ -496,6 +498,7 @@ def test_a_candidate_whose_workers_die_again_and_again_is_recorded_and_the_other
     assert found[1].score is None
 
 
+@pytest.mark.faults
 def test_a_worker_killed_in_the_middle_of_a_fine_tuning_is_replaced(
     ours: None, attentive: None, plan: Plan, work: list[tuple[Snapshot, Settling]]
 ) -> None:
@@ -602,6 +605,7 @@ def replace_stage(settling: Settling, **changes: object) -> Settling:
     return replace(settling, stage=settling.stage.model_copy(update=changes))
 
 
+@pytest.mark.faults
 def test_workers_that_died_while_idle_are_nobodys_fault(
     ours: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...], undisturbed: dict[int, Evaluation]
 ) -> None:
@@ -643,6 +647,7 @@ def test_a_candidate_past_its_deadline_is_recorded_and_the_others_get_a_fresh_wo
     assert killer.troubles == []
 
 
+@pytest.mark.faults
 def test_every_candidate_has_its_own_deadline(
     ours: None, attentive: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
@@ -685,6 +690,7 @@ def test_more_than_any_node_has_is_refused_at_once(ours: None, plan: Plan, asked
         pass
 
 
+@pytest.mark.faults
 def test_workers_that_cannot_start_end_the_search_with_the_last_reason(
     ours: None, plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

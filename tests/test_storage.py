@@ -530,6 +530,7 @@ def test_a_sign_of_life_that_comes_late_does_not_bring_a_claim_back(memory: Plac
     assert memory.files() == {}
 
 
+@pytest.mark.faults
 @pytest.mark.long
 def test_during_an_outage_nobody_is_held_for_dead(bucket: Place, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though the outage is longer than a driver may be without a sign of life."""
@@ -631,6 +632,7 @@ class SlowBucket(Bucket):
             stream.write(path.read_bytes())
 
 
+@pytest.mark.faults
 @settings(max_examples=200)
 @given(
     seed=st.integers(0, 10**6),
@@ -747,6 +749,7 @@ def test_who_loses_the_race_for_a_folder_is_told(folder: Place) -> None:
 # --- a storage that answers with errors ------------------------------------------------------------------------------
 
 
+@pytest.mark.faults
 @pytest.mark.long
 def test_a_line_and_a_level_survive_an_outage_and_it_is_told(bucket: Place, s3: S3Server) -> None:
     """The outage lasts until it is told, so it is longer than what Amazon's client sits out by itself."""
@@ -769,6 +772,7 @@ def test_a_line_and_a_level_survive_an_outage_and_it_is_told(bucket: Place, s3: 
     assert np.array_equal(store.read_weights(SEARCH, 1).buffer, checkpoint().weights.buffer)
 
 
+@pytest.mark.faults
 @pytest.mark.long
 @pytest.mark.parametrize("done", ["read", "written"])
 def test_an_outage_that_does_not_end_is_an_error_that_says_how_to_go_on(
