@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from raymask.core.errors import UserError
 from raymask.export.onnx import INT8, ONNX, OnnxModel, missing_packages, quantize, sample, samples, to_onnx
-from raymask.export.selected import Selected, logits, read_selected
+from raymask.export.selected import Selected, compared, logits, read_selected
 from raymask.export.shrink import shrink
 from raymask.export.sparse import SparseLinear, make_sparse
 from raymask.report.terminal import say
@@ -180,9 +180,9 @@ class OpenVinoModel(nn.Module):
 
 def agrees(form: Form, batch: dict[str, Tensor], notes: list[str]) -> bool:
     """Whether a form's outputs are the original's, or about them; what is another model is not measured."""
-    found, expected = logits(form.call, batch), logits(form.original, batch)
-    form.strayed = max(form.strayed, float((found - expected).abs().max()))
-    same = not form.exact or torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+    alike, apart = compared(logits(form.call, batch), logits(form.original, batch))
+    form.strayed = max(form.strayed, apart)
+    same = alike or not form.exact
     if not same:
         notes.append(f"Not measured: {form.model} by {form.runtime}, whose outputs differ by {form.strayed:.1g}")
     return same

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from raymask.core.errors import UserError, first_line
-from raymask.export.selected import Selected, logits, megabytes, sizes
+from raymask.export.selected import Selected, compared, logits, megabytes, sizes
 from raymask.export.shrink import shrink as shrunk
 from raymask.train.data import Data
 from raymask.train.loop import predict
@@ -178,9 +178,9 @@ def difference(model: nn.Module, original: nn.Module, batches: Iterable[dict[str
     """By how much two models' outputs differ at most. Raises UserError when it is more than rounding."""
     original, strayed = copy.deepcopy(original).float(), 0.0
     for batch in batches:
-        found, expected = logits(model, batch), logits(original, batch)
-        strayed = max(strayed, float((found - expected).abs().max()))
-        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
+        alike, apart = compared(logits(model, batch), logits(original, batch))
+        strayed = max(strayed, apart)
+        if not alike:
             raise UserError(f"--to onnx: ONNX Runtime's outputs differ from torch's by {strayed:.1e}")
     return strayed
 

@@ -134,5 +134,10 @@ def logits(module: nn.Module, rows: dict[str, Tensor]) -> Tensor:
     return module(**rows).logits.float()  # type: ignore[no-any-return]
 
 
+def compared(found: Tensor, expected: Tensor) -> tuple[bool, float]:
+    """Whether outputs differ by rounding only, and by how much at most."""
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-4), float((found - expected).abs().max())
+
+
 def megabytes(size: float) -> str:
     return f"{size / 1e6:.{1 if size >= 1e6 else 3}f} MB"

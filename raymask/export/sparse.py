@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from raymask.core.errors import UserError, first_line
 from raymask.core.gaps import Code, decode, encode
 from raymask.core.masks import Mask
-from raymask.export.selected import Selected, logits, sizes, sizes_of_prunable
+from raymask.export.selected import Selected, compared, logits, sizes, sizes_of_prunable
 from raymask.store import write_tensors
 from raymask.train.model import build, matrices, persistent, quiet
 from raymask.train.sharding import without_parameters
@@ -49,8 +49,8 @@ def write_sparse(selected: Selected, folder: Path, *, values: str = "exact") -> 
     require_same(persistent(again), {name: stored[name].to(tensors[name].dtype) for name in tensors})
     rows = selected.rows()
     found, original = logits(again, rows), logits(selected.module, rows)
-    strayed = float((found - original).abs().max())
-    if values == "exact" and not torch.allclose(found, original, rtol=1e-3, atol=1e-4):  # memory lies otherwise
+    alike, strayed = compared(found, original)
+    if values == "exact" and not alike:  # memory lies otherwise
         raise UserError(f"{SPARSE}: outputs of what was loaded again differ by {strayed:.1e} from the original's")
     same = "bit for bit" if values == "exact" else "rounded to fp16"
     return [

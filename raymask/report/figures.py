@@ -14,7 +14,7 @@ from raymask.core.recipe import Recipe, climbs_of, epochs, finetune_stage, resol
 from raymask.core.records import CONTROL, SELECTED, Evaluation, Level, Piece, Record, Result
 from raymask.core.rungs import share
 from raymask.core.spec import Spec
-from raymask.report.timeline import worked
+from raymask.report.timeline import purpose_of, worked
 from raymask.store import DENSE, IMP, MASK, SEARCH, RunDir, branch
 
 State = Literal["running", "stopped", "finished"]
@@ -143,12 +143,12 @@ def spent(recipe: Recipe, stands: Sequence[Stand], finished: Sequence[tuple[str,
     warm = warm_stage(recipe.spec)
     for lineage, record in finished:
         if lineage == DENSE:
-            found["dense"] += recipe.spec.dense.epochs
+            trained = recipe.spec.dense.epochs
         elif record.level == 0:
-            found["dense"] += warm.epochs if warm else 0.0
+            trained = warm.epochs if warm else 0.0
         else:
-            purpose = "baseline (IMP)" if lineage == IMP else "fine-tuning"
-            found[purpose] += finetune_stage(recipe, record.level, imp=lineage == IMP).epochs
+            trained = finetune_stage(recipe, record.level, imp=lineage == IMP).epochs
+        found[purpose_of(lineage, record.level)] += trained
     return found
 
 

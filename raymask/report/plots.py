@@ -8,6 +8,7 @@ from typing import Any
 
 from raymask.core.records import CONTROL, SELECTED, Evaluation, Purpose
 from raymask.report.figures import Figures, Stand
+from raymask.report.timeline import short
 from raymask.report.words import on_select, percent
 from raymask.store import IMP, branch
 
@@ -310,8 +311,3 @@ def workers(figures: Figures) -> Plot:
             "yaxis": {"type": "category", "categoryarray": names[::-1], "automargin": True},
         },
     }
-
-
-def short(worker: str) -> str:
-    """A worker's host and process."""
-    return worker.partition(" ")[0]

@@ -19,13 +19,22 @@ def worked(finished: Sequence[tuple[str, Level]], evaluations: Sequence[Evaluati
         ("early evaluation", found.candidate.level, found) for found in evaluations if found.started
     ]
     for lineage, record in finished:
-        kind: Purpose = "dense" if record.level == 0 else "baseline (IMP)" if lineage == IMP else "fine-tuning"
-        work.append((kind, record.level, record.finetuned))
+        work.append((purpose_of(lineage, record.level), record.level, record.finetuned))
     return tuple(
         Piece(worker=worker, kind=kind, level=number, started=found.started, seconds=found.seconds)
         for kind, number, found in sorted(work, key=lambda item: item[2].started)
         for worker in (found.worker, *(found.helpers if isinstance(found, FineTuned) else ()))
     )
+
+
+def purpose_of(lineage: str, level: int) -> Purpose:
+    """What a fine-tuning was for."""
+    return "dense" if level == 0 else "baseline (IMP)" if lineage == IMP else "fine-tuning"
+
+
+def short(worker: str) -> str:
+    """A worker's host and process."""
+    return worker.partition(" ")[0]
 
 
 def timeline(pieces: Sequence[Piece]) -> list[str]:
@@ -40,7 +49,7 @@ def timeline(pieces: Sequence[Piece]) -> list[str]:
         return []
     workers: dict[str, list[Piece]] = {}
     for piece in sorted(pieces, key=lambda piece: (piece.started, piece.worker)):
-        workers.setdefault(piece.worker.partition(" ")[0], []).append(piece)
+        workers.setdefault(short(piece.worker), []).append(piece)
     rows = [(name, work, sum(piece.seconds for piece in work) / span) for name, work in workers.items()]
     lines = [f"{bar(work, begin, span)} {share:4.0%}  {name}" for name, work, share in rows[:WORKERS]]
     rest = [share for _, _, share in rows[WORKERS:]]
