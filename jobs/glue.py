@@ -9,8 +9,8 @@ For each task and seed there are searches of one spec, from one dense model:
     IMP                 the control at every level, fine-tuned for as many epochs as the search evaluates and fine-tunes
     one random mask     the first that is drawn, fine-tuned for as long
     one uniform mask    the same, of any weights
-    smaller dense       the model's first layer with its strongest intermediate neurons, as many as the largest of the
-                        compressions leaves weights; trained on the labels for as many epochs as the whole search
+    smaller dense       the model's first layer with its strongest intermediate neurons, as many as make up for the
+                        weights that are left; distilled from the dense model for as many epochs as all levels have
 
 Every search is a run directory, so the same command goes on where a killed one was. The table, `glue.md`, has the mean
 of a task's metrics on `report`, in per cent, over seeds, with its standard deviation, and differences to IMP, seed by
@@ -29,7 +29,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,9 @@ from rich.console import Console
 
 from raymask.config import load_data, make_spec, overridden
 from raymask.core.errors import UserError
-from raymask.core.recipe import epochs, resolve
+from raymask.core.recipe import control, epochs, finetune_stage, resolve
 from raymask.core.spec import Spec
-from raymask.driver.search import Plan, initial, make_dense, prepare, seams, search
+from raymask.driver.search import Plan, Work, alone, initial, prepare, seams, search, settle
 from raymask.report.terminal import watching
 from raymask.storage import open_storage
 from raymask.store import DENSE, LEVEL, MODEL, RunDir, open_run, write_tensors
@@ -123,7 +123,8 @@ def measured(
     densities = resolve(spec).densities
     for density in densities:
         sparsity = sparsity_of(density)
-        report = smaller(console, spec, f"{place}/smaller-{sparsity:g}", address, density, budget * len(densities))
+        budget_of_all = budget * len(densities)
+        report = smaller(console, spec, f"{place}/smaller-{sparsity:g}", address, density, budget_of_all, store)
         if report:
             yield "smaller dense", sparsity, report
 
@@ -171,9 +172,12 @@ def searched(console: Console, spec: Spec, place: str, address: str | None, dens
 
 
 def smaller(
-    console: Console, spec: Spec, place: str, address: str | None, density: float, epochs: float
+    console: Console, spec: Spec, place: str, address: str | None, density: float, epochs: float, dense: RunDir
 ) -> dict[str, float] | None:
-    """A dense model of as many prunable weights, trained; None where these are not one layer's, or it is no BERT."""
+    """A dense model of as many prunable weights, distilled from the dense model of a run directory.
+
+    None where these are not one layer's, or it is no BERT.
+    """
     plan = prepare(spec)
     config, width = plan.source.config, plan.source.config.hidden_size
     neurons = round((plan.source.sizes.prunable * density - 4 * width**2) / (2 * width))
@@ -184,14 +188,18 @@ def smaller(
         console.print(f"== {place}: one layer of {neurons} neurons", markup=False, highlight=False)
         with tempfile.TemporaryDirectory() as folder:
             cut(plan, Path(folder), neurons)
-            changes = {"model.name": folder, "dense.epochs": epochs, "distill": False, "levels": [0.5]}
+            changes = {"model.name": folder, "distill": True, "levels": [0.5], "finetune.epochs": epochs}
+            changes["dense.epochs"] = epochs  # by which the time that is left is reckoned
             small = prepare(spec_of(spec.model_dump(mode="json", exclude={"levels"}), changes))
+            small = replace(small, job=replace(small.job, teacher=plan.source))
+            start = replace(initial(small), teacher=dense.read_weights(DENSE, 0))
+            work = Work(DENSE, start, finetune_stage(small.recipe, 1), alone(control(small.recipe, 0)))
             with (
                 watching(console, small.recipe.spec) as watch,
                 seams(small.job, watch, address, in_process=False) as (_, fine_tune, heard),
                 open_run(store, small.recipe.spec),
             ):
-                make_dense(small, store, fine_tune, heard)
+                settle(small, store, [work], fine_tune, heard)
     return store.read_level(DENSE, 0).report
 
 

@@ -535,28 +535,30 @@ def test_padding_changes_neither_loss_nor_gradient(uneven, distilled, kind):
         torch.testing.assert_close(padded_gradients[name], gradient, rtol=1e-3, atol=1e-5)
 
 
-def terms_of(module, teacher, rows, predicting=slice(None)):
+def terms_of(module, teacher, rows, predicting=slice(None), apart=1):
     """Sums of the soft cross-entropies (of a language model's tokens, those that are `predicting`), and over layers of
-    the errors of hidden states and attentions; how many tokens and pairs: row by row, so that nothing is padded."""
+    the errors of hidden states and attentions; how many tokens and pairs: row by row, so that nothing is padded.
+    `apart`: how many of the teacher's layers stand for one of the student's."""
     soft, hidden, attention, tokens, pairs = 0.0, 0.0, 0.0, 0, 0
     for inputs in rows:
         with torch.no_grad():
             mine, theirs = (m(**inputs, output_attentions=True, output_hidden_states=True) for m in (module, teacher))
         soft += float(-(theirs.logits.softmax(-1) * mine.logits.log_softmax(-1))[:, predicting].sum())
-        for ours, taught in zip(mine.hidden_states, theirs.hidden_states, strict=True):
+        for ours, taught in zip(mine.hidden_states, theirs.hidden_states[::apart], strict=True):
             hidden += float((ours - taught).square().mean(-1).sum())
-        for ours, taught in zip(mine.attentions, theirs.attentions, strict=True):
+        for ours, taught in zip(mine.attentions, theirs.attentions[apart - 1 :: apart], strict=True):
             attention += float((ours - taught).square().mean(1).sum())
         length = inputs["input_ids"].shape[1]
         tokens, pairs = tokens + length, pairs + length**2
     return soft, hidden, attention, tokens, pairs
 
 
-def test_distillation_is_the_sum_of_its_terms_over_real_tokens(uneven):
-    module, teacher = tiny_module(0), tiny_module(1)
+@pytest.mark.parametrize("apart", [1, 3])
+def test_distillation_is_the_sum_of_its_terms_over_real_tokens(uneven, apart):
+    module, teacher = tiny_module(0), tiny_module(1, num_hidden_layers=2 * apart)
     batches = (collate(uneven, np.array([row]), 0) for row in range(4))
     rows = ({name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches)
-    soft, hidden, attention, tokens, pairs = terms_of(module, teacher, rows)
+    soft, hidden, attention, tokens, pairs = terms_of(module, teacher, rows, apart=apart)
     found = loss_of(module, collate(uneven, np.arange(4), 0), teacher=teacher).item()
     assert found == pytest.approx(soft / 4 + hidden / tokens + attention / pairs, rel=1e-5)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from builders import FAMILIES, refused, tiny_job, tiny_snapshot
+from builders import FAMILIES, random_weights, refused, tiny_config, tiny_job, tiny_snapshot, tiny_tokenizer
 
 from raymask.core.allocations import ALLOCATIONS
 from raymask.core.masks import kept, unpack_bits
@@ -21,7 +21,7 @@ from raymask.core.tensors import pack
 from raymask.train import loop, worker
 from raymask.train.calibration import calibrate
 from raymask.train.metrics import measure
-from raymask.train.model import build, persistent
+from raymask.train.model import build, describe, persistent
 from raymask.train.objectives import OBJECTIVES
 from raymask.train.worker import Job, MachineFault, Worker, autocasting, deterministic
 
@@ -410,6 +410,16 @@ def test_the_teacher_is_what_a_student_learns_from():
     own = Snapshot("own", dense.weights, teacher=dense.weights)
     assert findings(probed(job, dense, pool(job)[1])) != findings(probed(job, own, pool(job)[1]))
     assert settled(job, dense, pool(job)[1]).kept == 2048
+
+
+def test_a_teacher_may_be_a_deeper_model():
+    job, deep = tiny_job(distill=True), tiny_config(num_hidden_layers=4)
+    teacher = describe(job.spec.model, deep, tiny_tokenizer(), ("bad", "good"))
+    taught, candidate = replace(job, teacher=teacher), control(resolve(job.spec), 0)
+    lessons = [replace(tiny_snapshot(job), teacher=random_weights(deep, seed)) for seed in (1, 2)]
+    first, other = (settled(taught, lesson, candidate) for lesson in lessons)
+    assert first.finetuned != other.finetuned
+    assert taught.memory(on_gpu=False) > job.memory(on_gpu=False)
 
 
 def test_bf16_is_near_float32_and_keeps_float32_weights(job, dense):

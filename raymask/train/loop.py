@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -221,6 +221,7 @@ def distillation(
 ) -> Tensor:
     """Sum over layers of MSE of attention probabilities and of hidden states, plus the objective's soft targets.
 
+    A student of fewer layers than its teacher is held against as many of the teacher's, evenly spaced up to the last.
     Means are over real tokens only, so padding changes nothing; `whole` as in `task_loss`.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -229,12 +230,18 @@ def distillation(
         teacher_out = teacher(**inputs, output_attentions=True, output_hidden_states=True)
     real = batch["attention_mask"].float()
     loss = objective.soft(student_out.logits, teacher_out.logits, batch).sum() / objective.targets(whole)
-    for mine, theirs in zip(student_out.hidden_states, teacher_out.hidden_states, strict=True):
+    (words, *states), (their_words, *their_states) = student_out.hidden_states, teacher_out.hidden_states
+    for mine, theirs in [(words, their_words), *peers(states, their_states)]:
         loss = loss + ((mine.float() - theirs.float()).square().mean(-1) * real).sum() / whole.tokens
-    for mine, theirs in zip(student_out.attentions, teacher_out.attentions, strict=True):
+    for mine, theirs in peers(student_out.attentions, teacher_out.attentions):
         error = (mine.float() - theirs.float()).square().sum(-1).mean(1)  # over keys, then heads: (rows, queries)
         loss = loss + (error * real).sum() / whole.pairs
     return loss
+
+
+def peers(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """A student's layers, each with a teacher's: the last with the last, the others at even distances."""
+    return ((layer, theirs[len(theirs) * number // len(mine) - 1]) for number, layer in enumerate(mine, 1))
 
 
 @torch.no_grad()

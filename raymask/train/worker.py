@@ -34,6 +34,7 @@ from raymask.train.gang import ALONE, Gang
 from raymask.train.metrics import measure, overall
 from raymask.train.model import (
     DTYPES,
+    Source,
     build,
     checkpoint_activations,
     persistent,
@@ -55,13 +56,18 @@ SYMPTOMS = ("can't allocate memory", "not enough memory", "CUDA error", "CUBLAS_
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker of a search is told once: all but the weights, of which there are `parameters`."""
+    """What every worker of a search is told once: all but the weights, of which there are `parameters`.
+
+    `teacher`: what fine-tunings are distilled from where it is no dense model of this shape: one of the same width and
+    heads, with as many layers or more.
+    """
 
     spec: Spec
     config: Any
     data: Data
     prunable: tuple[str, ...]
     parameters: int
+    teacher: Source | None = None
 
     @property
     def scored(self) -> Rows:
@@ -72,6 +78,12 @@ class Job:
     def model_bytes(self) -> int:
         """Of the weights of one model."""
         return DTYPES[self.spec.model.dtype].itemsize * self.parameters
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Of the weights of a teacher, if there is one."""
+        count = self.teacher.sizes.whole if self.teacher else self.parameters
+        return DTYPES[self.spec.model.dtype].itemsize * count
 
     @property
     def moment_bytes(self) -> int:
@@ -88,7 +100,8 @@ class Job:
         """
         calibrated = SCORERS[self.spec.mask.score] not in BLIND
         passing = self.model_bytes + self.moment_bytes
-        living = (3 + self.spec.distill) * self.model_bytes + self.moment_bytes + 4 * calibrated * self.parameters
+        living = 3 * self.model_bytes + self.moment_bytes + 4 * calibrated * self.parameters
+        living += self.teacher_bytes * self.spec.distill
         if on_gpu:
             return 2**30 * 3 + passing
         rows = int(self.spec.probe.epochs * len(self.data.train))
@@ -105,7 +118,7 @@ class Job:
         candidates that pause at a rung."""
         lineages, pausing = self.spec.select.keep + 1, len(self.spec.probe.rungs) > 1
         paused = parents_of(self.spec, 2) * (self.spec.candidates.count + 1) * pausing
-        return (2 * lineages + paused) * (self.model_bytes + self.moment_bytes) + self.model_bytes
+        return (2 * lineages + paused) * (self.model_bytes + self.moment_bytes) + self.teacher_bytes
 
 
 Drawn = tuple[masks.Mask, Packed]
@@ -144,7 +157,7 @@ class Worker:
         unaided = job.spec.model.dtype == "bf16" or gang.cut
         self.autocast = nullcontext if unaided else autocasting(job.spec.precision, self.device)
         with isolated(job.spec, self.device):
-            self.module = self.new_module()
+            self.module = self.new_module(job.config)
         if job.spec.checkpointing:
             checkpoint_activations(self.module, self.device)
         self.live = persistent(self.module)
@@ -154,9 +167,9 @@ class Worker:
         self.scored = job.scored
         self.standard: Tensor | None = None  # the dense model's answers for the rows that are scored
 
-    def new_module(self) -> torch.nn.Module:
+    def new_module(self, config: Any) -> torch.nn.Module:
         spec = self.job.spec
-        config = copy.deepcopy(self.job.config)
+        config = copy.deepcopy(config)
         config.use_cache = False  # nobody generates here
         kind = self.job.data.kind
         with sharding.without_parameters() if self.gang.cut else nullcontext():
@@ -420,7 +433,8 @@ class Worker:
         """The teacher with the snapshot's teacher weights; they are the same for a whole search."""
         assert snapshot.teacher is not None
         if self.teacher is None:
-            module = self.new_module().requires_grad_(False)
+            other = self.job.teacher
+            module = self.new_module(other.config if other else self.job.config).requires_grad_(False)
             sharding.load(snapshot.teacher, persistent(module))
             self.teacher = Teacher(module)
         return self.teacher
