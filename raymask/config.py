@@ -19,7 +19,7 @@ SPEC_IS = "a spec is a mapping of keys to values, at least `model:` and `task:`"
 
 def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
     """Read a YAML spec; `overrides` are `section.key=value` with YAML values. Raises UserError, naming all mistakes."""
-    return make_spec(load_data(path, overrides), source=str(path))
+    return make_spec(load_data(path, overrides), source=" --set ".join([str(path), *overrides]))
 
 
 def parse_spec(text: str, overrides: Sequence[str] = (), *, source: str = "spec") -> Spec:

@@ -74,6 +74,7 @@ def test_a_file_is_read_as_utf_8(tmp_path, path):
         ("model: m", "model: {name: m}"),
         ("task: glue/sst2", "task: {name: glue/sst2}"),
         ("levels: [0.5, 0.9]", "levels: {sparsities: [0.5, 0.9]}"),
+        ("levels: 0.9", "levels: [0.9]"),
         ("task: {train: a, report: b, text: col}", "task: {train: a, report: b, text: [col]}"),
     ],
 )
@@ -85,6 +86,16 @@ def test_a_short_form_means_its_long_form(short, long):
 @pytest.mark.parametrize("name", [f"glue/{task}" for task in GLUE])
 def test_every_glue_task_is_known(name):
     assert make_spec({"model": "m", "task": name}).task.name == name
+
+
+def test_a_mistake_is_told_of_the_file_and_of_what_was_set_over_it(tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text(TWO_LINES)
+    with pytest.raises(UserError) as caught:
+        load_spec(file, ["seed=3", "candidates.cout=2"])
+    assert str(caught.value) == (
+        f"{file} --set seed=3 --set candidates.cout=2: candidates.cout: there is no such key; did you mean count?"
+    )
 
 
 def test_two_columns_are_a_pair_of_sentences():
@@ -275,7 +286,9 @@ def test_an_unknown_key_inside_a_long_form_is_answered_alike():
         ("dense: {shards: 6}", "dense.shards", "must be 1, 2, 4, 8 or a higher power of two, not 6", "6"),
         ("finetune: {shards: 0}", "finetune.shards", "greater than or equal to 1", "0"),
         ("workers: 4", "workers", "valid dictionary", "4"),
-        ("levels: 0.9", "levels", "valid dictionary", "0.9"),
+        ("levels: high", "levels", "valid dictionary", "'high'"),
+        ("levels: true", "levels", "valid dictionary", "True"),
+        ("levels: 1", "levels.sparsities.0", "less than 1", "1"),
         ("levels: [0.5, high]", "levels.sparsities.1", "valid number", "'high'"),
     ],
 )

@@ -469,10 +469,17 @@ def test_a_file_without_rows_is_refused(tmp_path, ending):
     assert refused(load_corpus, task, 0) == f"{task.report}: has no rows"
 
 
-@pytest.mark.parametrize(("keys", "missing"), [({"text": "body"}, "body"), ({"label": "stars"}, "stars")])
+@pytest.mark.parametrize(
+    ("keys", "missing"),
+    [
+        ({"text": "body"}, "'body'"),
+        ({"label": "stars"}, "'stars'"),
+        ({"text": ["body", "sentence"], "label": "stars"}, "'body' and none 'stars'"),
+    ],
+)
 def test_a_missing_column_is_refused_with_those_that_are_there(tmp_path, keys, missing):
     task = own_task(tmp_path, **keys)
-    assert refused(load_corpus, task, 0) == f"{task.train}: has no column {missing!r}; its columns are sentence, label"
+    assert refused(load_corpus, task, 0) == f"{task.train}: has no column {missing}; its columns are sentence, label"
 
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path):

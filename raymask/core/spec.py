@@ -74,7 +74,9 @@ def listed(value: Any) -> Any:
 
 
 def sparsities(value: Any) -> Any:
-    """`levels: [0.5, 0.9]` is short for `levels: {sparsities: [0.5, 0.9]}`."""
+    """`levels: [0.5, 0.9]` is short for `levels: {sparsities: [0.5, 0.9]}`, `levels: 0.9` for one of them."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = [value]
     return {"sparsities": value} if isinstance(value, (list, tuple)) else value
 
 

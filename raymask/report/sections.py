@@ -15,7 +15,7 @@ from raymask.report import plots
 from raymask.report.figures import Figures, Stand
 from raymask.report.plots import Plot
 from raymask.report.timeline import by_purpose, timeline
-from raymask.report.words import blocks, duration, on_select, percent, scored_line, settled_line, verdict
+from raymask.report.words import blocks, duration, epochs, on_select, percent, scored_line, settled_line, verdict
 from raymask.store import DENSE
 
 BAR = 40  # letters of a full bar
@@ -186,8 +186,8 @@ def asked(figures: Figures) -> Section:
         ["levels", ", ".join(percent(stand.sparsity) for stand in figures.levels)],
         ["masks", f"{mask.pattern}, {mask.allocation} allocation, by {mask.score}"],
         ["candidates", f"{spec.candidates.count} random ones a level beside the control{kept}"],
-        ["early evaluation", f"{spec.probe.epochs:g} epochs, scored by {spec.probe.score}{rungs}"],
-        ["fine-tuning", f"{spec.finetune.epochs:g} epochs{', distilled from the dense model' if spec.distill else ''}"],
+        ["early evaluation", f"{epochs(spec.probe.epochs)}, scored by {spec.probe.score}{rungs}"],
+        ["fine-tuning", f"{epochs(spec.finetune.epochs)}{', distilled from the dense model' if spec.distill else ''}"],
         ["seed", str(spec.seed)],
     ]
     whole = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False).rstrip()
@@ -338,7 +338,7 @@ def budget(figures: Figures) -> Section:
         if figures.planned[purpose]
     ]
     search, imp = spent["early evaluation"] + spent["fine-tuning"], spent["baseline (IMP)"]
-    lines = [f"The search trains {search:g} epochs behind the dense model."]
+    lines = [f"The search trains {epochs(search)} behind the dense model."]
     if imp and round(imp, 6) == round(search, 6):
         lines[0] += " So does its baseline: equal budgets."
     elif imp:

@@ -25,6 +25,10 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
+def epochs(count: float) -> str:
+    return f"{count:g} epoch{'' if count == 1 else 's'}"
+
+
 def interval(found: Interval) -> str:
     return f"{found.mean:+.4f} (95 % interval {found.low:+.4f} to {found.high:+.4f})"
 

@@ -205,6 +205,8 @@ def read_task(task: Task, seed: int, order: Sequence[str]) -> Found:
     wanted = (*task.text, task.label)
     types = {field.name: field.type for field in tables[task.train].schema if field.name in wanted}
     tables[task.report] = read_file(Path(task.report), types)
+    for path, table in tables.items():
+        require_columns(table, wanted, path)
     classes: tuple[str, ...] = ()
     if task.kind == "classification":
         found = find_classes(tables[task.train], task.label, task.train)
@@ -280,10 +282,18 @@ def read_file(path: Path, types: dict[str, pa.DataType] | None = None) -> pa.Tab
     return table
 
 
+def require_columns(table: pa.Table, names: Sequence[str], where: str) -> None:
+    """Raise UserError that lists all columns that are missing."""
+    missing = [repr(name) for name in names if name not in table.column_names]
+    if missing:
+        raise UserError(
+            f"{where}: has no column {' and none '.join(missing)}; its columns are {', '.join(table.column_names)}"
+        )
+
+
 def column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
     """One column without nulls. Raises UserError when it is missing, there twice, or has a null."""
-    if name not in table.column_names:
-        raise UserError(f"{where}: has no column {name!r}; its columns are {', '.join(table.column_names)}")
+    require_columns(table, (name,), where)
     if table.column_names.count(name) > 1:
         raise UserError(f"{where}: has more than one column {name!r}")
     found = table[name]
