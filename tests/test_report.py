@@ -254,6 +254,9 @@ def test_the_tree_has_an_edge_a_fine_tuned_mask_and_the_selected_path_is_bold(tr
     edges = plots.tree(figures)["data"]
     assert len(edges) == sum(len(stand.settled) for stand in figures.levels) == 9
     assert sum(edge["line"]["width"] == 4 for edge in edges) == len(figures.levels)
+    words = [edge["text"][1] for edge in edges]
+    assert words.count("IMP") == len(figures.levels)
+    assert all(word in ("IMP", "control") or word.isdigit() for word in words)  # short: a phone has 80 pixels a level
 
 
 def test_the_path_of_an_unfinished_tree_goes_from_parent_to_parent(tree: RunDir, tmp_path: Path) -> None:

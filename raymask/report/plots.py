@@ -237,7 +237,8 @@ def tree(figures: Figures) -> Plot:
     traces = []
     for stand in figures.levels:
         for name, record in stand.settled.items():
-            above = name if name == IMP else branch(record.winner.candidate.parent)
+            candidate = record.winner.candidate
+            above = name if name == IMP else branch(candidate.parent)
             bold = record in figures.path
             color = ORANGE if name == IMP else BLUE if bold else GREY
             start = rows.get(above, 0) if stand.level > 1 else 0
@@ -248,11 +249,11 @@ def tree(figures: Figures) -> Plot:
                     "mode": "lines+markers+text",
                     "line": {"color": color, "width": 4 if bold else 2, "dash": "dot" if name == IMP else "solid"},
                     "marker": {"color": color, "size": [0, 14]},
-                    "text": ["", "IMP" if name == IMP else record.winner.candidate.name],
+                    "text": ["", "IMP" if name == IMP else "control" if candidate.is_control else str(candidate.index)],
                     "textposition": "top center",
                     "showlegend": False,
-                    "hovertemplate": f"{percent(record.sparsity)}, loss on select {record.finetuned.kept.loss:.4f}"
-                    "<extra></extra>",
+                    "hovertemplate": f"{candidate.name}, {percent(record.sparsity)}, loss on select "
+                    f"{record.finetuned.kept.loss:.4f}<extra></extra>",
                 }
             )
     ticks = [0, *(stand.level for stand in figures.levels)]

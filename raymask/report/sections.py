@@ -316,7 +316,9 @@ def parents(figures: Figures) -> Section:
     if not figures.path:
         return Section(title)
     chain = " → ".join(["dense", *(level.winner.candidate.name for level in figures.path)])
-    return Section(title, [f"{chain}."], plots=[("Fine-tuned masks", plots.tree(figures))])
+    return Section(
+        title, [f"{chain}."], plots=[("Fine-tuned masks, by the numbers of their candidates", plots.tree(figures))]
+    )
 
 
 def workers(figures: Figures) -> Section:
