@@ -46,8 +46,9 @@ from raymask.store import DENSE, LEVEL, MODEL, RunDir, open_run, write_tensors
 from raymask.train.metrics import overall
 
 HERE = Path(__file__).resolve().parent
-METHODS = ("dense", "smaller dense", "IMP", "one uniform mask", "one random mask", "raymask")
-BASELINE = "IMP"
+BASELINE, SMALLER = "IMP", "smaller dense"
+METHODS = ("dense", SMALLER, BASELINE, "one uniform mask", "one random mask", "raymask")
+SINGLE = {"one random mask": "votes", "one uniform mask": "uniform"}  # by the sampler that draws it
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the spec")
     parser.add_argument("--tasks", nargs="+", default=["glue/mrpc", "glue/stsb"])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--skip", nargs="+", choices=(SMALLER, *SINGLE), default=[], help="methods to leave out")
     parser.add_argument("--run", default="runs/glue", help="folder of the searches, or a URI")
     parser.add_argument("--address", help="a Ray cluster: auto, HOST or HOST:PORT; else a private Ray")
     asked = parser.parse_args()
@@ -90,7 +92,7 @@ def fill(asked: argparse.Namespace) -> None:
         for task in asked.tasks:
             spec = spec_of(data, {"seed": seed, "task.name": task})
             place = f"{asked.run}/{task.rpartition('/')[2]}-{seed}"
-            cells += [Cell(task, seed, *found) for found in measured(console, spec, place, asked.address)]
+            cells += [Cell(task, seed, *found) for found in measured(console, spec, place, asked.address, asked.skip)]
             text = table(cells)
             write(asked.run, {"glue.md": text, "glue.json": json.dumps([asdict(cell) for cell in cells], indent=1)})
             console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -102,9 +104,9 @@ def spec_of(data: Mapping[str, Any], changes: Mapping[str, Any]) -> Spec:
 
 
 def measured(
-    console: Console, spec: Spec, place: str, address: str | None
+    console: Console, spec: Spec, place: str, address: str | None, skip: Sequence[str]
 ) -> Iterator[tuple[str, float, dict[str, float]]]:
-    """All methods on one task with one seed: name, sparsity, and metrics on `report`."""
+    """The methods on one task with one seed: name, sparsity, and metrics on `report`."""
     budget, searches = at_equal_budget(spec)
     store = searched(console, searches["raymask"], f"{place}/raymask", address)
     yield "dense", 0.0, store.read_level(DENSE, 0).report
@@ -112,7 +114,9 @@ def measured(
     assert result is not None
     for name, found in (("raymask", result.levels), (BASELINE, result.imp)):
         yield from ((name, sparsity_of(level.density), level.report) for level in found)
-    for name, sampler in (("one random mask", "votes"), ("one uniform mask", "uniform")):
+    for name, sampler in SINGLE.items():
+        if name in skip:
+            continue
         made = searched(console, searches[sampler], f"{place}/{sampler}", address, store)
         result = made.read_result()
         assert result is not None
@@ -121,12 +125,12 @@ def measured(
                 raise UserError(f"{made.uri}: its random mask of level {level.level} failed, so it has the control's")
             yield name, sparsity_of(level.density), level.report
     densities = resolve(spec).densities
-    for density in densities:
+    for density in () if SMALLER in skip else densities:
         sparsity = sparsity_of(density)
         budget_of_all = budget * len(densities)
         report = smaller(console, spec, f"{place}/smaller-{sparsity:g}", address, density, budget_of_all, store)
         if report:
-            yield "smaller dense", sparsity, report
+            yield SMALLER, sparsity, report
 
 
 def at_equal_budget(spec: Spec) -> tuple[float, dict[str, Spec]]:
@@ -231,9 +235,9 @@ def table(cells: Sequence[Cell]) -> str:
         found = {method: scores.get((task, sparsity, method)) for method in METHODS}
         found["dense"] = scores[task, 0.0, "dense"]
         rival = found[BASELINE] or {}
-        gaps = [[found[method][seed] - rival[seed] for seed in rival] for method in METHODS[3:]]  # type: ignore[index]
+        gaps = [[value - rival[seed] for seed, value in (found[method] or {}).items()] for method in METHODS[3:]]
         values = [spread(list(each.values())) if each else "" for each in found.values()]
-        lines.append([task, f"{sparsity:.2%}", *values, *map(gap, gaps)])
+        lines.append([task, f"{sparsity:.2%}", *values, *(gap(each) if each else "" for each in gaps)])
     return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines]) + "\n"
 
 

@@ -61,6 +61,13 @@ def test_the_table_has_means_spreads_and_differences_seed_by_seed(glue: ModuleTy
     assert found["raymask - IMP"] == "+2.0 ± 0.6"
 
 
+def test_what_was_left_out_is_left_empty(glue: ModuleType) -> None:
+    kept = {"dense": [0.9, 0.9], "IMP": [0.5, 0.6], "one random mask": [0.5, 0.7], "raymask": [0.5, 0.6]}
+    found = dict(rows(glue, kept))
+    assert (found["one uniform mask"], found["one uniform mask - IMP"]) == ("", "")
+    assert found["one random mask - IMP"] == "+5.0 ± 5.0"
+
+
 def test_one_seed_has_no_spread(glue: ModuleType) -> None:
     methods = ("dense", "IMP", "one uniform mask", "one random mask", "raymask")
     found = dict(rows(glue, {method: [0.5] for method in methods}))
@@ -147,7 +154,9 @@ def test_it_runs_and_what_is_done_is_not_done_again(glue: ModuleType, tmp_path: 
     [small] = [cell for cell in cells if cell.method == "smaller dense"]
     assert small.sparsity == 0.75  # one layer of 16 neurons
 
-    again = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "==" not in again.stdout
-    assert again.stdout.strip() == (tmp_path / "run" / "glue.md").read_text().strip()
+    whole = (tmp_path / "run" / "glue.md").read_text()
+    for words in ((), ("--skip", "one uniform mask")):
+        again = subprocess.run([*command, *words], capture_output=True, text=True, timeout=250)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert "==" not in again.stdout
+        assert (again.stdout.strip() == whole.strip()) is not bool(words)
