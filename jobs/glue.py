@@ -46,9 +46,9 @@ from raymask.store import DENSE, LEVEL, MODEL, RunDir, open_run, write_tensors
 from raymask.train.metrics import overall
 
 HERE = Path(__file__).resolve().parent
-BASELINE, SMALLER = "IMP", "smaller dense"
-METHODS = ("dense", SMALLER, BASELINE, "one uniform mask", "one random mask", "raymask")
-SINGLE = {"one random mask": "votes", "one uniform mask": "uniform"}  # by the sampler that draws it
+OURS, BASELINE, SMALLER = "raymask", "IMP", "smaller dense"
+SINGLE = {"one uniform mask": "uniform", "one random mask": "votes"}  # by the sampler that draws it
+METHODS = ("dense", SMALLER, BASELINE, *SINGLE, OURS)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def measured(
     yield "dense", 0.0, store.read_level(DENSE, 0).report
     result = store.read_result()
     assert result is not None
-    for name, found in (("raymask", result.levels), (BASELINE, result.imp)):
+    for name, found in ((OURS, result.levels), (BASELINE, result.imp)):
         yield from ((name, sparsity_of(level.density), level.report) for level in found)
     for name, sampler in SINGLE.items():
         if name in skip:
@@ -229,13 +229,15 @@ def table(cells: Sequence[Cell]) -> str:
     scores: dict[tuple[str, float, str], dict[int, float]] = {}
     for cell in cells:
         scores.setdefault((cell.task, cell.sparsity, cell.method), {})[cell.seed] = cell.score
-    heads = ["task", "sparsity", *METHODS, *(f"{method} - {BASELINE}" for method in METHODS[3:])]
+    methods = [method for method in METHODS if method in {cell.method for cell in cells}]
+    masks = [method for method in (*SINGLE, OURS) if method in methods]
+    heads = ["task", "sparsity", *methods, *(f"{method} - {BASELINE}" for method in masks)]
     lines = []
     for task, sparsity in sorted({(cell.task, cell.sparsity) for cell in cells if cell.sparsity}):
-        found = {method: scores.get((task, sparsity, method)) for method in METHODS}
+        found = {method: scores.get((task, sparsity, method)) for method in methods}
         found["dense"] = scores[task, 0.0, "dense"]
         rival = found[BASELINE] or {}
-        gaps = [[value - rival[seed] for seed, value in (found[method] or {}).items()] for method in METHODS[3:]]
+        gaps = [[value - rival[seed] for seed, value in (found[method] or {}).items()] for method in masks]
         values = [spread(list(each.values())) if each else "" for each in found.values()]
         lines.append([task, f"{sparsity:.2%}", *values, *(gap(each) if each else "" for each in gaps)])
     return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines]) + "\n"

@@ -54,17 +54,17 @@ def test_the_table_has_means_spreads_and_differences_seed_by_seed(glue: ModuleTy
     )
     assert found["sparsity"] == "93.75%"
     assert found["dense"] == "90.0 ± 0.0"
-    assert found["smaller dense"] == ""
+    assert "smaller dense" not in found
     assert found["IMP"] == "60.0 ± 10.0"
     assert found["one random mask - IMP"] == "+0.0 ± 0.0"
     assert found["one uniform mask - IMP"] == "-10.0 ± 5.8"
     assert found["raymask - IMP"] == "+2.0 ± 0.6"
 
 
-def test_what_was_left_out_is_left_empty(glue: ModuleType) -> None:
+def test_what_was_left_out_has_no_column(glue: ModuleType) -> None:
     kept = {"dense": [0.9, 0.9], "IMP": [0.5, 0.6], "one random mask": [0.5, 0.7], "raymask": [0.5, 0.6]}
     found = dict(rows(glue, kept))
-    assert (found["one uniform mask"], found["one uniform mask - IMP"]) == ("", "")
+    assert not [head for head in found if "uniform" in head]
     assert found["one random mask - IMP"] == "+5.0 ± 5.0"
 
 
