@@ -221,7 +221,7 @@ def distillation(
 ) -> Tensor:
     """Sum over layers of MSE of attention probabilities and of hidden states, plus the objective's soft targets.
 
-    A student of fewer layers than its teacher is held against as many of the teacher's, evenly spaced up to the last.
+    A student of half the teacher's layers, a third, ..., is held against every second, third, ... of them.
     Means are over real tokens only, so padding changes nothing; `whole` as in `task_loss`.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -240,8 +240,9 @@ def distillation(
 
 
 def peers(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """A student's layers, each with a teacher's: the last with the last, the others at even distances."""
-    return ((layer, theirs[len(theirs) * number // len(mine) - 1]) for number, layer in enumerate(mine, 1))
+    """A student's layers, each with a teacher's, evenly spaced up to the last. ValueError where they do not divide."""
+    apart = len(theirs) // len(mine)
+    return zip(mine, theirs[apart - 1 :: apart], strict=True)
 
 
 @torch.no_grad()

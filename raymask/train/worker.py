@@ -59,7 +59,7 @@ class Job:
     """What every worker of a search is told once: all but the weights, of which there are `parameters`.
 
     `teacher`: what fine-tunings are distilled from where it is no dense model of this shape: one of the same width and
-    heads, with as many layers or more.
+    heads, with as many layers or a multiple.
     """
 
     spec: Spec
