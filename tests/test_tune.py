@@ -409,7 +409,8 @@ def test_mistakes_are_said_and_nothing_is_written(here: Path) -> None:
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stderr
     assert "space.yaml: candidates.exponnet=2.0: candidates.exponnet: there is no such key" in done.stderr
-    assert "spec.yaml: probe.epocs: there is no such key" in refused(run_here, "--set", "probe.epocs=1")
+    told = refused(run_here, "--set", "probe.epocs=1")
+    assert "spec.yaml --set probe.epocs=1: probe.epocs: there is no such key; did you mean epochs?" in told
     (here / "space.yaml").unlink()
     assert "space.yaml: there is no such file" in refused(run_here)
     (here / "space.yaml").write_text("levels: {choice: [[0.5], [0.9]]}")
