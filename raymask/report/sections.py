@@ -164,9 +164,9 @@ def found(figures: Figures) -> Section:
 
 
 def left(sparsity: float, size: int) -> str:
-    """How many parameters are not zero, and how many times fewer that is."""
+    """How many parameters are not zero, and how many times fewer that is, which has to fit a page six columns wide."""
     kept = round(size * (1 - sparsity))
-    times = f", {size / kept:.1f}x fewer" if sparsity and kept else ""
+    times = f", {size / kept:.1f}x" if sparsity and kept else ""
     return f"{million(kept)} ({percent(sparsity)} zeros{times})" if sparsity else million(kept)
 
 
