@@ -52,7 +52,8 @@ class Form:
 
     `call`: called as transformers' models are. `original`: in torch, whose outputs are the right ones. `size`: bytes of
     its weights in memory for torch, else of its file. `exact`: outputs differ from the original's by rounding only.
-    `strayed`: by how much they do at most. `seconds`: the median latency by rows of a batch.
+    `strayed`: by how much they do at most. `seconds`: the median latency by rows of a batch. `unsteady`:
+    the rows of those batches that took now longer, now shorter.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Form:
     exact: bool = True
     strayed: float = 0.0
     seconds: dict[int, float] = field(default_factory=dict)
+    unsteady: set[int] = field(default_factory=set)
 
 
 def show_bench(console: Console, run: str, batches: Sequence[int] = (), length: int | None = None) -> None:
@@ -202,6 +204,7 @@ def measure(forms: Sequence[Form], batch: dict[str, Tensor]) -> list[str]:
     for form, taken in zip(forms, times, strict=True):
         low, form.seconds[rows], high = quantiles(taken, method="inclusive")
         if high > NOISE * low:
+            form.unsteady.add(rows)
             unsteady.append(f"{form.runtime}, {form.model} took {1e3 * low:.1f} to {1e3 * high:.1f} ms (quartiles)")
     if not unsteady:
         return []
@@ -254,15 +257,18 @@ def cells(form: Form, forms: Sequence[Form]) -> Iterator[str]:
 
 def verdict(forms: Sequence[Form], rows: int) -> str:
     """What sparsity is worth at a batch size: each form of the selected model held against the dense one there."""
-    said: dict[str, list[str]] = {"Faster": [], f"Within noise ({NOISE - 1:.0%})": [], "Slower": []}
-    faster, same, slower = said.values()
+    noise = f"Within noise ({NOISE - 1:.0%})"
+    said: dict[str, list[str]] = {"Faster": [], noise: [], "Slower": [], "Not steady, so not told apart": []}
+    faster, same, slower, unsteady = said.values()
     for form in forms:
         other = rival(form, forms)
         if form.model == DENSE_FORM or other is None:
             continue
         ratio = other.seconds[rows] / form.seconds[rows]
         kind = faster if ratio > NOISE else slower if ratio < 1 / NOISE else same
+        if rows in form.unsteady | other.unsteady:
+            kind = unsteady
         kind.append(f"{form.runtime}{form.model.removeprefix(SELECTED)} {ratio:.2f}x")
     lists = ". ".join(f"{kind}: {'; '.join(found)}" for kind, found in said.items() if found)
-    nothing = "" if faster else "Sparsity makes nothing faster here. "
+    nothing = "" if faster or unsteady else "Sparsity makes nothing faster here. "
     return f"Batch of {rows}, against the dense model by the same runtime. {nothing}{lists}."
