@@ -10,6 +10,7 @@ from rich.console import Console
 from raymask.config import make_spec
 from raymask.core.records import Candidate, Evaluation, FineTuned, Interval, Level, Noise, Point
 from raymask.report import terminal
+from raymask.report.progress import Progress
 from raymask.report.terminal import Bars, Lines, watching
 from raymask.store import IMP, SEARCH
 
@@ -88,7 +89,7 @@ def test_a_terminal_has_a_bar_for_the_stage_and_for_everything_at_work() -> None
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
 
     def bars() -> dict[str, tuple[float, float | None]]:
-        return {task.description.partition(", about")[0]: (task.completed, task.total) for task in watch.bars.tasks}
+        return {task.description: (task.completed, task.total) for task in watch.bars.tasks}
 
     with watching(console, SPEC) as watch:
         assert isinstance(watch, Bars)
@@ -105,3 +106,13 @@ def test_a_terminal_has_a_bar_for_the_stage_and_for_everything_at_work() -> None
         watch.running({})
         assert bars() == {"fine-tuning": (1, 2)}
     assert "candidate 3: score -0.2500" in output(console)
+
+
+def test_the_time_left_is_seen_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    monkeypatch.setattr(Progress, "left", lambda self: 125.0)
+    with watching(console, SPEC) as watch:
+        watch.begins("level 1/4, sparsity 54.00%: early evaluation", 1, 9, [EVALUATION])
+        watch.running({"control": 0.5})
+    assert "about 2 min 5 s left" in output(console)
+    assert "level 1/4, sparsity 54.00%" in output(console)

@@ -152,17 +152,20 @@ class Progress:
         """All of it in a line."""
         running = ", ".join(f"{name} {share:.0%}" for name, share in self.shares.items())
         counts = f"{self.done} of {self.total} done, {len(self.shares)} running" + (f" ({running})" if running else "")
-        return f"{self.stage}: {counts}{self.tail()}"
+        left = self.time_left()
+        return f"{self.stage}: {counts}{self.tail()}" + (f", {left}" if left else "")
 
     def tail(self) -> str:
-        """Failures, the best score so far, and the time left."""
+        """Failures, and the best score so far."""
         parts = [f"{self.failed} failed"] if self.probing else []
         if self.best is not None:
             parts.append(f"best score {self.best.score:.4f} ({self.best.candidate.name})")
-        left = self.left()
-        if left is not None:
-            parts.append(f"about {duration(left)} left")
         return "".join(f", {part}" for part in parts)
+
+    def time_left(self) -> str:
+        """The time left in words, none before it can be told."""
+        left = self.left()
+        return "" if left is None else f"about {duration(left)} left"
 
 
 def height(evaluation: Evaluation | None) -> tuple[int, float]:

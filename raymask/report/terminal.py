@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -85,7 +85,7 @@ class Bars(Lines):
     def __init__(self, console: Console, spec: Spec, bars: rich.progress.Progress) -> None:
         super().__init__(console, spec)
         self.bars = bars
-        self.stage = bars.add_task("starting", total=None)
+        self.stage = bars.add_task("starting", total=None, left="")
         self.tasks: dict[str, TaskID] = {}
 
     def begins(self, stage: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
@@ -97,13 +97,16 @@ class Bars(Lines):
         self.progress.running(shares)
         now = self.progress
         self.bars.update(
-            self.stage, description=f"{now.stage}{now.tail()}", completed=now.done + sum(now.shares.values())
+            self.stage,
+            description=f"{now.stage}{now.tail()}",
+            completed=now.done + sum(now.shares.values()),
+            left=now.time_left(),
         )
         for name in self.tasks.keys() - shares.keys():
             self.bars.remove_task(self.tasks.pop(name))
         for name, share in shares.items():
             if name not in self.tasks:
-                self.tasks[name] = self.bars.add_task(f"  {name}", total=1.0)
+                self.tasks[name] = self.bars.add_task(f"  {name}", total=1.0, left="")
             self.bars.update(self.tasks[name], completed=share)
 
 
@@ -115,9 +118,9 @@ def watching(console: Console, spec: Spec) -> Iterator[Watch]:
         return
     columns = (
         TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=10),
         TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),  # the last to be cut on a narrow terminal
     )
     with rich.progress.Progress(*columns, console=console, transient=True, expand=True) as bars:
         yield Bars(console, spec, bars)
