@@ -14,7 +14,7 @@ from raymask.core.masks import quotas
 from raymask.core.recipe import Recipe, epochs, parents_of, runs_imp
 from raymask.core.rungs import places
 from raymask.core.spec import Spec
-from raymask.driver.search import Plan, initial, prepare
+from raymask.driver.search import Plan, initial, prepare, require_unseen
 from raymask.report.terminal import say
 from raymask.report.words import blocks, percent
 
@@ -24,6 +24,7 @@ FEW = 10  # classes that are named
 
 def show_check(console: Console, spec: Spec, address: str | None) -> None:
     """Read everything a search will read, weights included, and print what it will do. Raises UserError as it would."""
+    require_unseen(spec.task)
     plan = prepare(spec)
     initial(plan)
     show_model(console, plan)

@@ -23,7 +23,8 @@ from raymask.driver.local import device_for
 from raymask.driver.search import Plan, initial, prepare
 from raymask.export.sparse import SPARSE, load_sparse
 from raymask.report.terminal import say
-from raymask.report.words import blocks, percent
+from raymask.report.words import blocks, constant_lines, percent
+from raymask.train.metrics import only_answer
 from raymask.train.model import count_sizes, persistent
 from raymask.train.worker import Worker, isolated
 
@@ -48,6 +49,8 @@ def show_evaluation(
     zeros = {"prunable": "prunable weights", "encoder": blocks(data.kind), "whole": "whole model"}
     shares = ", ".join(f"{percent(row.sparsity[key])} of the {name}" for key, name in zeros.items())
     say(console, f"{len(data.report):,} rows of `report`. Exact zeros: {shares}.")
+    for line in constant_lines([row]):
+        say(console, line)
 
 
 def evaluation(model: str, task: str, overrides: Sequence[str] = ()) -> Spec:
@@ -99,6 +102,7 @@ def evaluate(plan: Plan) -> Row:
         report={name: figure.mean for name, figure in zip(names, figures, strict=True)},
         intervals=dict(zip(names, figures, strict=True)),
         sparsity={name: count / sizes[name] for name, count in asdict(zeros).items()},
+        always=only_answer(plan.corpus.classes, logits),
     )
 
 

@@ -90,7 +90,10 @@ def open_storage(place: str | Path, note: Note = lambda text: None) -> Storage:
     uri = str(place)
     require_no_secret(uri)
     if "://" not in uri:
-        return Folder(Path(os.path.expanduser(uri)))  # a job's command line goes through no shell
+        path = Path(os.path.expanduser(uri))  # a job's command line goes through no shell
+        if path.is_file():
+            raise UserError(f"{path}: is a file, and a run directory is a folder")
+        return Folder(path)
     import fsspec
     from pyarrow import ArrowException, fs
 

@@ -235,7 +235,9 @@ class RunDir:
         try:
             return Spec.model_validate(yaml.safe_load(self.storage.read(SPEC)))
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{self.storage.at()}: is not a run directory: it has no {SPEC}") from None
+            something = any(True for _ in self.storage.names())
+            what = f"it has no {SPEC}" if something else "nothing is there"
+            raise UserError(f"{self.storage.at()}: is not a run directory: {what}") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError):
             raise UserError(f"{self.storage.at(SPEC)}: is damaged; it must be the file that raymask wrote") from None
 
@@ -266,7 +268,8 @@ def check_run(store: RunDir, spec: Spec) -> None:
         before, now = identity(store.read_spec()), identity(spec)
         differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if differing:
-            lines = "".join(f"\n  - {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing)
+            there, here = ({key: json.dumps(each.get(key)) for key in differing} for each in (before, now))
+            lines = "".join(f"\n  - {key}: {there[key]} there, {here[key]} now" for key in differing)
             raise UserError(
                 f"{storage.at()}: was started with another spec; choose another with --run, or undo:{lines}"
             )

@@ -430,6 +430,12 @@ def test_a_missing_file_is_named(tmp_path):
     assert refused(load_corpus, task, 0) == f"{task.report}: there is no such file"
 
 
+def test_where_a_relative_path_begins_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = own_task(tmp_path).model_copy(update={"report": "none.csv"})
+    assert refused(load_corpus, task, 0) == f"none.csv: there is no such file, seen from {tmp_path}"
+
+
 def test_an_unknown_ending_is_refused_with_the_known_ones(tmp_path):
     path = tmp_path / "train.txt"
     path.write_text("sentence,label\n")
@@ -501,6 +507,11 @@ def test_an_empty_cell_is_refused_with_its_row(tmp_path, ending, name):
 def test_an_empty_number_of_a_csv_file_is_refused_with_its_row(tmp_path, kind):
     task = own_task(tmp_path, report=REPORT | {"label": [1, None, 0]}, ending=".csv", kind=kind)
     assert refused(load_corpus, task, 0) == f"{task.report}: row 2: label is empty"
+
+
+def test_an_empty_word_for_a_class_is_refused_with_its_row(tmp_path):
+    task = own_task(tmp_path, TRAIN | {"label": ["yes", "no", "", *["yes"] * 17]}, ending=".csv")
+    assert refused(load_corpus, task, 0) == f"{task.train}: row 3: label is empty"
 
 
 def test_a_text_column_of_numbers_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from builders import refused, reviews, tiny_model, write_table
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_causal_lm import spec_of as decoder_spec
 from test_cli import raymask as typed
@@ -19,7 +21,7 @@ from test_cli import refused as refused_command
 import raymask
 from raymask.core.records import Result, Row
 from raymask.driver.search import prepare
-from raymask.evaluate import evaluate, evaluation
+from raymask.evaluate import evaluate, evaluation, show_evaluation
 from raymask.export.formats import export_run
 from raymask.store import MODEL, RunDir
 
@@ -84,7 +86,7 @@ def test_every_model_of_a_run_has_the_figures_that_its_result_states(
     export_run(run, "sparse")
     for folder in (run / "export", run / "export-sparse"):
         row = measured(folder, run / "spec.yaml")
-        assert (row.report, row.intervals) == (selected.report, selected.intervals)
+        assert (row.report, row.intervals, row.always) == (selected.report, selected.intervals, selected.always)
         assert row.sparsity["prunable"] == selected.sparsity["prunable"]
         assert row.sparsity["encoder"] >= selected.sparsity["encoder"]
     shutil.copytree(run / "export", tmp_path / "dense")
@@ -113,6 +115,18 @@ def test_zeros_are_counted_in_all_three_denominators(finished: Path, tmp_path: P
         "encoder": size(queries) / size({name: tensor for name, tensor in weights.items() if ".layer." in name}),
         "whole": size(queries) / size(weights),
     }
+
+
+def test_a_model_that_tells_no_rows_apart_is_said_to(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "export", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / MODEL)
+    weights["classifier.bias"] = torch.tensor([0.0, 100.0])
+    save_file(weights, tmp_path / "model" / MODEL, metadata={"format": "pt"})
+    console = Console(file=io.StringIO(), width=200)
+    show_evaluation(console, str(tmp_path / "model"), "quickstart")
+    assert console.file.getvalue().endswith(  # type: ignore[attr-defined]
+        f"{tmp_path / 'model'} answers 'positive' to every row of `report`: its figures are this constant answer's.\n"
+    )
 
 
 @pytest.mark.faults

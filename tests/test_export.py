@@ -81,10 +81,10 @@ def test_a_model_with_code_of_its_own_is_exported_where_that_may_run(tmp_path: P
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
     texts, labels = reviews(80)
-    table = str(write_table(tmp_path / "rows.csv", {"text": texts, "label": labels}))
+    train, report = (str(write_table(tmp_path / f"{name}.csv", {"text": texts, "label": labels})) for name in "ab")
     spec = {
         "model": {"name": str(source), "trust_remote_code": True},
-        "task": {"train": table, "report": table, "text": "text", "label": "label"},
+        "task": {"train": train, "report": report, "text": "text", "label": "label"},
         "levels": [0.5],
         "candidates": {"count": 0},
         "dense": {"epochs": 0.5},
@@ -181,6 +181,8 @@ def test_an_unfinished_search_is_said(copy: Path) -> None:
     (copy / "result.json").unlink()
     said = f"{copy}: the search is not finished; `raymask search` with the same spec goes on"
     assert refused(export_run, copy, "hf") == said
+    with RunDir(copy).storage.held():
+        assert refused(export_run, copy, "hf") == f"{copy}: the search is not finished; wait for it"
 
 
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:

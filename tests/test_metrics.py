@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from raymask.core.spec import METRICS
-from raymask.train.metrics import measure, overall
+from raymask.train.metrics import measure, only_answer, overall
 
 CLASSIFYING = ("accuracy", "f1", "matthews")
 CORRELATING = ("pearson", "spearman")
@@ -93,3 +93,10 @@ def test_a_smaller_perplexity_is_better_however_large():
 def test_overall_is_the_plain_mean():
     assert overall({"accuracy": 0.5, "f1": 0.75}) == pytest.approx(0.625)
     assert overall({"matthews": -0.25}) == -0.25
+
+
+def test_an_answer_is_the_only_one_when_all_rows_have_it():
+    same, other = np.array([[0.1, 0.9, 0.2], [0.3, 0.4, 0.1]]), np.array([[0.1, 0.9, 0.2], [0.5, 0.4, 0.1]])
+    assert only_answer(("a", "b", "c"), same) == "b"
+    assert only_answer(("a", "b", "c"), other) is None
+    assert only_answer((), same[:, :1]) is None  # a regression has no answers

@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from raymask.check import show_check
 from raymask.config import make_spec
 from raymask.core.errors import UserError
 from raymask.core.masks import digest, pack_bits
 from raymask.core.records import Candidate, Checkpoint, Climb, Evaluation, FineTuned, Point, Settling, Snapshot
 from raymask.core.tensors import Packed, pack
-from raymask.driver.search import Plan, conclude, prepare, prune
+from raymask.driver.search import Plan, conclude, prepare, prune, search
 from raymask.report.terminal import Silent
 from raymask.store import DENSE, IMP, SEARCH, RunDir, check_run, open_run, sealed
 
@@ -435,6 +437,14 @@ def test_proposals_differ_in_seed_and_cycle_through_the_ratios(tmp_path: Path) -
     assert len({candidate.seed for candidate in pool}) == len(pool)
     ratios = [candidate.noise.ratio if candidate.noise else None for candidate in pool]
     assert ratios == [None, 0.1, 0.2, 0.1] * 2
+
+
+def test_what_is_trained_on_is_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    task = {"train": "a.csv", "report": str(tmp_path / "a.csv"), "text": "s"}
+    for start in (lambda spec: search(spec, "run", Silent()), lambda spec: show_check(Console(), spec, None)):
+        with pytest.raises(UserError, match=r"task\.report: is the file of task.train: what was trained on"):
+            start(make_spec({"model": "m", "task": task}))
 
 
 def test_a_run_directory_of_another_spec_is_refused_with_the_keys_that_differ(plan: Plan, tmp_path: Path) -> None:

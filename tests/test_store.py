@@ -219,8 +219,8 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path, spec: Sp
 
 def test_a_place_that_cannot_be_written_is_said_at_once(tmp_path: Path, spec: Spec) -> None:
     (tmp_path / "file").write_text("")
-    for place, why in (("file", "File exists"), ("file/run", "Not a directory")):
-        with pytest.raises(UserError, match=f"cannot be written: {why}"), open_run(RunDir(tmp_path / place), spec):
+    for place, why in (("file", "is a file"), ("file/run", "cannot be written: Not a directory")):
+        with pytest.raises(UserError, match=why), open_run(RunDir(tmp_path / place), spec):
             pass
 
 
@@ -233,8 +233,13 @@ def test_a_damaged_spec_is_said(store: RunDir, spec: Spec, content: str) -> None
 
 
 def test_what_is_no_run_directory_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a run directory: nothing is there"):
+        RunDir(tmp_path / "none").read_spec()
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"is not a run directory: it has no spec\.yaml"):
         RunDir(tmp_path).read_spec()
+    with pytest.raises(UserError, match=r"file: is a file, and a run directory is a folder"):
+        RunDir(tmp_path / "file")
 
 
 def test_every_start_is_noted_with_its_versions(store: RunDir) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from raymask.core.records import Candidate, Evaluation, Interval, Noise, Point, Result
+from raymask.core.records import CONTROL, SELECTED, Candidate, Evaluation, Interval, Noise, Point, Result, Row
 from raymask.report.words import duration, evaluated_line, verdict
 
 
-def result(gain: Interval | None, metrics: tuple[str, ...] = ("accuracy",)) -> Result:
+def result(
+    gain: Interval | None, metrics: tuple[str, ...] = ("accuracy",), always: tuple[str | None, ...] = ()
+) -> Result:
     return Result(
         run="r",
         model="m",
         task="t",
         metrics=metrics,
-        rows=(),
+        rows=tuple(
+            Row(name=name, report={}, intervals={}, sparsity={}, always=answer)
+            for name, answer in zip(("dense", CONTROL, SELECTED), always, strict=False)
+        ),
         sizes={},
         gain=gain,
         levels=(),
@@ -51,6 +56,22 @@ def test_a_perplexity_is_compared_by_what_is_more_when_it_is_better() -> None:
     said = verdict(result(Interval(mean=0.02, low=0.01, high=0.03), ("perplexity",)))
     assert said.startswith("Selected against control on `report`, minus the log of the perplexity: +0.0200 (95 % inter")
     assert said.endswith("more than noise: the selected mask is better.")
+
+
+def test_models_that_tell_no_rows_apart_are_no_draw() -> None:
+    draw = Interval(mean=0, low=0, high=0)
+    assert verdict(result(draw, always=(None, None, None))).endswith("within noise.")
+    said = verdict(result(draw, always=(None, "yes", "no")))
+    assert said.endswith(
+        "within noise. control (IMP) answers 'yes' to every row of `report`: its figures are this constant answer's. "
+        "selected answers 'no' to every row of `report`: its figures are this constant answer's. Train longer "
+        "(finetune.epochs, probe.epochs, more levels)."
+    )
+    said = verdict(result(draw, always=("yes", None, None)))
+    assert said.endswith(
+        "dense answers 'yes' to every row of `report`: its figures are this constant answer's. Train "
+        "longer (dense.epochs)."
+    )
 
 
 @pytest.mark.parametrize(

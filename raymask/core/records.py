@@ -215,13 +215,16 @@ SELECTED, CONTROL = "selected", "control (IMP)"
 
 
 class Row(Record):
-    """One model of the final table: metrics on `report` with their intervals, sparsity in [0, 1] in three
-    denominators."""
+    """One model of the final table: metrics on `report` with their intervals, sparsity in [0, 1] in three denominators.
+
+    `always`: of a classification the class that is the answer to all of its rows, None where there are several.
+    """
 
     name: str
     report: dict[str, float]
     intervals: dict[str, Interval]
     sparsity: dict[str, float]
+    always: str | None = None
 
 
 Purpose = Literal["dense", "early evaluation", "fine-tuning", "baseline (IMP)"]

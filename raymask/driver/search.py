@@ -43,7 +43,7 @@ from raymask.core.records import (
 )
 from raymask.core.rungs import Ladder, climbs
 from raymask.core.seeds import derive
-from raymask.core.spec import Spec
+from raymask.core.spec import Spec, Task
 from raymask.core.stats import bootstrap, chances, paired_gain
 from raymask.core.tensors import Packed
 from raymask.export.hf import export
@@ -52,7 +52,7 @@ from raymask.report.timeline import by_purpose, worked
 from raymask.store import DENSE, IMP, MODEL, SEARCH, RunDir, branch, branches, check_run, open_run
 from raymask.train.data import Corpus
 from raymask.train.documents import Documents
-from raymask.train.metrics import overall
+from raymask.train.metrics import only_answer, overall
 from raymask.train.model import Source, describe, load_weights, read_config
 from raymask.train.task import read_texts, to_tokens
 from raymask.train.worker import Job
@@ -75,10 +75,12 @@ def search(
 
     Raises UserError for whatever the user can mend, before anything is trained where it can be known.
     """
+    require_unseen(spec.task)
     store = RunDir(run, watch.note)
     check_run(store, spec)
     found = store.read_result()
     if found and store.has_export():
+        watch.note("was finished before: nothing is done again")
         return found
     plan = prepare(spec)
     with seams(plan.job, watch, address, in_process) as (evaluate, fine_tune, watch), open_run(store, spec):
@@ -98,6 +100,12 @@ def prepare(spec: Spec) -> Plan:
     require_masks(source, recipe)
     data = to_tokens(corpus, tokenizer, config)
     return Plan(recipe, source, corpus, Job(spec, source.config, data, source.prunable, source.sizes.whole))
+
+
+def require_unseen(task: Task) -> None:
+    """Raise UserError when a search would report on what it trains on."""
+    if task.train and task.report and Path(task.train).resolve() == Path(task.report).resolve():
+        raise UserError("task.report: is the file of task.train: what was trained on says nothing of what is new")
 
 
 def require_masks(source: Source, recipe: Recipe) -> None:
@@ -298,7 +306,8 @@ def settle(plan: Plan, store: RunDir, work: list[Work], fine_tune: FineTune, wat
     if not work:
         return
     level = work[0].winner.candidate.level
-    watch.begins(f"{title(plan.recipe, level)}: fine-tuning", level, len(work))
+    distilled = level == 0 and all(item.lineage != DENSE for item in work)
+    watch.begins(f"{title(plan.recipe, level)}: {'distillation' if distilled else 'fine-tuning'}", level, len(work))
     settlings = [
         (item.parent, Settling(name(item), item.winner.candidate, item.stage, item.winner.digest)) for item in work
     ]
@@ -444,8 +453,9 @@ def compare(
             report=record.report,
             intervals=dict(zip(record.report, following, strict=False)),
             sparsity=plan.source.sizes.sparsities(record.total - record.kept),
+            always=only_answer(plan.corpus.classes, answers),
         )
-        for name, _, record in models
+        for (name, _, record), answers in zip(models, logits, strict=True)
     )
     return rows, gain if len(models) > 2 else None
 

@@ -61,7 +61,8 @@ def read_selected(store: RunDir) -> Selected:
     """What a finished search selected. Raises UserError when it is not finished, or its export is not what it was."""
     spec, result = store.read_spec(), store.read_result()
     if result is None:
-        raise UserError(f"{store.uri}: the search is not finished; `raymask search` with the same spec goes on")
+        what = "wait for it" if store.storage.busy() else "`raymask search` with the same spec goes on"
+        raise UserError(f"{store.uri}: the search is not finished; {what}")
     again = "`raymask search` with the same spec and --run writes it again"
     if not store.has_export():
         raise UserError(f"{store.export_uri}: is gone; {again}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from raymask.core.records import CONTROL, Evaluation, Interval, Level, Result
+from raymask.core.records import CONTROL, Evaluation, Interval, Level, Result, Row
 from raymask.store import IMP
 
 
@@ -34,6 +34,24 @@ def interval(found: Interval) -> str:
 
 
 def verdict(result: Result) -> str:
+    """The selected model against the baseline, and which of the models are none at all."""
+    lines = constant_lines(result.rows)
+    if lines:
+        dense = result.rows[0].always is not None
+        lines.append(f"Train longer ({'dense.epochs' if dense else 'finetune.epochs, probe.epochs, more levels'}).")
+    return " ".join([compared(result), *lines])
+
+
+def constant_lines(rows: Sequence[Row]) -> list[str]:
+    """Which models tell no two rows of `report` apart, however good their figures look."""
+    return [
+        f"{row.name} answers {row.always!r} to every row of `report`: its figures are this constant answer's."
+        for row in rows
+        if row.always is not None
+    ]
+
+
+def compared(result: Result) -> str:
     """The selected model against the baseline: which is better, and whether that is more than noise."""
     if result.gain is None:
         return "There was no baseline to compare with (imp.run: false, or no random candidates)."

@@ -274,12 +274,17 @@ def read_file(path: Path, types: dict[str, pa.DataType] | None = None) -> pa.Tab
     try:
         table = reader(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
+        raise UserError(f"{path}: there is no such file{seen_from(path)}") from None
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as {path.suffix[1:]}: {first_line(error)}") from None
     if table.num_rows == 0:
         raise UserError(f"{path}: has no rows")
     return table
+
+
+def seen_from(path: Path) -> str:
+    """Where a relative path begins, to be told with it."""
+    return "" if path.is_absolute() else f", seen from {Path.cwd()}"
 
 
 def require_columns(table: pa.Table, names: Sequence[str], where: str) -> None:
@@ -324,7 +329,10 @@ def find_classes(table: pa.Table, label: str, where: str) -> tuple[str, ...]:
             f"{where}: {label} holds {found.type}: classes are whole numbers or texts. For numbers to be predicted "
             "set task.kind: regression"
         )
-    return tuple(str(value) for value in sorted(found.unique().to_pylist()))
+    classes = tuple(str(value) for value in sorted(found.unique().to_pylist()))
+    if "" in classes:
+        raise UserError(f"{where}: row {found.to_pylist().index('') + 1}: {label} is empty")
+    return classes
 
 
 def nameless(order: Sequence[str]) -> bool:

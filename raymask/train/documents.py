@@ -18,7 +18,7 @@ import pyarrow as pa
 from raymask.core.errors import UserError, first_line
 from raymask.core.seeds import derive
 from raymask.core.spec import DATASET, MEASURES, Task
-from raymask.train.data import READERS, Data, Rows, read_file, require_known, text_column
+from raymask.train.data import READERS, Data, Rows, read_file, require_known, seen_from, text_column
 
 LENGTH = 128  # tokens of a row, unless the task says otherwise
 AT_ONCE = 1000  # documents that are tokenized together
@@ -79,7 +79,7 @@ def read_documents(path: Path, name: str = "text") -> list[str]:
     try:
         return [path.read_text(encoding="utf-8")]
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
+        raise UserError(f"{path}: there is no such file{seen_from(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text: {first_line(error)}") from None
 

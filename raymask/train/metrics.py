@@ -40,6 +40,14 @@ def measure(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dic
     return {name: float(classification[name]()) for name in names}
 
 
+def only_answer(classes: Sequence[str], logits: np.ndarray) -> str | None:
+    """The class that all rows of logits, float (rows, classes), answer; None where they differ, or have no classes."""
+    if not classes:
+        return None
+    first, *others = np.unique(logits.argmax(axis=1))
+    return None if others else classes[first]
+
+
 def overall(metrics: dict[str, float]) -> float:
     """The one number that choices by metric use, larger is better: the mean of the task's metrics, and of a perplexity,
     of which smaller is better, minus its logarithm: the mean log-likelihood of a token."""
