@@ -62,7 +62,8 @@ def keys(section: type[BaseModel], path: str = "") -> set[str]:
 
 def test_ci_runs_the_commands_to_the_letter() -> None:
     gate = (ROOT / ".ci" / "run").read_text()
-    for command in ("pip install -e . && raymask search", "pip install -e '.[test]' && pytest", "pytest -m faults"):
+    tests = "pip install -e '.[test]' && pytest -n 2 --dist loadfile"
+    for command in ("pip install -e . && raymask search", tests, "pytest -m faults"):
         assert f"```bash\n{command}\n```" in README
         assert f"    {command}\n" in gate
 
