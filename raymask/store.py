@@ -268,8 +268,9 @@ def check_run(store: RunDir, spec: Spec) -> None:
         before, now = identity(store.read_spec()), identity(spec)
         differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if differing:
-            there, here = ({key: json.dumps(each.get(key)) for key in differing} for each in (before, now))
-            lines = "".join(f"\n  - {key}: {there[key]} there, {here[key]} now" for key in differing)
+            lines = "".join(
+                f"\n  - {key}: {json.dumps(before.get(key))} there, {json.dumps(now.get(key))} now" for key in differing
+            )
             raise UserError(
                 f"{storage.at()}: was started with another spec; choose another with --run, or undo:{lines}"
             )

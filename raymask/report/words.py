@@ -34,7 +34,7 @@ def interval(found: Interval) -> str:
 
 
 def verdict(result: Result) -> str:
-    """The selected model against the baseline, and which of the models are none at all."""
+    """The selected model against the baseline, and which of the models have one answer only."""
     lines = constant_lines(result.rows)
     if lines:
         dense = result.rows[0].always is not None
