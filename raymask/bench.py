@@ -52,8 +52,8 @@ class Form:
 
     `call`: called as transformers' models are. `original`: in torch, whose outputs are the right ones. `size`: bytes of
     its weights in memory for torch, else of its file. `exact`: outputs differ from the original's by rounding only.
-    `strayed`: by how much they do at most. `seconds`: the median latency by rows of a batch. `unsteady`:
-    the rows of those batches that took now longer, now shorter.
+    `strayed`: by how much they do at most. `seconds`: the median latency by rows of a batch. `spread`: the
+    lower and the upper quartile.
     """
 
     model: str
@@ -64,7 +64,7 @@ class Form:
     exact: bool = True
     strayed: float = 0.0
     seconds: dict[int, float] = field(default_factory=dict)
-    unsteady: set[int] = field(default_factory=set)
+    spread: dict[int, tuple[float, float]] = field(default_factory=dict)
 
 
 def show_bench(console: Console, run: str, batches: Sequence[int] = (), length: int | None = None) -> None:
@@ -203,8 +203,8 @@ def measure(forms: Sequence[Form], batch: dict[str, Tensor]) -> list[str]:
     unsteady = []
     for form, taken in zip(forms, times, strict=True):
         low, form.seconds[rows], high = quantiles(taken, method="inclusive")
+        form.spread[rows] = low, high
         if high > NOISE * low:
-            form.unsteady.add(rows)
             unsteady.append(f"{form.runtime}, {form.model} took {1e3 * low:.1f} to {1e3 * high:.1f} ms (quartiles)")
     if not unsteady:
         return []
@@ -266,7 +266,8 @@ def verdict(forms: Sequence[Form], rows: int) -> str:
             continue
         ratio = other.seconds[rows] / form.seconds[rows]
         kind = faster if ratio > NOISE else slower if ratio < 1 / NOISE else same
-        if rows in form.unsteady | other.unsteady:
+        (low, high), (low_there, high_there) = form.spread[rows], other.spread[rows]
+        if kind is not same and low <= high_there and low_there <= high:
             kind = unsteady
         kind.append(f"{form.runtime}{form.model.removeprefix(SELECTED)} {ratio:.2f}x")
     lists = ". ".join(f"{kind}: {'; '.join(found)}" for kind, found in said.items() if found)

@@ -37,7 +37,10 @@ def shown(*arguments: Any, **options: Any) -> str:
 def forms_of(seconds: dict[str, float], runtime: str = "torch") -> list[Form]:
     """Forms that took so long for batches of one."""
     module = nn.Identity()
-    return [Form(name, runtime, module, module, 4, seconds={1: taken}) for name, taken in seconds.items()]
+    return [
+        Form(name, runtime, module, module, 4, seconds={1: taken}, spread={1: (0.9 * taken, 1.1 * taken)})
+        for name, taken in seconds.items()
+    ]
 
 
 @pytest.fixture
@@ -117,13 +120,15 @@ def test_what_is_not_steady_gets_no_verdict() -> None:
         *forms_of({DENSE_FORM: 1.0, SELECTED: 0.3, CSR: 1.1}),
         *forms_of({DENSE_FORM: 1.0, SHRUNK: 0.9}, "OpenVINO"),
     ]
-    forms[1].unsteady = {1}
+    forms[1].spread = {1: (0.2, 0.9)}
     assert verdict(forms, 1) == (
         "Batch of 1, against the dense model by the same runtime. Within noise (20%): torch, CSR 0.91x; OpenVINO, "
         "shrunk 1.11x. Not steady, so not told apart: torch 3.33x."
     )
-    forms[0].unsteady = {1, 16}
-    assert verdict(forms, 1).endswith("Not steady, so not told apart: torch 3.33x; torch, CSR 0.91x.")
+    forms[1].spread = {1: (0.2, 0.8)}  # unsteady, and faster all the same
+    assert "Faster: torch 3.33x. Within" in verdict(forms, 1)
+    forms[2].seconds, forms[2].spread = {1: 1.5}, {1: (1.05, 1.6)}
+    assert verdict(forms, 1).endswith("Not steady, so not told apart: torch, CSR 0.67x.")
 
 
 def test_ratios_are_to_dense_torch_and_to_dense_there() -> None:
@@ -161,7 +166,7 @@ def test_times_are_medians_and_what_was_not_steady_is_said(
     forms = [Form(name, "torch", module, module, 4) for name, module in (("dense", steady), ("selected", busy))]
     said = measure(forms, {"input_ids": torch.zeros(7, 2)})
     assert [form.seconds for form in forms] == [{7: 1.0}, {7: 3.0}]
-    assert [form.unsteady for form in forms] == [set(), {7}]
+    assert [form.spread for form in forms] == [{7: (1.0, 1.0)}, {7: (2.0, 4.0)}]
     assert said == [
         "Batch of 7: 1 of 2 were not steady; torch, selected took 2000.0 to 4000.0 ms (quartiles). Something else "
         f"keeps this machine busy: measure again{advice}"
