@@ -41,11 +41,8 @@ finetune: {epochs: 1}
 distill: false
 precision: fp32
 """
-MIDDLE = [
-    part
-    for key in ("levels=[0.5, 0.9]", "candidates.count=6", "dense.epochs=2", "probe.epochs=4")
-    for part in ("--set", key)
-]
+MIDDLE = ["--set", "levels=[0.5, 0.9]", "--set", "candidates.count=6", "--set", "dense.epochs=2"]
+MIDDLE += ["--set", "probe.epochs=4"]
 """The quickstart, slow enough for several commands to find it running, on a busy machine too."""
 
 

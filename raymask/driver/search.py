@@ -306,8 +306,8 @@ def settle(plan: Plan, store: RunDir, work: list[Work], fine_tune: FineTune, wat
     if not work:
         return
     level = work[0].winner.candidate.level
-    distilled = level == 0 and all(item.lineage != DENSE for item in work)
-    watch.begins(f"{title(plan.recipe, level)}: {'distillation' if distilled else 'fine-tuning'}", level, len(work))
+    stage = "distillation" if level == 0 and work[0].lineage == SEARCH else "fine-tuning"
+    watch.begins(f"{title(plan.recipe, level)}: {stage}", level, len(work))
     settlings = [
         (item.parent, Settling(name(item), item.winner.candidate, item.stage, item.winner.digest)) for item in work
     ]
