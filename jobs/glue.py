@@ -168,8 +168,7 @@ def searched(console: Console, spec: Spec, place: str, address: str | None, dens
         for name in sorted(dense.storage.names(DENSE), key=lambda name: name.endswith(LEVEL)):
             with dense.storage.reading(name) as source, store.storage.writing(name) as target:
                 shutil.copyfile(source, target)
-    if store.read_result() is None:
-        console.print(f"== {place}", markup=False, highlight=False)
+    console.print(f"== {place}", markup=False, highlight=False)
     with watching(console, spec) as watch:
         search(spec, place, watch, address=address)
     return store

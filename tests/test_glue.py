@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -158,5 +159,9 @@ def test_it_runs_and_what_is_done_is_not_done_again(glue: ModuleType, tmp_path: 
     for words in ((), ("--skip", "one uniform mask")):
         again = subprocess.run([*command, *words], capture_output=True, text=True, timeout=250)
         assert again.returncode == 0, again.stdout + again.stderr
-        assert "==" not in again.stdout
-        assert (again.stdout.strip() == whole.strip()) is not bool(words)
+        searches = ("raymask", "votes") if words else ("raymask", "uniform", "votes")
+        said = re.findall(r"== (.+)\n.*was finished before: nothing is done again\n", again.stdout)
+        assert said == [str(place / name) for name in searches]
+        text = (tmp_path / "run" / "glue.md").read_text()
+        assert again.stdout.splitlines()[2 * len(searches) :] == [*text.splitlines(), ""]
+        assert (text == whole) is not bool(words)
