@@ -239,6 +239,21 @@ def test_a_failure_that_a_worker_told_of_is_marked_in_its_time(finished: RunDir)
     assert (cross["x"], cross["y"], cross["text"]) == ([13.0 - begin], ["host/7"], ["candidate 2: it broke"])
 
 
+def test_a_stop_of_the_search_is_cut_out_of_the_workers_time(finished: RunDir) -> None:
+    figures = gather(finished)
+    whole = plots.workers(figures)
+    last = max(piece.started for piece in figures.timeline)
+    later = [
+        piece.model_copy(update={"started": piece.started + 86_430 * (piece.started == last)})
+        for piece in figures.timeline
+    ]
+    cut = plots.workers(figures.model_copy(update={"timeline": tuple(later)}))
+    assert cut["layout"]["xaxis"]["title"]["text"] == "seconds<br>24 h 0 min without work cut out"
+    assert whole["layout"]["xaxis"]["title"]["text"] == "seconds"
+    ends = [max(max(trace["base"]) for trace in plot["data"] if trace["type"] == "bar") for plot in (cut, whole)]
+    assert ends[0] <= ends[1]
+
+
 def test_scores_are_against_the_control_of_the_same_parent_and_rung(tree: RunDir) -> None:
     stand = gather(tree).levels[1]
     looks = plots.last_looks(stand)
@@ -338,8 +353,16 @@ def test_budgets_are_compared_in_epochs(finished: RunDir) -> None:
 
 
 def test_only_keys_that_differ_are_told() -> None:
-    specs = {name: plan_of(seed=seed).recipe.spec for name, seed in (("a", 1), ("b", 2))}
-    assert differences(specs).rows == [["seed", "1", "2"]]
+    """As a spec has them."""
+    keys = {"seed": 1, "distill": True, "probe": {"score": "loss"}, "imp": {"epochs": 2}}
+    other = {"seed": 2, "distill": False, "probe": {"score": "metric"}, "imp": {"epochs": None}}
+    specs = {name: plan_of(**asked).recipe.spec for name, asked in (("a", keys), ("b", other))}
+    assert sorted(differences(specs).rows) == [
+        ["distill", "true", "false"],
+        ["imp.epochs", "2.0", "null"],
+        ["probe.score", "loss", "metric"],
+        ["seed", "1", "2"],
+    ]
 
 
 def test_sizes_are_short() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymask.core.records import Piece, Purpose
-from raymask.report.timeline import IDLE, LETTERS, WIDTH, WORKERS, bar, by_purpose, timeline
+from raymask.report.timeline import IDLE, LETTERS, STOP, WIDTH, WORKERS, bar, by_purpose, clock, timeline
 
 KINDS = {letter: kind for kind, letter in LETTERS.items()}
 NOW = 1.7e9  # seconds, as a clock has them
@@ -33,7 +33,7 @@ def pieces_of(letters: str, cell: float, worker: str) -> list[Piece]:
 bars = st.text([IDLE, *KINDS], min_size=WIDTH - 1, max_size=WIDTH - 1)
 
 
-@given(first=bars, others=st.lists(bars, max_size=WORKERS - 1), cell=st.floats(0.01, 1e5), data=st.data())
+@given(first=bars, others=st.lists(bars, max_size=WORKERS - 1), cell=st.floats(0.01, 10), data=st.data())
 def test_a_bar_is_read_as_what_was_done(first: str, others: list[str], cell: float, data: st.DataObject) -> None:
     """Whatever workers do cell by cell, in whatever order it is told."""
     drawn = [f"d{first[:-1]}f", *(IDLE + letters for letters in others)]
@@ -74,8 +74,32 @@ def test_a_timeline_says_what_its_letters_mean_and_how_long_each_purpose_took() 
 
 def test_a_letter_shows_what_took_most_of_its_time() -> None:
     work = [piece(0, 40), piece(40, 35, "early evaluation"), piece(101, 49, "fine-tuning"), piece(249, 51)]
-    assert bar(work, 0.0, 100.0 * WIDTH).startswith("d.d.")
-    assert bar([piece(0, 30), piece(30, 20, "fine-tuning")], 0.0, 100.0 * WIDTH)[0] == IDLE
+    assert bar(work, 100.0 * WIDTH).startswith("d.d.")
+    assert bar([piece(0, 30), piece(30, 20, "fine-tuning")], 100.0 * WIDTH)[0] == IDLE
+
+
+def test_a_search_that_was_stopped_is_drawn_without_the_stop() -> None:
+    work = [piece(NOW, 30), piece(NOW + 7230, 30, "fine-tuning", "host/2 cpu")]
+    assert timeline(work) == [
+        "Workers' time, 1.0 s a letter, 2 h 0 min without work cut out:",
+        f"{'d' * 30}{IDLE * 30}  50%  host/1",
+        f"{IDLE * 30}{'f' * 30}  50%  host/2",
+        "d dense 30.0 s, f fine-tuning 30.0 s, . idle",
+    ]
+    while_another_works = piece(NOW + 20, 7200, worker="host/3 cpu")
+    assert timeline([*work, while_another_works])[0] == "Workers' time, 2 min 1 s a letter:"
+
+
+@given(st.lists(st.tuples(st.integers(0, 20_000), st.integers(1, 1_000)), min_size=1, max_size=30))
+def test_only_what_nobody_worked_in_is_cut(work: list[tuple[int, int]]) -> None:
+    """Second by second, of the times in which nobody worked those longer than STOP."""
+    busy = {second for started, seconds in work for second in range(started, started + seconds)}
+    begin, end = min(busy), max(busy) + 1
+    runs = [(key, list(run)) for key, run in groupby(range(begin, end), busy.__contains__)]
+    kept = [second for works, run in runs if works or len(run) <= STOP for second in run]
+    time = clock([piece(*one) for one in work])
+    assert [time.at(started) for started, _ in work] == [kept.index(started) for started, _ in work]
+    assert sum(seconds for _, seconds in time.stops) == end - begin - len(kept)
 
 
 def test_who_comes_after_the_first_workers_is_summed_up() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from raymask.core.records import CONTROL, SELECTED, Evaluation, Purpose
 from raymask.report.figures import Figures, Stand
-from raymask.report.timeline import short
+from raymask.report.timeline import clock, short
 from raymask.report.words import on_select, percent
 from raymask.store import IMP, branch
 
@@ -270,7 +270,7 @@ def tree(figures: Figures) -> Plot:
 
 def workers(figures: Figures) -> Plot:
     """Who did what when; what is empty is idle, and a cross is work that failed."""
-    begin = min((piece.started for piece in figures.timeline), default=0.0)
+    time = clock(figures.timeline)
     names = list(dict.fromkeys(short(piece.worker) for piece in figures.timeline))
     traces: list[Plot] = []
     for purpose, color in KINDS.items():
@@ -282,7 +282,7 @@ def workers(figures: Figures) -> Plot:
                     "orientation": "h",
                     "name": purpose,
                     "y": [short(piece.worker) for piece in pieces],
-                    "base": [piece.started - begin for piece in pieces],
+                    "base": [time.at(piece.started) for piece in pieces],
                     "x": [piece.seconds for piece in pieces],
                     "marker": {"color": color, "line": {"width": 0.5}},
                     "text": [f"level {piece.level}" for piece in pieces],
@@ -295,7 +295,7 @@ def workers(figures: Figures) -> Plot:
         traces.append(
             {
                 "name": "failed",
-                "x": [found.started + found.seconds - begin for found in failed],
+                "x": [time.at(found.started + found.seconds) for found in failed],
                 "y": [short(found.worker) for found in failed],
                 "mode": "markers",
                 "marker": {"color": RED, "symbol": "x", "size": 12},
@@ -308,7 +308,7 @@ def workers(figures: Figures) -> Plot:
         "layout": {
             "height": 150 + 34 * min(len(names), 30),
             "barmode": "overlay",
-            "xaxis": {"title": {"text": "seconds"}},
+            "xaxis": {"title": {"text": "<br>".join(filter(None, ("seconds", time.cut())))}},
             "yaxis": {"type": "category", "categoryarray": names[::-1], "automargin": True},
         },
     }

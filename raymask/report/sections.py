@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -113,8 +114,13 @@ def differences(specs: Mapping[str, Spec]) -> Table:
     """The keys in which specs differ, with what each has."""
     flat = {name: flattened(spec.model_dump(mode="json")) for name, spec in specs.items()}
     keys = dict.fromkeys(key for keys in flat.values() for key in keys)
-    rows = [[key, *(str(found.get(key, "")) for found in flat.values())] for key in keys]
+    rows = [[key, *(spelled(found.get(key, "")) for found in flat.values())] for key in keys]
     return Table(["key", *specs], [row for row in rows if len(set(row[1:])) > 1])
+
+
+def spelled(value: object) -> str:
+    """A key's value as a spec has it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def flattened(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:

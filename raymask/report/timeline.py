@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from raymask.core.records import Evaluation, FineTuned, Level, Piece, Purpose
 from raymask.report.words import duration
@@ -11,6 +12,7 @@ from raymask.store import IMP
 LETTERS: Mapping[Purpose, str] = {"dense": "d", "early evaluation": "p", "fine-tuning": "f", "baseline (IMP)": "b"}
 IDLE = "."
 WIDTH, WORKERS = 60, 16  # letters of a bar, and how many workers get one
+STOP = 600.0  # seconds in which nobody worked that no picture shows: the search was stopped, or waited for a cluster
 
 
 def worked(finished: Sequence[tuple[str, Level]], evaluations: Sequence[Evaluation]) -> tuple[Piece, ...]:
@@ -32,6 +34,33 @@ def purpose_of(lineage: str, level: int) -> Purpose:
     return "dense" if level == 0 else "baseline (IMP)" if lineage == IMP else "fine-tuning"
 
 
+@dataclass(frozen=True)
+class Clock:
+    """Where a moment stands in a picture, in seconds from the first start. `stops`: beginnings and seconds of cuts."""
+
+    begin: float
+    stops: Sequence[tuple[float, float]]
+
+    def at(self, moment: float) -> float:
+        return moment - self.begin - sum(seconds for begin, seconds in self.stops if begin < moment)
+
+    def cut(self) -> str:
+        """How much a picture leaves out, to be said beside its scale; nothing where that is nothing."""
+        seconds = sum(seconds for _, seconds in self.stops)
+        return f"{duration(seconds)} without work cut out" if seconds else ""
+
+
+def clock(pieces: Sequence[Piece]) -> Clock:
+    """Work that was lost with its worker left no piece: nobody worked."""
+    begin = end = min((piece.started for piece in pieces), default=0.0)
+    stops = []
+    for piece in sorted(pieces, key=lambda piece: piece.started):
+        if piece.started - end > STOP:
+            stops.append((end, piece.started - end))
+        end = max(end, piece.started + piece.seconds)
+    return Clock(begin, stops)
+
+
 def short(worker: str) -> str:
     """A worker's host and process."""
     return worker.partition(" ")[0]
@@ -41,33 +70,34 @@ def timeline(pieces: Sequence[Piece]) -> list[str]:
     """A bar a worker from the first start to the last end, the share of it that the worker was busy, and a legend.
 
     Idle is idle: a worker that waits, has not come yet or was lost, with what it had not finished, and a search that
-    was stopped. Every worker's clock is believed.
+    was stopped for no longer than STOP. Every worker's clock is believed.
     """
-    begin = min((piece.started for piece in pieces), default=0.0)
-    span = max((piece.started - begin + piece.seconds for piece in pieces), default=0.0)
+    time = clock(pieces)
+    pieces = [piece.model_copy(update={"started": time.at(piece.started)}) for piece in pieces]
+    span = max((piece.started + piece.seconds for piece in pieces), default=0.0)
     if not span:
         return []
     workers: dict[str, list[Piece]] = {}
     for piece in sorted(pieces, key=lambda piece: (piece.started, piece.worker)):
         workers.setdefault(short(piece.worker), []).append(piece)
     rows = [(name, work, sum(piece.seconds for piece in work) / span) for name, work in workers.items()]
-    lines = [f"{bar(work, begin, span)} {share:4.0%}  {name}" for name, work, share in rows[:WORKERS]]
+    lines = [f"{bar(work, span)} {share:4.0%}  {name}" for name, work, share in rows[:WORKERS]]
     rest = [share for _, _, share in rows[WORKERS:]]
     if rest:
         lines.append(f"{f'and {len(rest)} more':{WIDTH}} {sum(rest) / len(rest):4.0%}")
     busy = "".join(f"{LETTERS[kind]} {kind} {duration(spent)}, " for kind, spent in by_purpose(pieces).items() if spent)
-    return [f"Workers' time, {duration(span / WIDTH)} a letter:", *lines, f"{busy}{IDLE} idle"]
+    scale = ", ".join(filter(None, ("Workers' time", f"{duration(span / WIDTH)} a letter", time.cut())))
+    return [f"{scale}:", *lines, f"{busy}{IDLE} idle"]
 
 
-def bar(work: Sequence[Piece], begin: float, span: float) -> str:
-    """A letter for each of WIDTH equal parts of the `span` seconds from `begin`: what took most of it."""
+def bar(work: Sequence[Piece], span: float) -> str:
+    """A letter for each of WIDTH equal parts of `span` seconds: what took most of it. Work starts at 0 or later."""
     cell = span / WIDTH
     letters = ""
     for left in (cell * index for index in range(WIDTH)):
         taken = {IDLE: cell} | dict.fromkeys(LETTERS.values(), 0.0)
         for piece in work:
-            start = piece.started - begin
-            inside = max(0.0, min(start + piece.seconds, left + cell) - max(start, left))
+            inside = max(0.0, min(piece.started + piece.seconds, left + cell) - max(piece.started, left))
             taken[LETTERS[piece.kind]] += inside
             taken[IDLE] -= inside
         letters += max(taken, key=taken.__getitem__)
