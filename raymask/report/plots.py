@@ -308,7 +308,7 @@ def workers(figures: Figures) -> Plot:
         "layout": {
             "height": 150 + 34 * min(len(names), 30),
             "barmode": "overlay",
-            "xaxis": {"title": {"text": "<br>".join(filter(None, ("seconds", time.cut())))}},
+            "xaxis": {"title": {"text": "<br>".join(time.scaled("seconds"))}},
             "yaxis": {"type": "category", "categoryarray": names[::-1], "automargin": True},
         },
     }

@@ -44,14 +44,14 @@ class Clock:
     def at(self, moment: float) -> float:
         return moment - self.begin - sum(seconds for begin, seconds in self.stops if begin < moment)
 
-    def cut(self) -> str:
-        """How much a picture leaves out, to be said beside its scale; nothing where that is nothing."""
+    def scaled(self, *scale: str) -> list[str]:
+        """What stands beside a picture: its scale, and how much is cut out where something is."""
         seconds = sum(seconds for _, seconds in self.stops)
-        return f"{duration(seconds)} without work cut out" if seconds else ""
+        return [*scale, f"{duration(seconds)} without work cut out"] if seconds else [*scale]
 
 
 def clock(pieces: Sequence[Piece]) -> Clock:
-    """Work that was lost with its worker left no piece: nobody worked."""
+    """The clock by which work is drawn. Work that was lost with its worker left no piece: nobody worked."""
     begin = end = min((piece.started for piece in pieces), default=0.0)
     stops = []
     for piece in sorted(pieces, key=lambda piece: piece.started):
@@ -86,7 +86,7 @@ def timeline(pieces: Sequence[Piece]) -> list[str]:
     if rest:
         lines.append(f"{f'and {len(rest)} more':{WIDTH}} {sum(rest) / len(rest):4.0%}")
     busy = "".join(f"{LETTERS[kind]} {kind} {duration(spent)}, " for kind, spent in by_purpose(pieces).items() if spent)
-    scale = ", ".join(filter(None, ("Workers' time", f"{duration(span / WIDTH)} a letter", time.cut())))
+    scale = ", ".join(time.scaled("Workers' time", f"{duration(span / WIDTH)} a letter"))
     return [f"{scale}:", *lines, f"{busy}{IDLE} idle"]
 
 
