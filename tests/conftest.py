@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from support.paths import ROOT
+from support.specs import SEARCH
 from torch import Tensor
 
 import raymask
 from raymask.core.recipe import propose, resolve
 from raymask.core.records import Candidate, Snapshot
-from raymask.core.spec import QUICKSTART
 from raymask.driver.search import Plan
 from raymask.train.model import load_weights
 
@@ -33,10 +34,17 @@ settings.register_profile("raymask", deadline=None, max_examples=50, derandomize
 settings.load_profile("raymask")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test has the mark of its folder."""
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        item.add_marker(folder)
+
+
 @pytest.fixture(scope="session")
 def glue() -> Path:
     """The folder of GLUE tasks as parquet files that lies beside the repository."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "glue"
+    folder = ROOT.parent / "shared" / "glue"
     if not folder.is_dir():
         pytest.skip(f"there are no GLUE files at {folder}")
     return folder
@@ -65,19 +73,7 @@ def gaussian() -> Callable[..., Tensor]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of a finished search, the shortest that prunes the quickstart to 1/16. Only ever read it."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    spec = {
-        "model": QUICKSTART,
-        "task": QUICKSTART,
-        "levels": [0.5, 0.9375],
-        "candidates": {"count": 2, "ratios": [0.01]},
-        "dense": {"epochs": 1},
-        "probe": {"epochs": 0.1, "eval_every": 2, "last": 2, "rows": 50},
-        "finetune": {"epochs": 0.2},
-        "imp": {"run": False},
-        "distill": False,
-        "precision": "fp32",
-    }
-    raymask.search(spec, run, in_process=True)
+    raymask.search(SEARCH, run, in_process=True)
     return run
 
 

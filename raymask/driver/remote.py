@@ -36,7 +36,10 @@ from raymask.core.records import (
     Snapshot,
     Watch,
 )
+from raymask.driver import dispatch
 from raymask.driver.cluster import Resources, alive, connected, needs, offer, require_room, slots
+from raymask.driver.dispatch import SharedTaskWait, Starvation
+from raymask.driver.failure_policy import Decision, Failure, FailurePolicy
 from raymask.train import gang
 from raymask.train.gang import ALONE, Gang, Meeting
 from raymask.train.worker import Job, MachineFault, Worker
@@ -188,7 +191,8 @@ class Pool:
         self.returning: dict[Any, Any] = {}
         self.busy: dict[Any, tuple[Call, Sequence[Any], float]] = {}
         self.helping: dict[Any, Any] = {}
-        self.gathering: float | None = None
+        self.policy = FailurePolicy(self.workers.retries, STARTS)
+        self.shared_wait = SharedTaskWait(GATHER)
         self.shelf: dict[int, Any] = {}
         self.grown = 0.0
         self.broken = 0
@@ -218,7 +222,8 @@ class Pool:
         asked: dict[Any, Any] = {}
         late: set[Any] = set()
         looked = 0.0
-        began = noted = served = time.monotonic()
+        began = time.monotonic()
+        starvation = Starvation(PATIENCE, began, began)
         self.returning = {actor.__ray_ready__.remote(): actor for actor in self.idle}  # some may have died since
         self.idle = []
         try:
@@ -230,12 +235,10 @@ class Pool:
                     names = {call.key: call.name for call, _, _ in self.busy.values()}
                     self.watch.running({name: shares[key] for key, name in sorted(names.items())})
                     self.ask(asked)
-                    if self.busy:
-                        served = noted = looked
-                    elif looked - noted > PATIENCE:
-                        noted = looked
-                        self.wait_for_room(looked - served)
-                    late = self.kill_late()
+                    starved = starvation.observe(bool(self.busy), looked)
+                    if starved is not None:
+                        self.wait_for_room(starved)
+                    late = self.kill_late(looked)
                     if looked - began > ANSWER:
                         dismiss(self.returning.values())
                 for ref in self.finished(asked):
@@ -296,32 +299,24 @@ class Pool:
             return
         running = {call.key for call, _, _ in self.busy.values()}
         free = list(islice((call for call in wanted() if call.key not in running), len(self.idle)))
-        if self.waits_for_more(free):
+        hands = [call.hands for call in free]
+        if self.shared_wait.should_wait(hands, bool(self.starting or self.returning), time.monotonic()):
             return
-        for done, call in enumerate(free):
-            hands = min(call.hands, len(self.idle) // (len(free) - done))
-            actors = [self.idle.pop() for _ in range(1 << hands.bit_length() - 1)]
+        for call, count in zip(free, dispatch.share_workers(hands, len(self.idle)), strict=True):
+            actors = [self.idle.pop() for _ in range(count)]
             leader, *helpers = call.send(actors)
             self.busy[leader] = (call, actors, time.monotonic())
             self.helping |= dict.fromkeys(helpers, leader)
             shares[call.key] = 0.0
 
-    def waits_for_more(self, calls: Sequence[Call]) -> bool:
-        """Whether calls that several can share should wait for workers that are on their way; not for ever."""
-        coming = self.starting or self.returning
-        if not coming or all(call.hands == 1 for call in calls):
-            self.gathering = None
-            return False
-        self.gathering = self.gathering or time.monotonic()
-        return time.monotonic() - self.gathering < GATHER
-
     def ask(self, asked: dict[Any, Any]) -> None:
         """Ask the busy workers that come next how far they are, except those that still owe an answer."""
-        owing = set(asked.values())
-        for ref, (call, (leader, *_), _) in list(self.busy.items())[:QUESTIONS]:
-            self.busy[ref] = self.busy.pop(ref)  # to the end of the line
-            if call.key not in owing:
-                asked[leader.progress.options(concurrency_group="aside").remote()] = call.key
+        refs = {call.key: ref for ref, (call, _, _) in self.busy.items()}
+        now, then = dispatch.next_to_poll(list(refs), asked.values(), QUESTIONS)
+        for key in now:
+            _, (leader, *_), _ = self.busy[refs[key]]
+            asked[leader.progress.options(concurrency_group="aside").remote()] = key
+        self.busy = {refs[key]: self.busy[refs[key]] for key in then}
 
     def grow(self, wanted: Callable[[], Iterable[Call]]) -> None:
         """Start actors for the work that is open where the cluster has room: also on nodes that came late."""
@@ -332,8 +327,8 @@ class Pool:
         room = self.workers.count or sys.maxsize
         if not self.workers.wait:
             room = min(slots(self.need, alive(), self.workers.gang), room)
-        work = sum(call.hands for call in islice(wanted(), room))
-        for _ in range(min(work, room) - len(self.actors())):
+        demand = (call.hands for call in wanted())
+        for _ in range(dispatch.num_workers_to_start(demand, room, len(self.actors()))):
             actor = self.actor.remote(self.job, self.need)
             self.starting[actor.__ray_ready__.remote()] = actor
 
@@ -356,7 +351,7 @@ class Pool:
             ray.kill(actor)
             self.broken += getattr(error, "actor_init_failed", True)  # else its node went away
             self.watch.note(f"a worker did not start: {brief(error)}")
-            if self.broken >= STARTS:
+            if self.policy.decide_start(self.broken) is Decision.RAISE:
                 raise UserError(
                     f"{STARTS} workers in a row did not start; the last one said: {brief(error)}. Is raymask installed "
                     "on every node, in the driver's version?"
@@ -374,12 +369,11 @@ class Pool:
         if key in shares:
             shares[key] = max(shares[key], share)  # it falls back to zero when the work is done
 
-    def kill_late(self) -> set[Any]:
-        """End what is past its deadline."""
-        late = set()
-        for call, actors, since in self.busy.values():
-            if time.monotonic() - since > call.deadline:
-                late.add(call.key)
+    def kill_late(self, now: float) -> set[Any]:
+        """End what is past its deadline; returns the keys."""
+        late = dispatch.overdue({call.key: since + call.deadline for call, _, since in self.busy.values()}, now)
+        for call, actors, _ in self.busy.values():
+            if call.key in late:
                 dismiss(actors)
         return late
 
@@ -399,17 +393,22 @@ class Pool:
         """A finished call's result; None when it is to be tried again."""
         try:
             result = answer(ref)
-        except INFRA as error:
+        except Exception as error:
+            timed_out = call.key in late
+            faults[call.key] += not timed_out
+            failure = Failure(isinstance(error, INFRA), faults[call.key], timed_out)
+            decision = self.policy.decide(failure)
+            if decision is Decision.RAISE:
+                raise
             dismiss(actors)
             if isinstance(error, ObjectLostError):
                 self.shelf.clear()
-            if call.key in late:
+            if timed_out:
                 return Failed(f"took longer than the deadline of {call.deadline:g} s (workers.deadline)")
-            faults[call.key] += 1
-            if faults[call.key] <= self.workers.retries:
+            if decision is Decision.RETRY:
                 self.watch.note(f"{call.name}: its worker was lost: {brief(error)}; trying again elsewhere")
                 return None
-            return Failed(f"its workers failed {faults[call.key]} times; the last one: {brief(error)}")
+            return Failed(f"its workers failed {failure.attempt} times; the last one: {brief(error)}")
         self.broken = 0
         if call.key not in late:  # it finished while it was being ended
             self.idle.extend(actors)

@@ -1,0 +1,48 @@
+"""The command line: as a process of its own, and in this process, which saves the imports."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest import mock
+
+from support.paths import RAYMASK
+
+from raymask.cli import main
+
+Done = subprocess.CompletedProcess[str]
+
+
+def raymask(*words: str | Path, cwd: Path | None = None) -> Done:
+    """The command as a user runs it."""
+    return subprocess.run([RAYMASK, *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=280)
+
+
+def typed(*words: str | Path, cwd: Path | None = None) -> Done:
+    """The same command in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", ["raymask", *map(str, words)]),
+        mock.patch.dict(os.environ),
+        chdir(cwd or Path.cwd()),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Done(words, code, out.getvalue(), err.getvalue())
+
+
+def refused_command(*words: str | Path, cwd: Path | None = None) -> str:
+    """What the command says on stderr when it ends with exit code 2, one message and no traceback."""
+    done = typed(*words, cwd=cwd)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("raymask: "), done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr

@@ -1,0 +1,230 @@
+"""Does a bench measure the models it names, and say what sparsity is worth even where it is worth nothing?"""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from support.builders import refused
+from support.cli import raymask
+from torch import nn
+
+from raymask import bench
+from raymask.bench import CSR, DENSE_FORM, OPTION, SELECTED, SHRUNK, Form, agrees, bench_table, measure, verdict
+from raymask.export import onnx
+from raymask.export.selected import logits, read_selected
+from raymask.store import DENSE, MODEL, RunDir
+
+RUNTIMES = ("onnx", "onnxscript", "onnxruntime", "openvino")
+MISSING = [name for name in RUNTIMES if find_spec(name) is None]
+
+
+def shown(*arguments: Any, **options: Any) -> str:
+    """What a bench prints."""
+    console = Console(file=io.StringIO(), width=200)
+    bench.show_bench(console, *arguments, **options)
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def forms_of(seconds: dict[str, float], runtime: str = "torch") -> list[Form]:
+    """Forms that took so long for batches of one."""
+    module = nn.Identity()
+    return [
+        Form(name, runtime, module, module, 4, seconds={1: taken}, spread={1: (0.9 * taken, 1.1 * taken)})
+        for name, taken in seconds.items()
+    ]
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few repetitions, however unsteady."""
+    monkeypatch.setattr(bench, "REPEATS", 2)
+    monkeypatch.setattr(bench, "FEW", 2)
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+def test_every_form_by_every_runtime_is_in_the_table(finished: Path) -> None:
+    said = shown(str(finished), [1, 3], 12)
+    rows = re.findall(r"^│ (\S.*?) +│ (\S.*?) +│ +([\d.]+) │ +(\S*) +│ +([\d.]+) │ +([\d.]+)x │", said, re.MULTILINE)
+    everywhere = [DENSE_FORM, SELECTED, SHRUNK]
+    assert [(runtime, model) for runtime, model, *_ in rows] == [
+        *(("torch", model) for model in (DENSE_FORM, SELECTED, CSR)),
+        *(("ONNX Runtime", model) for model in everywhere),
+        *(("ONNX Runtime int8", model) for model in everywhere),
+        *(("OpenVINO", model) for model in (DENSE_FORM, SELECTED, OPTION, SHRUNK)),
+    ]
+    for runtime, _, _, strayed, _, _ in rows:
+        assert strayed.startswith("~") == runtime.endswith("int8")
+    assert "Median latency in ms, rows of 12 tokens, 1 thread," in said
+    assert said.count(", against the dense model by the same runtime") == 2
+    assert "Not measured" not in said
+    assert sys.modules["openvino_telemetry"] is None  # so that nobody was told of it
+
+
+def test_the_dense_model_is_the_one_before_the_first_mask(finished: Path) -> None:
+    store = RunDir(finished)
+    selected = read_selected(store)
+    models = bench.in_fp32(selected, store)
+    for name, tensor in store.read_tensors(DENSE, 0, MODEL).items():
+        assert torch.equal(models[DENSE_FORM].get_parameter(name), tensor), name
+    batch = selected.rows()
+    with torch.no_grad():
+        assert torch.equal(logits(models[SELECTED], batch), logits(selected.module, batch))
+        assert not torch.allclose(logits(models[DENSE_FORM], batch), logits(selected.module, batch))
+
+
+def test_csr_weights_take_the_memory_of_what_is_kept(finished: Path) -> None:
+    store = RunDir(finished)
+    selected = read_selected(store)
+    dense, whole, sparse = bench.torch_forms(bench.in_fp32(selected, store), selected.mask)
+    last = selected.result.levels[-1]
+    assert dense.size == whole.size == 4 * sum(each.numel() for each in selected.module.parameters())
+    rows = sum(len(kept) + 1 for kept in selected.mask.values())
+    kept = sum(int(selected.module.get_parameter(name).count_nonzero()) for name in selected.mask)
+    assert sparse.size == whole.size - 4 * last.total + (4 + 8) * kept + 8 * rows
+
+
+# --- what is said ----------------------------------------------------------------------------------------------------
+
+
+def test_what_sparsity_is_worth_is_said_by_runtime() -> None:
+    forms = [
+        *forms_of({DENSE_FORM: 1.0, SELECTED: 1.1, CSR: 0.5}),
+        *forms_of({DENSE_FORM: 0.4, SELECTED: 0.4, SHRUNK: 0.8}, "OpenVINO"),
+        *forms_of({SELECTED: 0.1}, "of which there is no dense model"),
+    ]
+    assert verdict(forms, 1) == (
+        "Batch of 1, against the dense model by the same runtime. Faster: torch, CSR 2.00x. Within noise (20%): torch "
+        "0.91x; OpenVINO 1.00x. Slower: OpenVINO, shrunk 0.50x."
+    )
+
+
+def test_that_nothing_is_faster_is_said() -> None:
+    assert verdict(forms_of({DENSE_FORM: 1.0, SELECTED: 0.9, CSR: 1.5}), 1) == (
+        "Batch of 1, against the dense model by the same runtime. Sparsity makes nothing faster here. Within noise "
+        "(20%): torch 1.11x. Slower: torch, CSR 0.67x."
+    )
+
+
+def test_what_is_not_steady_gets_no_verdict() -> None:
+    forms = [
+        *forms_of({DENSE_FORM: 1.0, SELECTED: 0.3, CSR: 1.1}),
+        *forms_of({DENSE_FORM: 1.0, SHRUNK: 0.9}, "OpenVINO"),
+    ]
+    forms[1].spread = {1: (0.2, 0.9)}
+    assert verdict(forms, 1) == (
+        "Batch of 1, against the dense model by the same runtime. Within noise (20%): torch, CSR 0.91x; OpenVINO, "
+        "shrunk 1.11x. Not steady, so not told apart: torch 3.33x."
+    )
+    forms[1].spread = {1: (0.2, 0.8)}  # unsteady, and faster all the same
+    assert "Faster: torch 3.33x. Within" in verdict(forms, 1)
+    forms[2].seconds, forms[2].spread = {1: 1.5}, {1: (1.05, 1.6)}
+    assert verdict(forms, 1).endswith("Not steady, so not told apart: torch, CSR 0.67x.")
+
+
+def test_ratios_are_to_dense_torch_and_to_dense_there() -> None:
+    forms = [*forms_of({DENSE_FORM: 0.8}), *forms_of({DENSE_FORM: 0.4, SELECTED: 0.1}, "OpenVINO")]
+    assert [list(bench.cells(form, forms)) for form in forms] == [
+        ["800.0", "1.00x", ""],
+        ["400.0", "2.00x", ""],
+        ["100.0", "8.00x", "4.00x"],
+    ]
+    assert bench_table(forms, 5).row_count == 3
+
+
+class Slow(nn.Module):
+    """Takes from a list how long each second call takes, by a clock that stands still otherwise."""
+
+    def __init__(self, clock: list[float], taken: list[float]) -> None:
+        super().__init__()
+        self.clock, self.taken, self.calls = clock, taken, 0
+
+    def forward(self, **batch: torch.Tensor) -> None:
+        self.calls += 1
+        if self.calls % 2 == 0:
+            self.clock[0] += self.taken[self.calls // 2 - 1]
+
+
+@pytest.mark.parametrize(("threads", "advice"), [(1, ""), (2, ", or with OMP_NUM_THREADS=1")])
+def test_times_are_medians_and_what_was_not_steady_is_said(
+    threads: int, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(bench, "SECONDS", 0.0)
+    steady, busy = Slow(clock, [1, 1, 1, 9, 1]), Slow(clock, [1, 2, 3, 4, 5])
+    forms = [Form(name, "torch", module, module, 4) for name, module in (("dense", steady), ("selected", busy))]
+    said = measure(forms, {"input_ids": torch.zeros(7, 2)})
+    assert [form.seconds for form in forms] == [{7: 1.0}, {7: 3.0}]
+    assert [form.spread for form in forms] == [{7: (1.0, 1.0)}, {7: (2.0, 4.0)}]
+    assert said == [
+        "Batch of 7: 1 of 2 were not steady; torch, selected took 2000.0 to 4000.0 ms (quartiles). Something else "
+        f"keeps this machine busy: measure again{advice}"
+    ]
+
+
+def test_a_run_without_its_dense_model_is_refused(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "dense")
+    said = f"{tmp_path / 'run'}: its dense model is gone: bench takes a run as the search left it"
+    assert refused(shown, str(tmp_path / "run")) == said
+
+
+def test_another_model_is_not_measured(finished: Path) -> None:
+    store = RunDir(finished)
+    selected = read_selected(store)
+    models = bench.in_fp32(selected, store)
+    notes: list[str] = []
+    with torch.no_grad():
+        right = Form(SELECTED, "torch", models[SELECTED], models[SELECTED], 4)
+        wrong = Form(SELECTED, "torch", models[DENSE_FORM], models[SELECTED], 4)
+        about = Form(SELECTED, "torch", models[DENSE_FORM], models[SELECTED], 4, exact=False)
+        assert [agrees(form, selected.rows(), notes) for form in (right, wrong, about)] == [True, False, True]
+    assert notes == [f"Not measured: selected by torch, whose outputs differ by {wrong.strayed:.1g}"]
+
+
+@pytest.mark.usefixtures("quickly")
+def test_what_is_not_installed_is_said(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None)
+    said = shown(str(finished), [1], 4)
+    assert (
+        "Not measured: ONNX Runtime, OpenVINO; onnx, onnxscript, onnxruntime missing: pip install 'raymask[onnx]'"
+        in said
+    )
+    assert "│ torch" in said
+    assert "│ ONNX" not in said
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.skipif(bool(onnx.missing_packages()), reason="not installed: ONNX")
+def test_what_cannot_be_exported_or_shrunk_is_said(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(onnx, "LIMIT", 10)
+    monkeypatch.setattr("raymask.export.shrink.LAYOUTS", {})
+    said = shown(str(finished), [1], 4)
+    assert "Not measured: OpenVINO, which is not installed: pip install openvino\n" in said
+    assert "Not measured: selected, shrunk. --shrink: knows" in said
+    assert "Not measured: ONNX Runtime, OpenVINO. --to onnx: a file of ONNX holds 2 GB" in said
+
+
+def test_rows_that_are_too_long_are_refused(finished: Path) -> None:
+    assert refused(shown, str(finished), [1], 1000) == "--length: the model takes 63 tokens at most, not 1000"
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+def test_it_can_be_typed(finished: Path) -> None:
+    done = raymask("bench", finished, "--batch", "2", "--length", "5")
+    assert done.returncode == 0, done.stderr
+    assert "2 rows" in done.stdout
+    assert done.stderr == ""

@@ -1,0 +1,106 @@
+"""Are inputs and gradients measured over all real tokens of all rows, and is nothing left behind?"""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from support.builders import DECODERS, FAMILIES, tiny_job, tiny_snapshot
+
+from raymask.core.tensors import load
+from raymask.train import calibration
+from raymask.train.calibration import calibrate
+from raymask.train.data import Rows
+from raymask.train.loop import collate, task_loss
+from raymask.train.model import build, matrices, persistent, turned
+from raymask.train.objectives import OBJECTIVES, counts
+
+
+def prepared(family="bert", *, regression=False, **settings):
+    """A tiny model in evaluation mode, and its job."""
+    job = tiny_job(family, regression=regression, **settings)
+    module = build(job.config, kind=job.data.kind).eval()
+    load(tiny_snapshot(job).weights, persistent(module))
+    return module, job
+
+
+def ragged(rows):
+    """The rows, cut to lengths of 3 to 6 tokens at most in turn."""
+    lengths = np.minimum(3 + np.arange(len(rows)) % 4, rows.lengths)
+    kept = np.concatenate([start + np.arange(length) for start, length in zip(rows.offsets, lengths, strict=False)])
+    types = None if rows.types is None else rows.types[kept]
+    return Rows(rows.ids[kept], types, np.concatenate([[0], np.cumsum(lengths)]), rows.labels)
+
+
+def calibrated(module, job):
+    rows = ragged(job.data.train)
+    return calibrate(module, job.prunable, rows, padding=job.data.padding, objective=OBJECTIVES[job.data.kind])
+
+
+def one_by_one(module, job):
+    """The same row after row, without padding: (squares of the inputs, gradients) by name."""
+    rows = ragged(job.data.train)
+    layers = {name: module.get_submodule(name.removesuffix(".weight")) for name in job.prunable}
+    squares = {name: torch.zeros(weight.shape[1]) for name, weight in matrices(module, job.prunable).items()}
+
+    def hear(name):
+        def add(layer, inputs):
+            squares[name].add_(inputs[0].detach().flatten(0, -2).square().sum(0))
+
+        return add
+
+    hooks = [layers[name].register_forward_pre_hook(hear(name)) for name in job.prunable]
+    for row in range(len(rows)):
+        batch = collate(rows, np.array([row]), job.data.padding)
+        task_loss(module, batch, OBJECTIVES[job.data.kind], counts(rows.lengths)).backward()
+    for hook in hooks:
+        hook.remove()
+    gradients = {name: module.get_parameter(name).grad.clone() for name in job.prunable}
+    gradients |= {name: gradients[name].T for name in turned(module) & gradients.keys()}
+    module.zero_grad(set_to_none=True)
+    return squares, gradients
+
+
+@pytest.mark.parametrize(
+    ("family", "regression"), [*product(FAMILIES, [False, True]), *((family, False) for family in DECODERS)]
+)
+def test_it_is_what_rows_without_padding_add_up_to(family, regression):
+    module, job = prepared(family, regression=regression)
+    found = calibrated(module, job)
+    squares, gradients = one_by_one(module, job)
+    assert list(found) == list(job.prunable)
+    for name, seen in found.items():
+        torch.testing.assert_close(seen.inputs, squares[name].sqrt(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(seen.gradient, gradients[name], rtol=1e-3, atol=1e-6)
+        assert bool((seen.inputs > 0).any())
+        assert bool((seen.gradient != 0).any())
+
+
+def test_batches_change_nothing_but_the_order_of_sums(monkeypatch):
+    module, job = prepared()
+    whole = calibrated(module, job)
+    monkeypatch.setattr(calibration, "BATCH", 7)
+    for name, seen in calibrated(module, job).items():
+        torch.testing.assert_close(seen.inputs, whole[name].inputs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(seen.gradient, whole[name].gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_of_weights_in_bf16_it_is_summed_in_float32():
+    exact, rough = (calibrated(*prepared(model={"dtype": dtype}, precision="auto")) for dtype in ("fp32", "bf16"))
+    for name, seen in rough.items():
+        assert seen.inputs.dtype == seen.gradient.dtype == torch.float32
+        torch.testing.assert_close(seen.inputs, exact[name].inputs, rtol=0.05, atol=0.05)
+        error = (seen.gradient - exact[name].gradient).norm() / exact[name].gradient.norm()
+        assert 0 < error < 0.1
+
+
+def test_it_is_the_same_to_the_bit_and_leaves_nothing_behind():
+    module, job = prepared()
+    before = {name: tensor.clone() for name, tensor in persistent(module).items()}
+    first, again = calibrated(module, job), calibrated(module, job)
+    assert all(torch.equal(first[name].inputs, again[name].inputs) for name in first)
+    assert all(torch.equal(first[name].gradient, again[name].gradient) for name in first)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in persistent(module).items())
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert not any(layer._forward_pre_hooks for layer in module.modules())
+    assert not module.training

@@ -1,0 +1,115 @@
+"""Does jobs/chaos.py say truly whether a search survives?"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+from random import Random
+from types import ModuleType
+
+import pytest
+
+CHAOS = Path(__file__).resolve().parents[2] / "jobs" / "chaos.py"
+
+
+@pytest.fixture(scope="module")
+def chaos() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(CHAOS.parent))
+        return import_module("chaos")
+
+
+def test_the_faults_come_in_an_order_that_the_seed_decides(chaos: ModuleType) -> None:
+    assert chaos.schedule(50, 0) == chaos.schedule(50, 0) != chaos.schedule(50, 1)
+    assert chaos.schedule(5, 0) == chaos.schedule(50, 0)[:5]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_fault_comes_before_any_comes_again(chaos: ModuleType, seed: int) -> None:
+    whole = len(chaos.FAULTS)
+    found = chaos.schedule(3 * whole - 1, seed)
+    for start in (0, whole):
+        assert sorted(found[start : start + whole]) == sorted(chaos.FAULTS)
+    assert max(Counter(found).values()) == 3
+
+
+def test_moments_lie_in_the_faults_part_of_the_search_and_get_earlier(chaos: ModuleType) -> None:
+    fault = chaos.Fault(lambda search, dice: "", 0.2, 0.8)
+    for attempt, last in ((0, 16), (1, 10), (2, 7)):
+        lines = {fault.moment(Random(seed), attempt, 20)[0] for seed in range(500)}
+        assert (min(lines), max(lines)) == (4, last)
+    assert fault.moment(Random("0 1 0"), 0, 20) == fault.moment(Random("0 1 0"), 0, 20)
+
+
+def test_a_difference_in_the_last_bit_is_found(chaos: ModuleType) -> None:
+    expected = {"level 1 mask": "ab", "level 1 control score": 0.1 + 0.2, "level 1 candidate 1 score": None}
+    assert chaos.differences(expected, dict(expected)) == []
+    assert chaos.differences(expected, json.loads(json.dumps(expected))) == []
+    assert chaos.differences(expected, expected | {"level 1 control score": 0.3}) == [
+        "level 1 control score: 0.3 instead of 0.30000000000000004"
+    ]
+    assert chaos.differences(expected, {}) == [
+        "level 1 mask: None instead of ab",
+        "level 1 control score: None instead of 0.30000000000000004",
+    ]
+    assert chaos.differences({}, {"level 1 mask": "ab"}) == ["level 1 mask: ab instead of None"]
+
+
+@pytest.mark.parametrize(
+    ("said", "file"),
+    [
+        (
+            "/a b/level-1/model.safetensors: its hash differs. Delete /a b/level.json to do this level again",
+            "level.json",
+        ),
+        ("/a b/level.json: is damaged. Delete it to do this level again", "level.json"),
+        ("/a b/level.json: was made from another parent. Delete it to do the level again", "level.json"),
+        ("/a b/j.jsonl: line 2 is damaged. Delete the file to evaluate this level again", "j.jsonl"),
+    ],
+)
+def test_the_file_that_a_refusal_says_to_delete_is_found(chaos: ModuleType, said: str, file: str) -> None:
+    assert chaos.advised(f"raymask: {said}") == Path("/a b", file)
+
+
+def test_a_refusal_without_such_advice_names_no_file(chaos: ModuleType) -> None:
+    assert chaos.advised("raymask: /a/run: another raymask is working in it; wait for it") is None
+    assert chaos.advised("raymask: control (IMP): its workers failed. The same command goes on from here") is None
+
+
+def test_what_was_evaluated_twice_or_written_anew_is_found(chaos: ModuleType, tmp_path: Path) -> None:
+    def line(index: int, machine: bool = False) -> str:
+        return json.dumps({"candidate": {"level": 1, "index": index}, "machine": machine}) + "\n"
+
+    journal = tmp_path / "level-1" / "evaluations.jsonl"
+    journal.parent.mkdir()
+    journal.write_text(line(0) + line(1, machine=True) + line(1))
+    assert chaos.repeated(tmp_path) == []
+    assert chaos.kept(journal, line(0).encode())
+    assert not chaos.kept(journal, line(1).encode())
+    assert not chaos.kept(journal.with_name("level.json"), b"")
+    with journal.open("a") as file:
+        file.write(line(0))
+    assert chaos.repeated(tmp_path) == ["level 1: candidate 0 evaluated 2 times"]
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
+def test_every_fault_ends_with_the_undisturbed_outcome(chaos: ModuleType, tmp_path: Path) -> None:
+    """As a user runs it, on two raylets, a round of each. Seven minutes."""
+    rounds = len(chaos.FAULTS)
+    report = tmp_path / "report.json"
+    command = [sys.executable, str(CHAOS), "--rounds", str(rounds), "--seed", "1", "--json", str(report)]
+    done = subprocess.run([*command, "--workdir", str(tmp_path)], capture_output=True, text=True, timeout=1700)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())
+    assert sorted(played["fault"] for played in found["rounds"]) == sorted(chaos.FAULTS)
+    for played in found["rounds"]:
+        assert played["survived"], played
+        digests = {name: value for name, value in played["outcome"].items() if name.endswith(" mask")}
+        assert len(digests) == 4
+        assert digests == {name: found["undisturbed"][name] for name in digests}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]

@@ -1,0 +1,210 @@
+"""Does eval give the very figures that a search reports, and does it refuse what it cannot measure?"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from support.builders import refused, reviews, tiny_model, write_table
+from support.cli import refused_command, typed
+from support.specs import decoder_spec
+
+import raymask
+from raymask.core.records import Result, Row
+from raymask.driver.search import prepare
+from raymask.evaluate import evaluate, evaluation, show_evaluation
+from raymask.export.formats import export_run
+from raymask.store import MODEL, RunDir
+
+Sections = dict[str, Any]
+
+
+def measured(model: Path, task: Path | str, *overrides: str) -> Row:
+    return evaluate(prepare(evaluation(str(model), str(task), overrides)))
+
+
+def result_of(run: Path) -> Result:
+    found = RunDir(run).read_result()
+    assert found is not None
+    return found
+
+
+def tiny_spec(folder: Path, task: Sections) -> Sections:
+    """A search of seconds, with a teacher, so that the model shows its attention."""
+    return {
+        "model": str(tiny_model(folder / "model", head=False)),
+        "task": task,
+        "levels": [0.5, 0.75],
+        "candidates": {"count": 1, "ratios": [0.02]},
+        "dense": {"epochs": 1, "learning_rate": 3e-3, "distill_epochs": 0.5},
+        "probe": {"epochs": 0.5, "eval_every": 2, "last": 2},
+        "finetune": {"epochs": 1, "batch_size": 16, "learning_rate": 3e-3},
+        "seed": 5,
+    }
+
+
+def own_files(folder: Path, kind: str) -> Sections:
+    texts, labels = reviews(200)
+    targets = [label + len(text.split()) / 4 for label, text in zip(labels, texts, strict=True)]
+    column = targets if kind == "regression" else labels
+    files = {
+        split: str(write_table(folder / f"{split}.csv", {"text": texts[part], "label": column[part]}))
+        for split, part in (("train", slice(150)), ("report", slice(150, 200)))
+    }
+    return files | {"text": "text", "label": "label", "kind": kind}
+
+
+def with_labels(folder: Path) -> Sections:
+    return tiny_spec(folder, own_files(folder, "classification"))
+
+
+def with_numbers(folder: Path) -> Sections:
+    return tiny_spec(folder, own_files(folder, "regression"))
+
+
+def with_tokens(folder: Path) -> Sections:
+    return decoder_spec(folder, "llama", distill=False)
+
+
+@pytest.mark.parametrize("spec_of", [with_labels, with_numbers, with_tokens])
+def test_every_model_of_a_run_has_the_figures_that_its_result_states(
+    tmp_path: Path, spec_of: Callable[[Path], Sections]
+) -> None:
+    """To the last digit, intervals included: the selected one exported twice, and the dense one in its place."""
+    run = tmp_path / "run"
+    result = raymask.search(spec_of(tmp_path), run, in_process=True)
+    dense, *_, selected = result.rows
+    export_run(run, "sparse")
+    for folder in (run / "export", run / "export-sparse"):
+        row = measured(folder, run / "spec.yaml")
+        assert (row.report, row.intervals, row.always) == (selected.report, selected.intervals, selected.always)
+        assert row.sparsity["prunable"] == selected.sparsity["prunable"]
+        assert row.sparsity["encoder"] >= selected.sparsity["encoder"]
+    shutil.copytree(run / "export", tmp_path / "dense")
+    shutil.copy(run / "dense" / MODEL, tmp_path / "dense" / MODEL)
+    row = measured(tmp_path / "dense", run / "spec.yaml")
+    assert (row.report, row.intervals) == (dense.report, dense.intervals)
+    assert row.sparsity["prunable"] == 0
+
+
+def test_zeros_are_counted_in_all_three_denominators(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "export", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / MODEL)
+    zeroed = {name: torch.full_like(tensor, float("query" not in name)) for name, tensor in weights.items()}
+    save_file(zeroed, tmp_path / "model" / MODEL, metadata={"format": "pt"})
+    found = measured(tmp_path / "model", "quickstart").sparsity
+    matrices = {name: tensor for name, tensor in weights.items() if tensor.dim() == 2 and ".layer." in name}
+    queries = {name: tensor for name, tensor in weights.items() if "query" in name}
+
+    def size(tensors: dict[str, torch.Tensor]) -> int:
+        return sum(tensor.numel() for tensor in tensors.values())
+
+    bias = {name: tensor for name, tensor in queries.items() if tensor.dim() == 1}
+    assert bias
+    assert found == {
+        "prunable": (size(queries) - size(bias)) / size(matrices),
+        "encoder": size(queries) / size({name: tensor for name, tensor in weights.items() if ".layer." in name}),
+        "whole": size(queries) / size(weights),
+    }
+
+
+def test_a_model_that_tells_no_rows_apart_is_said_to(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "export", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / MODEL)
+    weights["classifier.bias"] = torch.tensor([0.0, 100.0])
+    save_file(weights, tmp_path / "model" / MODEL, metadata={"format": "pt"})
+    console = Console(file=io.StringIO(), width=200)
+    show_evaluation(console, str(tmp_path / "model"), "quickstart")
+    assert console.file.getvalue().endswith(  # type: ignore[attr-defined]
+        f"{tmp_path / 'model'} answers 'positive' to every row of `report`: its figures are this constant answer's.\n"
+    )
+
+
+@pytest.mark.faults
+def test_a_task_s_name_will_do(tmp_path: Path) -> None:
+    """Of what a run's spec says beside it nothing matters here; the files and the length are set."""
+    texts, labels = reviews(120)
+    for split, part in (("train", slice(80)), ("validation", slice(80, 120))):
+        columns = {"sentence1": texts[part], "sentence2": texts[part][::-1], "label": labels[part]}
+        write_table(tmp_path / "glue" / "mrpc" / f"{split}.parquet", columns)
+    keys = {"name": "glue/mrpc", "folder": str(tmp_path / "glue"), "max_length": 12}
+    run = tmp_path / "run"
+    result = raymask.search(tiny_spec(tmp_path, keys) | {"seed": 0}, run, in_process=True)
+    row = measured(run / "export", "glue/mrpc", f"task.folder={tmp_path / 'glue'}", "task.max_length=12")
+    assert row.report == result.rows[-1].report
+    assert set(row.report) == {"accuracy", "f1"}
+
+
+def test_of_a_spec_only_the_model_and_what_is_pruned_make_no_difference(tmp_path: Path) -> None:
+    text = "model: {name: other, revision: abc, dtype: bf16}\ntask: glue/stsb\nlevels: [0.9]\nmask: {pattern: 9x9}\n"
+    (tmp_path / "spec.yaml").write_text(text + "distill: false\n")
+    spec = evaluation("mine", str(tmp_path / "spec.yaml"), ["seed=3"])
+    assert (spec.model.name, spec.model.revision, spec.model.dtype) == ("mine", None, "bf16")
+    assert (spec.task.name, spec.distill, spec.seed, spec.dense.epochs) == ("glue/stsb", False, 3, 0)
+    assert spec.mask.pattern == "unstructured"
+    assert evaluation("other", str(tmp_path / "spec.yaml")).model.revision == "abc"
+    assert evaluation("mine", "glue/mrpc", ["model.revision=abc"]).model.revision == "abc"
+
+
+@pytest.mark.faults
+def test_the_command_prints_the_result_s_figures_and_where_they_lie(finished: Path) -> None:
+    selected = result_of(finished).rows[-1]
+    found = selected.intervals["accuracy"]
+    words = ("eval", finished / "export", "--task", finished / "spec.yaml")
+    done = typed(*words)
+    assert done.returncode == 0, done.stderr
+    for part in (f"{selected.report['accuracy']:.4f}", f"{found.low:.4f} to {found.high:.4f}"):
+        assert part in done.stdout
+    assert "1,000 rows of `report`. Exact zeros: 93.75% of the prunable weights, " in done.stdout
+    said = json.loads(typed(*words, "--json").stdout)
+    assert (said["rows"], said["report"]) == (1000, selected.report)
+    assert said["intervals"] == {"accuracy": found.model_dump()}
+
+
+# --- what cannot be measured -----------------------------------------------------------------------------------------
+
+
+def test_a_task_that_is_none_is_said(tmp_path: Path) -> None:
+    said = refused_command("eval", tmp_path, "--task", "glue/mrcp")
+    assert "--task: task: no task is called 'glue/mrcp'" in said
+    assert "there is no such file" in refused_command("eval", tmp_path, "--task", tmp_path / "no.yaml")
+
+
+def test_a_model_that_is_not_fine_tuned_is_refused(tmp_path: Path) -> None:
+    said = refused(measured, tiny_model(tmp_path, head=False), "quickstart")
+    assert "is taken as fine-tuned (eval, and dense.epochs: 0), but it lacks classifier.bias" in said
+
+
+def test_a_model_of_another_task_is_refused_though_its_weights_could_be_spread_out(
+    finished: Path, tmp_path: Path
+) -> None:
+    """One output fits two of another task in torch's sense."""
+    result = raymask.search(with_numbers(tmp_path), tmp_path / "run", in_process=True)
+    assert result.kind == "regression"
+    export_run(tmp_path / "run", "sparse")
+    said = refused(measured, tmp_path / "run" / "export-sparse", "quickstart")
+    assert "was made for another task: its classifier.weight has shape (1, 16), this one needs (2, 16)" in said
+    said = refused(measured, tmp_path / "run" / "export", "quickstart")
+    assert "has shape (1,), this task needs (2,). Its head was made for other classes" in said
+    export_run(finished, "sparse", tmp_path / "out")
+    task = ["task.kind=causal-lm", f"task.train={tmp_path}/train.csv", f"task.report={tmp_path}/train.csv"]
+    (tmp_path / "lm.yaml").write_text("model: m\ntask: {kind: causal-lm, train: a.txt, report: a.txt}\n")
+    said = refused(measured, tmp_path / "out", tmp_path / "lm.yaml", *task)
+    assert "was made for another task: it has no " in said
+
+
+def test_outputs_that_are_no_numbers_are_no_prediction(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "export", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / MODEL)
+    weights["classifier.bias"][0] = float("nan")
+    save_file(weights, tmp_path / "model" / MODEL, metadata={"format": "pt"})
+    said = refused(measured, tmp_path / "model", "quickstart")
+    assert said == f"model.name: {tmp_path / 'model'} has outputs on `report` that are no numbers"

@@ -1,0 +1,183 @@
+"""Is a file of ONNX the same model, for batches of any size, and is what int8 costs measured?"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.builders import DECODERS, FAMILIES, kind_of, refused, tiny_config, tiny_job, tiny_tokenizer
+from support.cli import raymask
+from torch import nn
+
+from raymask.export import onnx, shrink
+from raymask.export.formats import export_run
+from raymask.export.onnx import INT8, ONNX, PACKAGES, OnnxModel, difference, metrics, report_rows, samples, to_onnx
+from raymask.export.selected import CARD, Selected, read_selected
+from raymask.store import RunDir
+from raymask.train.model import build
+
+MISSING = [name for name in PACKAGES if find_spec(name) is None]
+needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+
+
+def random_selected(family: str) -> Selected:
+    """What is exported of a model with new weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = build(tiny_config(family), kind=kind_of(family)).eval()
+    result: Any = SimpleNamespace(kind=kind_of(family))
+    return Selected(result, None, module, tiny_tokenizer(family), {}, {})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A finished run in all that --to onnx makes, and what it says."""
+    folder = tmp_path_factory.mktemp("onnx") / "out"
+    return folder, export_run(finished, "onnx", folder, int8=True, shrink=True)
+
+
+@needs_onnx
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "gpt2"])
+def test_batches_of_any_shape_come_out_the_same(family: str, tmp_path: Path) -> None:
+    selected = random_selected(family)
+    batches = samples(selected)
+    to_onnx(selected.module, batches[-1], tmp_path / ONNX)
+    assert difference(OnnxModel(tmp_path / ONNX, selected.module.config), selected.module, batches) < 1e-5
+    assert str(Path(torch.__file__).parent).encode() not in (tmp_path / ONNX).read_bytes()
+    if family in DECODERS:
+        assert getattr(selected.module.config, "use_cache", True)  # what was exported was a copy
+
+
+def test_batches_have_the_tokenizer_s_names_and_rows_of_several_lengths() -> None:
+    for family in FAMILIES:
+        selected = random_selected(family)
+        *_, batch = samples(selected)
+        assert sorted(batch) == sorted(selected.tokenizer.model_input_names)
+        assert batch["attention_mask"].sum(1).tolist() == [32, 27, 23, 18, 14, 9, 5, 1]
+
+
+@needs_onnx
+def test_weights_in_bf16_are_exported_in_fp32(tmp_path: Path) -> None:
+    selected = random_selected("bert")
+    selected.module.bfloat16()
+    batches = samples(selected)
+    to_onnx(selected.module, batches[-1], tmp_path / ONNX)
+    assert difference(OnnxModel(tmp_path / ONNX, selected.module.config), selected.module, batches) < 1e-5
+    assert next(selected.module.parameters()).dtype == torch.bfloat16
+
+
+@needs_onnx
+def test_what_is_written_is_said(exported: tuple[Path, list[str]], finished: Path) -> None:
+    folder, lines = exported
+    selected = read_selected(RunDir(finished))
+    assert {path.name for path in folder.iterdir()} == {ONNX, INT8, "raymask.json", *(selected.files.keys() - {CARD})}
+    removed = shrink.shrink(selected.module)[1]
+    assert lines[0] == f"Dead, and gone without a change to any output: {removed}"
+    assert lines[1].startswith("model.onnx: 0.")
+    assert re.fullmatch(
+        r"Checked: ONNX Runtime's outputs differ from torch's by \de-0\d at most, in batches of 1 x 1, 3 x 7, 8 x 32 "
+        "random tokens",
+        lines[2],
+    )
+    assert lines[3].startswith("model-int8.onnx: 0.")
+    assert (folder / INT8).stat().st_size < (folder / ONNX).stat().st_size
+
+
+@needs_onnx
+def test_int8_is_measured_on_report_and_fp32_is_what_the_search_measured(
+    exported: tuple[Path, list[str]], finished: Path
+) -> None:
+    folder, lines = exported
+    selected = read_selected(RunDir(finished))
+    before = selected.result.levels[-1].report["accuracy"]
+    int8 = metrics(OnnxModel(folder / INT8, selected.module.config), report_rows(selected))["accuracy"]
+    assert lines[4] == f"On `report`: accuracy fp32 {before:.4f} -> int8 {int8:.4f}"
+    original = difference(OnnxModel(folder / ONNX, selected.module.config), selected.module, samples(selected))
+    assert original < 1e-5
+    assert "differ from torch's by" in refused(
+        difference, OnnxModel(folder / INT8, selected.module.config), selected.module, samples(selected)
+    )
+
+
+@needs_onnx
+def test_a_decoder_s_perplexity_is_measured(tmp_path: Path) -> None:
+    selected, data = random_selected("gpt2"), tiny_job("gpt2").data
+    to_onnx(selected.module, samples(selected)[-1], tmp_path / ONNX)
+    found = metrics(OnnxModel(tmp_path / ONNX, selected.module.config), data)
+    assert found == pytest.approx(metrics(selected.module, data), rel=1e-4)
+    assert list(found) == ["perplexity"]
+
+
+@needs_onnx
+def test_a_shrunk_file_has_the_small_widths(finished: Path, tmp_path: Path) -> None:
+    import onnx as package
+
+    selected = read_selected(RunDir(finished))
+    dense = selected.module.get_parameter("bert.encoder.layer.0.intermediate.dense.weight")
+    with torch.no_grad():
+        dense[5:] = 0
+    small, _ = shrink.shrink(selected.module)
+    width = len(small.get_parameter("bert.encoder.layer.0.intermediate.dense.weight"))
+    assert width <= 5
+    onnx.write_onnx(selected, tmp_path, shrink=True)
+    shapes = {tuple(each.dims) for each in package.load(tmp_path / ONNX).graph.initializer}
+    assert {(32, width), (width, 32)} <= shapes
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, finished: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None if name != "onnx" else find_spec("torch"))
+    said = refused(export_run, finished, "onnx", tmp_path / "out")
+    assert said == "--to onnx: needs onnxscript, onnxruntime: pip install 'raymask[onnx]'"
+
+
+def test_a_model_that_is_too_large_for_a_file_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(onnx, "LIMIT", 1000)
+    selected = random_selected("bert")
+    size = 4 * sum(parameter.numel() for parameter in selected.module.parameters()) / 1e6
+    said = f"--to onnx: a file of ONNX holds 2 GB, and the weights take {size:.3f} MB in fp32"
+    assert refused(to_onnx, selected.module, samples(selected)[-1], tmp_path / ONNX) == said
+
+
+@needs_onnx
+def test_a_model_that_torch_cannot_export_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def forward(self: Any, **batch: Any) -> None:
+        raise ValueError("it looks at its inputs")
+
+    selected = random_selected("bert")
+    monkeypatch.setattr(type(selected.module), "forward", forward)
+    said = refused(to_onnx, selected.module, samples(selected)[-1], tmp_path / ONNX)
+    assert said.startswith("--to onnx: torch cannot export bert: ")
+    assert "it looks at its inputs" in said
+
+
+def test_another_model_s_outputs_are_refused() -> None:
+    selected, other = random_selected("bert"), random_selected("bert")
+    with torch.no_grad():
+        nn.init.ones_(other.module.classifier.bias)  # type: ignore[union-attr, arg-type]
+    said = refused(difference, other.module, selected.module, samples(selected))
+    assert said == "--to onnx: ONNX Runtime's outputs differ from torch's by 1.0e+00"
+
+
+def test_int8_is_not_measured_on_other_rows(finished: Path) -> None:
+    selected = read_selected(RunDir(finished))
+    last = selected.result.levels[-1].model_copy(update={"data": "another"})
+    other = dataclasses.replace(selected, result=selected.result.model_copy(update={"levels": (last,)}))
+    said = "--int8: the task's files have changed since the search: put them back, or leave it out"
+    assert refused(report_rows, other) == said
+
+
+@needs_onnx
+def test_it_can_be_typed(finished: Path, tmp_path: Path) -> None:
+    done = raymask("export", finished, "--to", "onnx", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3
+    assert done.stderr == ""

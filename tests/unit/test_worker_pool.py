@@ -1,0 +1,263 @@
+"""The worker pool on a simulated Ray: retries, timeouts, dispatch, scaling and starvation in milliseconds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import repeat
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.exceptions import ObjectLostError, RayActorError
+from support.fake_ray import FakeRay, Task
+from support.watch import Ear
+
+from raymask.core.errors import UserError
+from raymask.driver import remote
+from raymask.train.worker import MachineFault
+
+
+@pytest.fixture
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as found:
+        yield found
+
+
+def fake(patch: pytest.MonkeyPatch, *cpus: int, start_seconds: float = 1.0) -> FakeRay:
+    ray = FakeRay(cpus, start_seconds)
+    ray.install(patch)
+    return ray
+
+
+def failed(outcome: object) -> str:
+    assert isinstance(outcome, remote.Failed)
+    return outcome.why
+
+
+def test_tasks_are_dispatched_in_their_order_to_as_many_workers_as_there_is_room_for(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 2, 1)
+    pool = ray.pool()
+    results = ray.run(pool, [Task(key) for key in range(7)])
+    assert results == dict.fromkeys(range(7), "done")
+    assert ray.order == list(range(7))
+    assert ray.most == 3
+    pool.close()
+    assert ray.living() == 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_more_workers_than_asked_for(patch: pytest.MonkeyPatch, count: int) -> None:
+    ray = fake(patch, 4)
+    ray.run(ray.pool(count=count), [Task(key) for key in range(5)])
+    assert ray.most == count
+
+
+def test_workers_are_kept_for_the_next_round_and_dead_ones_are_nobody_s_fault(patch: pytest.MonkeyPatch) -> None:
+    ray, ear = fake(patch, 2), Ear()
+    pool = ray.pool(ear)
+    ray.run(pool, [Task(0), Task(1)])
+    assert ray.run(pool, [Task(2), Task(3)]) == {2: "done", 3: "done"}
+    assert len(ray.actors) == 2
+    ray.actors[0].die()
+    assert ray.run(pool, [Task(4), Task(5)]) == {4: "done", 5: "done"}
+    assert len(ray.actors) == 3
+    assert ear.troubles == []
+
+
+@pytest.mark.parametrize("error", [RayActorError(), ObjectLostError("", None, ""), MachineFault("no memory")])
+@pytest.mark.parametrize("retries", [0, 2])
+def test_a_system_failure_is_retried_on_a_fresh_worker_as_often_as_asked(
+    patch: pytest.MonkeyPatch, error: Exception, retries: int
+) -> None:
+    ray, ear = fake(patch, 1), Ear()
+    pool = ray.pool(ear, retries=retries)
+    results = ray.run(pool, [Task("good"), Task("bad", outcomes=(error,)), Task("last")])
+    assert results["good"] == results["last"] == "done"
+    assert failed(results["bad"]).startswith(f"its workers failed {retries + 1} times; the last one: ")
+    assert ray.attempts["bad"] == retries + 1
+    assert ray.order == ["good", *["bad"] * (retries + 1), "last"], "it is tried again before what comes after it"
+    assert len(ray.actors) == retries + 2
+    assert [note.partition(":")[0] for note in ear.troubles] == ["task bad"] * retries
+
+
+def test_what_succeeds_at_the_last_attempt_has_succeeded(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 1)
+    lost = RayActorError()
+    assert ray.run(ray.pool(retries=2), [Task(0, outcomes=(lost, lost, "done"))]) == {0: "done"}
+
+
+def test_failures_are_counted_by_task(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 1)
+    tasks = [Task(key, outcomes=(RayActorError(), "done")) for key in range(4)]
+    assert ray.run(ray.pool(retries=1), tasks) == dict.fromkeys(range(4), "done")
+
+
+def test_an_error_of_the_task_s_own_code_ends_the_round_and_its_workers(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 2)
+    pool = ray.pool()
+    with pytest.raises(UserError, match="a mistake"):
+        ray.run(pool, [Task(0, outcomes=(UserError("a mistake"),)), Task(1, seconds=9.0)])
+    assert ray.attempts[0] == 1
+    pool.close()
+    assert ray.living() == 0
+
+
+def test_what_is_past_its_timeout_is_ended_recorded_and_not_retried(patch: pytest.MonkeyPatch) -> None:
+    ray, ear = fake(patch, 1), Ear()
+    pool = ray.pool(ear)
+    results = ray.run(pool, [Task("slow", seconds=1e6, timeout=10.0), Task("quick", timeout=10.0)])
+    assert failed(results["slow"]) == "took longer than the deadline of 10 s (workers.deadline)"
+    assert results["quick"] == "done"
+    assert ray.attempts["slow"] == 1
+    assert ray.now < 10.0 + 2 * (1.0 + 2 * remote.POLL) + 1.0
+    assert len(ray.actors) == 2
+    assert ear.troubles == []
+
+
+def test_a_retry_has_its_whole_time_again(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 1)
+    task = Task(0, seconds=8.0, timeout=10.0, outcomes=(RayActorError(), "done"))
+    assert ray.run(ray.pool(), [task]) == {0: "done"}
+
+
+def test_every_task_has_its_own_timeout(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 2)
+    results = ray.run(ray.pool(), [Task(key, seconds=100.0, timeout=5.0) for key in range(3)])
+    assert {failed(outcome) for outcome in results.values()} == {
+        "took longer than the deadline of 5 s (workers.deadline)"
+    }
+
+
+def test_a_lost_node_s_tasks_are_done_elsewhere_and_a_late_node_gets_work(patch: pytest.MonkeyPatch) -> None:
+    ray, ear = fake(patch, 1, 1), Ear()
+    ray.at(5.5, lambda: ray.lose_node(1))
+    ray.at(20.0, ray.add_node)
+    results = ray.run(ray.pool(ear), [Task(key, seconds=2.0) for key in range(20)])
+    assert results == dict.fromkeys(range(20), "done")
+    assert len(ear.troubles) == 1
+    assert any(actor.node == 2 and actor.refs for actor in ray.actors)
+    assert ray.now < 1.0 + 20 * 2.0 * 0.8, "the late node did no work"
+
+
+def test_no_room_for_any_worker_is_refused_at_once_unless_the_cluster_grows(patch: pytest.MonkeyPatch) -> None:
+    ray, ear = fake(patch), Ear()
+    with pytest.raises(UserError, match=r"no node can hold a worker: one asks for 1 CPUs.*workers\.wait"):
+        ray.pool()
+    ray.at(40.0, ray.add_node)
+    assert ray.run(ray.pool(ear, wait=60.0), [Task(0), Task(1)]) == {0: "done", 1: "done"}
+    waiting = [note for note in ear.notes if note.startswith("waiting for the cluster")]
+    assert [round(float(note.split()[5]), -1) for note in waiting] == [20.0, 30.0]
+    assert not any(actor.alive for actor, _ in ray.unplaced), "what has not started only makes the cluster grow"
+
+
+def test_a_cluster_that_does_not_grow_is_waited_for_as_long_as_asked(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch)
+    pool = ray.pool(wait=50.0)
+    with pytest.raises(UserError, match="no node can hold a worker"):
+        ray.run(pool, [Task(0)])
+    assert 50.0 < ray.now < 50.0 + 2 * remote.PATIENCE
+
+
+def test_nodes_that_a_search_once_had_may_come_back(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 1)
+    ray.at(3.0, lambda: ray.lose_node(0))
+    ray.at(250.0, ray.add_node)
+    assert ray.run(ray.pool(), [Task(key, seconds=5.0) for key in range(2)]) == {0: "done", 1: "done"}
+    ray.at(ray.now + 1.0, lambda: ray.lose_node(0))
+    ray.at(ray.now + 1.0, lambda: ray.lose_node(1))
+    ray.cpus = {9: 1}
+    pool = ray.pool()
+    ray.cpus = {}
+    with pytest.raises(UserError, match="no node can hold a worker"):
+        ray.run(pool, [Task(2)])
+
+
+def test_workers_that_cannot_start_end_the_search_with_the_last_reason(patch: pytest.MonkeyPatch) -> None:
+    ray, ear = fake(patch, 1), Ear()
+    ray.start_errors = repeat(ValueError("no such module"))
+    with pytest.raises(UserError, match=r"5 workers in a row did not start; the last one said: no such module\. Is "):
+        ray.run(ray.pool(ear), [Task(0)])
+    assert len(ear.troubles) == len(ray.actors) == remote.STARTS
+
+
+def test_failed_starts_count_in_a_row_only(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 1)
+    ray.start_errors = iter([ValueError("busy")] * (remote.STARTS - 1))
+    pool = ray.pool()
+    for key in range(3):
+        assert ray.run(pool, [Task(key, outcomes=(RayActorError(), "done"))]) == {key: "done"}
+        ray.start_errors = iter([ValueError("busy")] * (remote.STARTS - 1))
+
+
+def test_idle_workers_share_a_task_and_all_end_with_it(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 5)
+    pool = ray.pool()
+    assert ray.run(pool, [Task(0, max_workers=4)]) == {0: "done"}
+    assert ray.most == 4, "a shared task waits for all the workers that it can have"
+    ray.run(pool, [Task(1, max_workers=4), Task(2, max_workers=4)])
+    assert len(pool.idle) + len(pool.returning) == ray.living()
+
+
+def test_a_shared_task_that_loses_a_helper_is_done_again_by_fresh_workers(patch: pytest.MonkeyPatch) -> None:
+    ray, ear = fake(patch, 2), Ear()
+    ray.at(5.0, lambda: ray.actors[0].die())
+    assert ray.run(ray.pool(ear), [Task(0, seconds=10.0, max_workers=2)]) == {0: "done"}
+    assert ray.attempts[0] == 2
+    assert len(ear.troubles) == 1
+    assert not ray.actors[1].alive, "its partner would wait for it for ever"
+
+
+def test_progress_is_asked_for_and_told(patch: pytest.MonkeyPatch) -> None:
+    ray, ear = fake(patch, 1), Ear()
+    ray.run(ray.pool(ear), [Task(0, seconds=5.0)])
+    assert {"task 0": 0.5} in ear.shares
+
+
+@given(
+    cpus=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    tasks=st.lists(st.tuples(st.floats(0.1, 30.0), st.sampled_from([1, 1, 2, 4])), min_size=1, max_size=12),
+    retries=st.integers(0, 3),
+    timeout=st.sampled_from([5.0, 1e9]),
+    seed=st.integers(0, 10**6),
+    faults=st.integers(0, 12),
+)
+def test_whatever_is_lost_every_task_ends_once_within_its_retries_and_nothing_is_left(
+    cpus: list[int], tasks: list[tuple[float, int]], retries: int, timeout: float, seed: int, faults: int
+) -> None:
+    """Workers and nodes die and nodes join at any time; one node is never lost."""
+    dice = random.Random(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        ray, ear = fake(patch, *cpus), Ear()
+
+        def disturb() -> None:
+            kind = dice.choice(["worker", "worker", "node", "late node"])
+            if kind == "worker" and ray.actors:
+                dice.choice(ray.actors).die()
+            elif kind == "node" and len(ray.cpus) > 1:
+                ray.lose_node(max(ray.cpus))
+            elif kind == "late node":
+                ray.add_node()
+
+        for _ in range(faults):
+            ray.at(dice.uniform(0.0, 60.0), disturb)
+        pool = ray.pool(ear, retries=retries)
+        wanted = [Task(key, seconds, timeout=timeout, max_workers=most) for key, (seconds, most) in enumerate(tasks)]
+        results = ray.run(pool, wanted)
+        pool.close()
+    assert sorted(results) == list(range(len(tasks)))
+    for task in wanted:
+        outcome, attempts = results[task.key], ray.attempts[task.key]
+        assert 1 <= attempts <= retries + 1
+        if outcome == "done":
+            assert task.seconds <= timeout + 2 * remote.POLL
+        elif "deadline" in failed(outcome):
+            assert task.seconds > timeout
+        else:
+            assert attempts == retries + 1
+            assert f"its workers failed {attempts} times" in failed(outcome)
+    retried = sum(attempts - 1 for attempts in ray.attempts.values())
+    assert sum("trying again elsewhere" in note for note in ear.notes) == retried
+    assert ray.living() == 0
+    assert not pool.busy
+    assert not pool.helping
