@@ -1,14 +1,16 @@
 """Does a search survive? Breaks one thing a round, at a moment drawn from a seed, and compares the outcome.
 
     python jobs/chaos.py --rounds 50 --seed 0
+    python jobs/chaos.py --minutes 2
 
-The same short search runs undisturbed in one process (what must come out), undisturbed on two raylets of this host
-(how long it takes), and then once a round with one fault, continued by the same command as often as is needed. Needs
-raymask with its `test` extra, and Linux.
+The same search of seconds runs undisturbed in one process (what must come out), undisturbed on two raylets of this
+host (how long it takes), and then once a round with one fault, continued by the same command as often as is needed.
+Needs raymask with its `test` extra, and Linux.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -21,7 +23,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,21 +39,23 @@ from rich.text import Text
 from raymask.core.errors import UserError
 from raymask.core.records import Evaluation, Result
 from raymask.store import DENSE, EXPORT, MODEL, RunDir, sha256
+from raymask.train import quickstart
 
 SPEC = """
-model: quickstart
-task: quickstart
+model: model
+task: {train: train.csv, report: report.csv, text: text, label: label, select_rows: 80}
 levels: [0.5, 0.9]
 candidates: {count: 4, ratios: [0.005, 0.02]}
-dense: {epochs: 2, batch_size: 32, learning_rate: 2.0e-3, warmup: 0.05}
-probe: {epochs: 1, batch_size: 32, learning_rate: 2.0e-3, eval_every: 25, last: 3}
-finetune: {epochs: 1, batch_size: 32, learning_rate: 1.0e-3}
-imp: {epochs: 1}
+dense: {epochs: 6, batch_size: 32, learning_rate: 5.0e-3, warmup: 0.05}
+probe: {epochs: 2, batch_size: 32, learning_rate: 5.0e-3, eval_every: 5, last: 3}
+finetune: {epochs: 2, batch_size: 32, learning_rate: 1.0e-3}
+imp: {epochs: 2}
 distill: false
 precision: fp32
 workers: {gpus: 0}
-seed: 3  # by which the last candidates never win: one of them may hang, and the winner is the same
+seed: 10  # by which the last candidates never win: one of them may hang, and the winner is the same
 """
+ROWS = {"train": 480, "report": 120}
 LEVELS, POOL, RETRIES = 2, 5, 3  # candidates a level, the control among them; machine's faults that are forgiven
 LOCAL = Path(__file__).resolve().parents[1] / "cluster" / "local"
 ATTEMPTS = 3  # to hit a search before it has ended
@@ -91,7 +95,7 @@ class Cluster:
     def script(self, name: str) -> str:
         """One of cluster/local's, run to its end; returns its stdout."""
         ports = {"PORT": str(self.port), "DASHBOARD_PORT": str(self.dashboard)}
-        settings = ports | {"RAYMASK_LOCAL_CLUSTER": str(self.state), "CPUS": "1"}
+        settings = ports | {"RAYMASK_LOCAL_CLUSTER": str(self.state), "CPUS": "1"} | NOTICED
         done = subprocess.run(
             [LOCAL / name], env=environ() | settings, capture_output=True, text=True, timeout=PATIENCE
         )
@@ -185,6 +189,11 @@ class Cluster:
         wait_until(lambda: self.alive() == 2 and not self.desks(), "two nodes without workers")
 
 
+NOTICED = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "1000",
+}
+"""A lost node is known to be lost in five seconds, not in half a minute; a slow one has as long as ever to answer."""
 ON_LOOPBACK = """
 from ray._private import ray_constants, services
 from ray.scripts import scripts
@@ -262,7 +271,12 @@ class Search:
         """The command, with its output in files of that name."""
         with (self.folder / f"{name}.out").open("wb") as out, (self.folder / f"{name}.err").open("wb") as err:
             return subprocess.Popen(
-                self.command, env=self.cluster.environ, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+                self.command,
+                cwd=self.folder.parent,
+                env=self.cluster.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
             )
 
     def said(self, name: str = "") -> str:
@@ -345,8 +359,22 @@ class Search:
         self.driver.wait()
 
 
+def write_task(folder: Path) -> None:
+    """The model, untrained, and the rows that the spec names by relative paths."""
+    import torch
+    from transformers import BertForSequenceClassification
+
+    torch.manual_seed(0)
+    BertForSequenceClassification(quickstart.config()).save_pretrained(folder / "model")
+    quickstart.tokenizer().save_pretrained(folder / "model")
+    for split, (texts, labels) in quickstart.sentences(0).items():
+        with (folder / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
+            rows = list(zip(texts, labels, strict=True))[: ROWS[split]]
+            csv.writer(file).writerows([("text", "label"), *rows])
+
+
 def command(folder: Path) -> list[str]:
-    """`raymask search` of the spec, which it writes, in a folder."""
+    """`raymask search` of the spec, which it writes, in a folder beside those of `write_task`."""
     spec = folder / "spec.yaml"
     spec.write_text(SPEC)
     return [sys.executable, "-m", "raymask", "search", str(spec), "--run", str(folder / "run")]
@@ -491,8 +519,17 @@ def stores(process: psutil.Process) -> set[str]:
 
 
 def node_joins(search: Search, dice: Random) -> str:
-    """And gets work."""
-    node, started = search.cluster.join(), time.monotonic()
+    """And gets work, of which some is left: the others rest until it is there."""
+    resting = search.until(lambda: search.cluster.desks())
+    try:
+        for desk in resting:
+            desk.suspend()
+        node, started = search.cluster.join(), time.monotonic()
+        search.until(lambda: search.cluster.desks(node))
+    finally:
+        for desk in resting:
+            with suppress(psutil.NoSuchProcess):
+                desk.resume()
     pids: set[int] = set()
 
     def served() -> bool:
@@ -632,12 +669,21 @@ FAULTS = {
 }
 
 
-def schedule(rounds: int, seed: int) -> list[str]:
-    """Every fault once before any comes again, in an order drawn from the seed."""
-    dice, found = Random(seed), list[str]()
-    while len(found) < rounds:
-        found += dice.sample(list(FAULTS), len(FAULTS))
-    return found[:rounds]
+def schedule(seed: int) -> Iterator[str]:
+    """Every fault once before any comes again, in an order drawn from the seed, without an end."""
+    dice = Random(seed)
+    while True:
+        yield from dice.sample(list(FAULTS), len(FAULTS))
+
+
+def enough(rounds: int, seconds: float, most: int | None, minutes: float | None) -> bool:
+    """Whether no other round is to begin, after so many that ended so long after the start.
+
+    Of two limits whichever comes first; without any, every fault comes once. One round is always played.
+    """
+    if most is None and minutes is None:
+        most = len(FAULTS)
+    return rounds > 0 and ((most is not None and rounds >= most) or (minutes is not None and seconds >= 60 * minutes))
 
 
 # --- rounds -----------------------------------------------------------------------------------------------------------
@@ -726,12 +772,20 @@ class Chaos:
         return played
 
 
-def undisturbed(folder: Path) -> dict[str, Any]:
-    """What one process finds, without Ray."""
+def undisturbed(folder: Path, meanwhile: Callable[[], None]) -> dict[str, Any]:
+    """What one process finds, without Ray; something else may be done until it has."""
     folder.mkdir(parents=True)
-    done = subprocess.run([*command(folder), "--in-process"], env=environ(), capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the undisturbed search failed:\n{done.stderr}")
+    words = [*command(folder), "--in-process"]
+    with (folder / "out").open("w") as out:
+        search = subprocess.Popen(words, cwd=folder.parent, env=environ(), stdout=out, stderr=out)
+    try:
+        meanwhile()
+        code = search.wait(PATIENCE)
+    finally:
+        search.kill()
+        search.wait()
+    if code:
+        raise RuntimeError(f"the undisturbed search failed:\n{(folder / 'out').read_text(errors='replace')}")
     return outcome(folder / "run")
 
 
@@ -746,7 +800,7 @@ def prepare(cluster: Cluster, folder: Path, seed: int, expected: dict[str, Any])
         search.close()
     slowest = max(evaluation.seconds for evaluation in search.evaluations())
     seconds = time.monotonic() - started
-    return Chaos(cluster, folder, seed, expected, len(search.lines()), seconds, max(8.0, 5 * slowest))
+    return Chaos(cluster, folder, seed, expected, len(search.lines()), seconds, max(6.0, 8 * slowest))
 
 
 def table(rounds: Sequence[Round]) -> Table:
@@ -766,7 +820,12 @@ def table(rounds: Sequence[Round]) -> Table:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="How many faults, one a round.")] = 12,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="How many faults, one a round; all once by default.", show_default=False)
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="After how many minutes no other round begins.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws the faults' order and moments.")] = 0,
     workdir: Annotated[
         Path | None, typer.Option(help="Where failed rounds stay; a temporary folder by default.")
@@ -783,13 +842,16 @@ def main(
 
     def say(text: str) -> None:
         console.print(Text(f"[{time.monotonic() - started:6.0f} s] {text}"), soft_wrap=True)
+        console.file.flush()  # a file or a pipe shows each line when it is said
 
     try:
-        expected = undisturbed(folder / "in-process")
-        cluster.up()
+        write_task(folder)
+        expected = undisturbed(folder / "in-process", cluster.up)
         chaos = prepare(cluster, folder, seed, expected)
         say(f"undisturbed: {chaos.seconds:.1f} s, {chaos.lines} lines, mask {expected[f'level {LEVELS} mask']}")
-        for number, fault in enumerate(schedule(rounds, seed), 1):
+        for number, fault in enumerate(schedule(seed), 1):
+            if enough(len(played), time.monotonic() - started, rounds, minutes):
+                break
             played.append(chaos.play(number, fault, say))
             say(played[-1].line())
     finally:

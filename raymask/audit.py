@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from raymask.core import seeds
 from raymask.core.errors import UserError
 from raymask.core.records import Evaluation, Interval, Level, Result
 from raymask.core.seeds import derive
@@ -70,7 +71,7 @@ def judge(result: Result, last: int, seed: int) -> list[Judgement]:
         for kind in (kind for kind in get_args(Score) if not math.isnan(scores(records[0].winner.curve[-1])[kind])):
             for budget in BUDGETS:
                 early = np.array([early_score(record.winner, kind, budget, last) for record in records])
-                rng = derive(seed, "audit", level)
+                rng = derive(seed, seeds.AUDIT, level)
                 found.append(
                     Judgement(
                         level=level,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raymask.config import load_spec, make_spec, overridden
+from raymask.core import seeds
 from raymask.core.errors import UserError
 from raymask.core.records import Row
 from raymask.core.seeds import derive
@@ -93,7 +94,7 @@ def evaluate(plan: Plan) -> Row:
     figures = bootstrap(
         len(data.report),
         lambda rows: list(data.measure_report(logits, rows).values()),
-        derive(spec.seed, "bootstrap"),  # as in a search's report
+        derive(spec.seed, seeds.BOOTSTRAP),  # as in a search's report
     )
     zeros = count_sizes(worker.module, plan.source.prunable, lambda weight: int((weight == 0).sum()))
     sizes = asdict(plan.source.sizes)

@@ -1,4 +1,9 @@
-"""What do all tests share: one thread, no network, and the data that some of them need?"""
+"""Fixtures of all tests: one thread, no network, and the data and runs that several of them need.
+
+Heavy imports wait in the fixtures, so that one test alone starts at once.
+"""
+
+from __future__ import annotations
 
 import os
 
@@ -13,21 +18,18 @@ import signal
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import settings
 from support.paths import ROOT
-from support.specs import SEARCH
-from torch import Tensor
 
-import raymask
-from raymask.core.recipe import propose, resolve
-from raymask.core.records import Candidate, Snapshot
-from raymask.driver.search import Plan
-from raymask.train.model import load_weights
+if TYPE_CHECKING:
+    from torch import Tensor
 
-torch.set_num_threads(1)
+    from raymask.core.records import Candidate, Snapshot
+    from raymask.driver.search import Plan
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs us in the background has it ignored
 
 settings.register_profile("raymask", deadline=None, max_examples=50, derandomize="CI" in os.environ)
@@ -37,8 +39,7 @@ settings.load_profile("raymask")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every test has the mark of its folder."""
     for item in items:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        item.add_marker(folder)
+        item.add_marker(item.path.relative_to(Path(__file__).parent).parts[0])
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +63,7 @@ def minilm() -> Path:
 @pytest.fixture(scope="session")
 def gaussian() -> Callable[..., Tensor]:
     """A function (*shape, seed=0) -> float32 standard normal weights, the same for the same arguments."""
+    import torch
 
     def weights(*shape: int, seed: int = 0) -> Tensor:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -72,6 +74,10 @@ def gaussian() -> Callable[..., Tensor]:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of a finished search, the shortest that prunes the quickstart to 1/16. Only ever read it."""
+    from support.specs import SEARCH
+
+    import raymask
+
     run = tmp_path_factory.mktemp("finished") / "run"
     raymask.search(SEARCH, run, in_process=True)
     return run
@@ -80,10 +86,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def parent(plan: Plan) -> Snapshot:
     """The untrained model of the test module's own `plan`."""
+    from raymask.core.records import Snapshot
+    from raymask.train.model import load_weights
+
     return Snapshot("initial", load_weights(plan.job.spec.model, plan.source.config, 0, False))
 
 
 @pytest.fixture(scope="module")
 def pool(plan: Plan) -> tuple[Candidate, ...]:
     """The first level's candidates of the test module's own `plan`."""
+    from raymask.core.recipe import propose, resolve
+
     return propose(resolve(plan.job.spec), 1)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raymask.core import seeds
 from raymask.core.allocations import Allocation, Shapes, uniform
 from raymask.core.patterns import Pattern, budget, winners
 from raymask.core.records import Candidate
@@ -65,7 +66,7 @@ def draw(
                 entries = sum(weights[name].numel() for name in names) // len(names)
                 count = rounds(entries, budget(entries, density), candidate.noise.ratio)
                 ready[key] = sampler(scores, places, candidate.noise.exponent, count)
-            rng = torch.Generator(scores.device).manual_seed(derive(candidate.seed, "mask", *names))
+            rng = torch.Generator(scores.device).manual_seed(derive(candidate.seed, seeds.MASK, *names))
             scores = ready[key](scores, rng)
         for name, kept in zip(names, torch.split(winners(scores, places), widths, 1), strict=True):
             mask[name] = take(name, pattern.unfold(kept, shapes[name]))

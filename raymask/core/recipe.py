@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raymask.core import patterns
+from raymask.core import patterns, seeds
 from raymask.core.allocations import ALLOCATIONS, Allocation
 from raymask.core.patterns import Pattern
 from raymask.core.records import Candidate, Noise, Stage
@@ -48,7 +48,7 @@ def resolve(spec: Spec) -> Recipe:
 def control(recipe: Recipe, level: int) -> Candidate:
     """The magnitude mask of a level, counted from 1; level 0 is the dense model, which nothing masks."""
     density = recipe.densities[level - 1] if level else 1.0
-    return Candidate(level=level, index=0, seed=derive(recipe.spec.seed, "candidate", level, 0), density=density)
+    return Candidate(level=level, index=0, seed=derive(recipe.spec.seed, seeds.CANDIDATE, level, 0), density=density)
 
 
 def propose(recipe: Recipe, level: int, parents: Sequence[int] = (1,)) -> tuple[Candidate, ...]:
@@ -59,7 +59,7 @@ def propose(recipe: Recipe, level: int, parents: Sequence[int] = (1,)) -> tuple[
     for index in range(len(parents) * (asked.count + 1)):
         turn, drawn = divmod(index, asked.count + 1)
         noise = Noise(exponent=asked.exponent, ratio=asked.ratios[(drawn - 1) % len(asked.ratios)]) if drawn else None
-        seed = derive(recipe.spec.seed, "candidate", level, index)
+        seed = derive(recipe.spec.seed, seeds.CANDIDATE, level, index)
         found.append(first.model_copy(update={"index": index, "seed": seed, "noise": noise, "parent": parents[turn]}))
     return tuple(found)
 

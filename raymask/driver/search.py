@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from raymask.core import masks
+from raymask.core import masks, seeds
 from raymask.core.errors import UserError
 from raymask.core.recipe import (
     Recipe,
@@ -272,7 +272,7 @@ def initial(plan: Plan) -> Snapshot:
     """The model as it was asked for."""
     spec = plan.recipe.spec
     fine_tuned, source = spec.dense.epochs == 0, plan.source
-    weights = load_weights(spec.model, source.config, derive(spec.seed, "head"), fine_tuned, source.kind)
+    weights = load_weights(spec.model, source.config, derive(spec.seed, seeds.HEAD), fine_tuned, source.kind)
     return Snapshot("initial", weights)
 
 
@@ -289,7 +289,7 @@ def choose(
     if len(proposed) == 1:
         return alone(proposed[0])
     known = [evaluation for evaluation in store.evaluations(level) if not evaluation.machine]
-    seed = derive(recipe.spec.seed, "confidence", level)
+    seed = derive(recipe.spec.seed, seeds.CONFIDENCE, level)
     ladder = Ladder(proposed, rungs, known, repeats=recipe.spec.probe.repeats, seed=seed)
     total = climbs(len(proposed) - len(parents), len(parents), rungs)
     watch.begins(f"{title(recipe, level)}: early evaluation", level, total, known)
@@ -329,8 +329,8 @@ def describe_level(plan: Plan, item: Work, checkpoint: Checkpoint) -> Level:
         winner=item.winner,
         evaluated=item.outcome.evaluated,
         failed=item.outcome.failed,
-        gain=gain_on_select(item.winner, item.outcome.finalists, derive(seed, "bootstrap", candidate.level)),
-        confidence=confidence_of(item.winner, item.outcome.finalists, derive(seed, "confidence", candidate.level)),
+        gain=gain_on_select(item.winner, item.outcome.finalists, derive(seed, seeds.BOOTSTRAP, candidate.level)),
+        confidence=confidence_of(item.winner, item.outcome.finalists, derive(seed, seeds.CONFIDENCE, candidate.level)),
         finetuned=checkpoint.finetuned,
         report=data.measure_report(checkpoint.logits),
         digest=checkpoint.digest,
@@ -445,7 +445,7 @@ def compare(
         found = [data.measure_report(one, rows) for one in logits]
         return [*chain(*(each.values() for each in found)), overall(found[-1]) - overall(found[-2])]
 
-    *figures, gain = bootstrap(len(data.report), measure, derive(plan.recipe.spec.seed, "bootstrap"))
+    *figures, gain = bootstrap(len(data.report), measure, derive(plan.recipe.spec.seed, seeds.BOOTSTRAP))
     following = iter(figures)
     rows = tuple(
         Row(

@@ -23,6 +23,7 @@ import pyarrow.json
 import pyarrow.parquet
 from sklearn.model_selection import train_test_split
 
+from raymask.core import seeds
 from raymask.core.errors import UserError, first_line
 from raymask.core.seeds import derive
 from raymask.core.spec import QUICKSTART, Task
@@ -194,7 +195,7 @@ def load_corpus(task: Task, seed: int, order: Sequence[str] = ()) -> Corpus:
 def read_task(task: Task, seed: int, order: Sequence[str]) -> Found:
     """The quickstart's sentences, one of GLUE's tasks, or the user's own files."""
     if task.name == QUICKSTART:
-        made = quickstart.sentences(derive(seed, "quickstart"))
+        made = quickstart.sentences(derive(seed, seeds.QUICKSTART))
         train, report = (Texts((made[split][0],), np.array(made[split][1], np.int64)) for split in ("train", "report"))
         return Found(train, report, {"": (0, len(report.labels))}, ("negative", "positive"), ("accuracy",), 64)
     if task.name is not None:
@@ -413,7 +414,7 @@ def carve(train: Texts, task: Task, classes: tuple[str, ...], seed: int) -> tupl
     kept, chosen = train_test_split(
         np.arange(len(labels)),
         test_size=size,
-        random_state=derive(seed, "select") % 2**32,
+        random_state=derive(seed, seeds.VALIDATION) % 2**32,
         # by name, since an existing classifier may number the classes otherwise
         stratify=np.array(classes)[labels] if classes else fifths(labels, size),
     )

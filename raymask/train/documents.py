@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raymask.core import seeds
 from raymask.core.errors import UserError, first_line
 from raymask.core.seeds import derive
 from raymask.core.spec import DATASET, MEASURES, Task
@@ -130,6 +131,6 @@ def carve(rows: Rows, task: Task, length: int, seed: int) -> tuple[Rows, Rows]:
             f"{task.train or f'{task.name} train'}: {len(rows)} rows of {length} tokens are too few to carve {size} "
             "out of them: give more text, or a smaller task.max_length"
         )
-    start = int(np.random.default_rng(derive(seed, "select")).integers(0, len(rows) - size + 1))
+    start = int(np.random.default_rng(derive(seed, seeds.VALIDATION)).integers(0, len(rows) - size + 1))
     chosen = np.arange(start, start + size)
     return rows.take(np.setdiff1d(np.arange(len(rows)), chosen)), rows.take(chosen)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raymask.core import seeds
 from raymask.core.masks import Mask
 from raymask.core.records import Stage
 from raymask.core.seeds import derive
@@ -83,7 +84,7 @@ def train(
                 loss = task_loss(module, batch, objective, whole)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    torch.manual_seed(derive(seed, "dropout", *([begin] if begin else [])))
+    torch.manual_seed(derive(seed, seeds.DROPOUT, *([begin] if begin else [])))
     multiply(pruned, masks)
     module.train()
     kernels = kernels_for(module, device)
@@ -93,11 +94,11 @@ def train(
         chosen = next(batches)
         whole = counts(rows.lengths[chosen])
         if gang.cut:  # which sums the gradients as it computes them
-            backward(*shard(chosen, whole, gang.rank, gang.size, derive(seed, "dropout", step)))
+            backward(*shard(chosen, whole, gang.rank, gang.size, derive(seed, seeds.DROPOUT, step)))
         elif stage.shards == 1:
             backward(chosen, whole)
         else:
-            dropout = derive(seed, "dropout", step)
+            dropout = derive(seed, seeds.DROPOUT, step)
             sum_of_shards(parameters.values(), backward, chosen, whole, stage.shards, dropout, gang)
         nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
         optimizer.step()
@@ -113,7 +114,7 @@ def train(
 
 def shard(chosen: np.ndarray, whole: Counts, number: int, shards: int, seed: int) -> tuple[np.ndarray, Counts]:
     """The rows of one of so many shards, and what to divide their sums by; the seed is that of each shard's dropout."""
-    torch.manual_seed(derive(seed, "shard", number))
+    torch.manual_seed(derive(seed, seeds.SHARD, number))
     rows = chosen[number::shards]  # each has some of the long ones
     return (rows, whole) if len(rows) else (chosen[:1], NOTHING)
 
@@ -166,7 +167,7 @@ def endless(rows: Rows, size: int, seed: int, begin: int = 0) -> Iterator[np.nda
     """Rows of the batches after the first `begin`, epoch after epoch, each row once an epoch, like lengths together."""
     epoch, skipped = divmod(begin, math.ceil(len(rows) / size))
     while True:
-        rng = np.random.default_rng(derive(seed, "order", epoch))
+        rng = np.random.default_rng(derive(seed, seeds.ORDER, epoch))
         yield from order(rows.lengths, size, rng)[skipped:]
         epoch, skipped = epoch + 1, 0
 

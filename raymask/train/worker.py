@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from raymask.core import masks
+from raymask.core import masks, seeds
 from raymask.core.errors import UserError
 from raymask.core.recipe import parents_of, probe_stage, resolve
 from raymask.core.records import Candidate, Checkpoint, Climb, Evaluation, FineTuned, Point, Settling, Snapshot, Stage
@@ -72,7 +72,7 @@ class Job:
     @property
     def scored(self) -> Rows:
         """The rows of `select` by which candidates are scored."""
-        return self.data.select.sample(self.spec.probe.rows, derive(self.spec.seed, "look"))
+        return self.data.select.sample(self.spec.probe.rows, derive(self.spec.seed, seeds.SCORED_ROWS))
 
     @property
     def model_bytes(self) -> int:
@@ -227,7 +227,7 @@ class Worker:
             curve.append(point)
             losses.append(rows)
 
-        seed = derive(spec.seed, "probe", candidate.level, *([climb.order] if climb.order else []))
+        seed = derive(spec.seed, seeds.EARLY_EVAL, candidate.level, *([climb.order] if climb.order else []))
         for rung in range(climb.rung if paused else 0, climb.rung + 1):
             begin, end = ends[rung : rung + 2]
             whole = range(spec.probe.eval_every, end + 1, spec.probe.eval_every)
@@ -296,7 +296,7 @@ class Worker:
             look(0)
         else:
             optimizer = self.optimizer(parent)
-            seed = derive(spec.seed, "fine-tune", settling.candidate.level)
+            seed = derive(spec.seed, seeds.FINETUNE, settling.candidate.level)
             self.train(parent, stage, mask, seed, looks, look, optimizer, gang=gang)
         if not best:
             raise UserError(
@@ -356,7 +356,7 @@ class Worker:
         if self.recipe.scorer in BLIND:
             return {}
         data = self.job.data
-        rows = data.train.sample(ROWS, derive(self.job.spec.seed, "calibration"))
+        rows = data.train.sample(ROWS, derive(self.job.spec.seed, seeds.CALIBRATION))
         return calibrate(self.module, self.job.prunable, rows, padding=data.padding, objective=self.objective)
 
     def draw(

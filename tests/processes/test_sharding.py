@@ -1,6 +1,5 @@
 """Is a model that lies on two processes the model that lies on one?"""
 
-import multiprocessing
 import os
 from collections import defaultdict
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from support.builders import FAMILIES, SIZE, refused, tiny_config, tiny_job, tiny_snapshot, tiny_tokenizer
+from support.ranks import forks
 from torch import nn
 
 from raymask.core import masks, tensors
@@ -54,8 +54,7 @@ def on_rank(check, arguments):
 def together():
     """A function (check, *arguments) -> what `check(mesh, *arguments)` returns in each of two processes, by rank."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    ranks = [ProcessPoolExecutor(1, context, meet, (rank, store.port)) for rank in range(RANKS)]
+    ranks = [ProcessPoolExecutor(1, forks(), meet, (rank, store.port)) for rank in range(RANKS)]
 
     def run(check, *arguments):
         work = [rank.submit(on_rank, check, arguments) for rank in ranks]

@@ -8,8 +8,11 @@ import subprocess
 import sys
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import yaml
+from support.builders import reviews, tiny_model, write_table
 from support.paths import RAYMASK
 
 from raymask.cli import main
@@ -46,3 +49,25 @@ def refused_command(*words: str | Path, cwd: Path | None = None) -> str:
     assert done.stderr.startswith("raymask: "), done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
+
+
+def write_search(folder: Path, **sections: Any) -> Path:
+    """A spec of two levels with a random tiny model and 60 rows, all absolute paths; sections replace its own."""
+    for name, rows in (("train", 60), ("report", 20)):
+        texts, labels = reviews(rows, len(name))
+        write_table(folder / f"{name}.csv", {"review": texts, "stars": labels})
+    files = {"train": str(folder / "train.csv"), "report": str(folder / "report.csv")}
+    spec = {
+        "model": str(tiny_model(folder / "model")),
+        "task": {**files, "text": "review", "label": "stars"},
+        "levels": [0.5, 0.75],
+        "candidates": {"count": 2, "ratios": [0.02]},
+        "dense": {"epochs": 2, "batch_size": 8, "learning_rate": 0.01},
+        "probe": {"epochs": 1, "batch_size": 8, "eval_every": 1, "last": 2, "learning_rate": 0.01},
+        "finetune": {"epochs": 1, "batch_size": 8, "learning_rate": 0.01},
+        "distill": False,
+        "precision": "fp32",
+    }
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump(spec | sections))
+    return path

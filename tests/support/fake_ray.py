@@ -5,18 +5,24 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
+from itertools import count, repeat
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from ray.exceptions import RayActorError
 
 from raymask.config import make_spec
+from raymask.core.records import Climb, Evaluate, Evaluation, FineTune, Settling
 from raymask.driver import remote
 from raymask.report.terminal import Silent
+from raymask.train.gang import Gang
+
+LONG = 1e4  # seconds that no test's work takes
 
 
 @dataclass(eq=False)
@@ -37,22 +43,27 @@ class Ref:
 
 @dataclass(frozen=True)
 class Task:
-    """Work that takes `seconds`; its attempts end with `outcomes`, the last one again and again: values or errors."""
+    """Work that takes `seconds`; its attempts end with `outcomes`, the last one again and again: values or errors.
+
+    `helper_error`: what its helpers end with, halfway.
+    """
 
     key: Any
     seconds: float = 1.0
     outcomes: tuple[Any, ...] = ("done",)
     timeout: float = 1e9
     max_workers: int = 1
+    helper_error: Exception | None = None
 
 
 @dataclass(eq=False)
 class Actor:
-    """A worker on a node; dead ones answer with RayActorError."""
+    """A worker on a node; dead ones answer with RayActorError, and those that hang not at all."""
 
     ray: FakeRay
     node: int
     alive: bool = True
+    hangs: bool = False
     refs: list[Ref] = field(default_factory=list)
 
     def later(self, kind: Any, seconds: float, outcome: Any) -> Ref:
@@ -61,7 +72,8 @@ class Actor:
             ref.settle(RayActorError())
             return ref
         self.refs.append(ref)
-        self.ray.at(self.ray.now + seconds, lambda: ref.settle(outcome))
+        if not self.hangs:
+            self.ray.at(self.ray.now + seconds, lambda: ref.settle(outcome))
         return ref
 
     def die(self) -> None:
@@ -73,9 +85,25 @@ class Actor:
         if name == "__ray_ready__":
             return SimpleNamespace(remote=lambda: self.ray.started(self))
         if name == "progress":
-            asked = SimpleNamespace(remote=lambda: self.later("progress", 0.0, 0.5))
+            asked = SimpleNamespace(remote=lambda: self.later("progress", 0.0, next(self.ray.progress)))
             return SimpleNamespace(options=lambda concurrency_group: asked)
+        if name == "probe":
+            probe = SimpleNamespace(remote=self.evaluate)
+            return SimpleNamespace(options=lambda num_returns: probe)
+        if name == "settle":
+            return SimpleNamespace(remote=self.fine_tune)
+        if name == "meet":
+            return SimpleNamespace(remote=lambda: Ref("meeting"))
         raise AttributeError(name)
+
+    def evaluate(self, key: str, refs: Any, climb: Climb, paused: Sequence[Ref]) -> tuple[Ref, Ref]:
+        self.ray.order.append(climb.place)
+        self.ray.below.append([ref.kind for ref in paused])
+        return self.later(climb.place, 1.0, self.ray.scored(climb)), Ref(("pause", climb.place))
+
+    def fine_tune(self, key: str, refs: Any, settling: Settling, member: Gang, meeting: Ref | None) -> Ref:
+        self.ray.order.append(settling.name)
+        return self.later(settling.name, self.ray.settle_seconds, self.ray.settled)
 
 
 class FakeRay:
@@ -89,17 +117,28 @@ class FakeRay:
         attempts: Attempts by task key.
         order: Task keys in the order in which they were dispatched.
         most: The most actors that lived at once.
+        progress: What workers say when they are asked how far they are.
+        below: Of every early evaluation, what it was given to go on from.
+        scored: Result of an early evaluation, which takes a second: a value or an error.
+        settled: Result of every fine-tuning, which takes `settle_seconds`.
     """
 
     def __init__(self, cpus: Sequence[int], start_seconds: float = 1.0) -> None:
         self.cpus = dict(enumerate(cpus))
         self.now, self.start_seconds = 0.0, start_seconds
-        self.start_errors: Iterator[Exception] = iter(())
+        self.start_errors: Iterator[Exception | None] = iter(())
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.numbers, self.node_numbers = count(), count(len(cpus))
         self.actors: list[Actor] = []
         self.unplaced: list[tuple[Actor, Ref]] = []
         self.attempts, self.order, self.most = Counter[Any](), list[Any](), 0
+        self.progress: Iterator[float] = repeat(0.5)
+        self.below: list[list[Any]] = []
+        self.scored: Callable[[Climb], Any] = lambda climb: Evaluation(
+            candidate=climb.candidate, rung=climb.rung, order=climb.order, score=0.5
+        )
+        self.settled: Any = "checkpoint"
+        self.settle_seconds = 1.0
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(remote, "ray", self)
@@ -110,6 +149,18 @@ class FakeRay:
     def pool(self, watch: Silent | None = None, **workers: Any) -> remote.Pool:
         spec = make_spec({"model": "quickstart", "task": "quickstart", "workers": workers | {"gpus": 0}})
         return remote.Pool(SimpleNamespace(spec=spec, config=None, memory=lambda on_gpu: 0.0), watch or Silent())
+
+    @contextmanager
+    def seams(self, watch: Silent | None = None, **sections: Any) -> Iterator[tuple[Evaluate, FineTune]]:
+        """The two seams of a search, by simulated workers."""
+        workers = sections.pop("workers", {}) | {"gpus": 0}
+        spec = make_spec({"model": "quickstart", "task": "quickstart", "workers": workers, **sections})
+        job: Any = SimpleNamespace(spec=spec, config=None, memory=lambda on_gpu: 0.0)
+        with (
+            mock.patch.object(remote, "connected", return_value=nullcontext()),
+            remote.workers(job, watch or Silent(), None) as found,
+        ):
+            yield found
 
     def run(self, pool: remote.Pool, tasks: Iterable[Task]) -> dict[Any, Any]:
         """What the pool makes of the tasks, by key, in the order in which they end."""
@@ -130,7 +181,10 @@ class FakeRay:
             outcome = task.outcomes[number]
             return [
                 leader.later(task.key, task.seconds, outcome),
-                *(helper.later(("helper", task.key), task.seconds, None) for helper in helpers),
+                *(
+                    helper.later(("helper", task.key), task.seconds / (1 + bool(task.helper_error)), task.helper_error)
+                    for helper in helpers
+                ),
             ]
 
         return remote.Call(task.key, f"task {task.key}", task.timeout, send, task.max_workers)
@@ -143,6 +197,7 @@ class FakeRay:
         return self.now
 
     def sleep(self, seconds: float) -> None:
+        assert self.now < LONG, "this goes on for ever"
         self.pass_until(self.now + seconds, lambda: False)
 
     def pass_until(self, end: float, happened: Callable[[], bool]) -> None:
@@ -203,6 +258,7 @@ class FakeRay:
         return Ref("put", value, True)
 
     def wait(self, refs: Sequence[Ref], num_returns: int, timeout: float) -> tuple[list[Ref], list[Ref]]:
+        assert self.now < LONG, "this goes on for ever"
         self.pass_until(self.now + timeout, lambda: any(ref.ready for ref in refs))
         ready = [ref for ref in refs if ref.ready][:num_returns]
         return ready, [ref for ref in refs if ref not in ready]

@@ -1,7 +1,8 @@
 """What speaks S3 on this machine? Moto's server, as a process of its own that can be made to fail for a while.
 
-By hand: `python tests/s3_server.py PORT SWITCH_FILE`. Port 0 takes a free one, the port is printed, and the server ends
-with its standard input. While the switch file exists, every request is answered with the status and error code in it.
+By hand: `python tests/support/s3_server.py PORT SWITCH_FILE`. Port 0 takes a free one, the port is printed, and the
+server ends with its standard input. While the switch file exists, every request is answered with the status and error
+code in it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
-from pyarrow.fs import FileSelector, S3FileSystem
+from pyarrow.fs import AwsStandardS3RetryStrategy, FileSelector, S3FileSystem
 
 BUCKET = "bucket"
 SLOW_DOWN, ACCESS_DENIED = "503 SlowDown", "403 AccessDenied"
@@ -36,9 +38,10 @@ class S3Server:
     def uri(self, name: str, bucket: str = BUCKET) -> str:
         return f"s3://{bucket}/{name}?endpoint_override=127.0.0.1:{self.port}&scheme=http&region=us-east-1"
 
-    def filesystem(self) -> S3FileSystem:
+    def filesystem(self, **options: Any) -> S3FileSystem:
         """The bucket past raymask, for assertions: paths begin with its name."""
         return S3FileSystem(
+            **options,
             access_key=self.environment["AWS_ACCESS_KEY_ID"],
             secret_key=self.environment["AWS_SECRET_ACCESS_KEY"],
             endpoint_override=f"127.0.0.1:{self.port}",
@@ -61,6 +64,10 @@ class S3Server:
         with self.filesystem().open_output_stream(f"{BUCKET}/{name}") as stream:
             stream.write(data)
 
+    def impatient(self) -> S3FileSystem:
+        """The bucket through a client that never tries again by itself, which takes seconds a time."""
+        return self.filesystem(retry_strategy=AwsStandardS3RetryStrategy(max_attempts=1))
+
     @contextmanager
     def outage(self, answer: str = SLOW_DOWN) -> Iterator[None]:
         """All requests are answered so, whoever asks."""
@@ -75,8 +82,11 @@ class S3Server:
 
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """A server of one's own; it ends with the block, and with this process, come what may."""
-    with TemporaryDirectory(prefix="raymask-s3-") as folder:
+    """A server of one's own, and its credentials in this process's environment.
+
+    It ends with the block, and with this process, come what may.
+    """
+    with TemporaryDirectory(prefix="raymask-s3-") as folder, mock.patch.dict(os.environ, client_environment()):
         switch = Path(folder) / "outage"
         command = [sys.executable, __file__, "0", str(switch)]
         server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

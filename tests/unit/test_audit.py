@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,21 @@ from support.fakes import Fakes, plan_of
 
 from raymask.audit import BUDGETS, audited, by_level, early_score, judge, show_audit
 from raymask.config import make_spec
+from raymask.core import stats
 from raymask.core.records import Candidate, Evaluation, Level, Point, Result
 from raymask.core.spec import Spec
 from raymask.driver.search import conclude
 from raymask.store import RunDir
 
 BASE = {"model": "quickstart", "task": "quickstart", "levels": [0.5, 0.9], "candidates": {"count": 3}, "distill": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples() -> Iterator[None]:
+    """Enough where no interval's width matters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stats, "RESAMPLES", 50)
+        yield
 
 
 @pytest.fixture

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import raymask
 from raymask.check import show_check
 from raymask.config import make_spec
+from raymask.core import stats
 from raymask.core.masks import unpack_bits
 from raymask.core.recipe import finetune_stage, propose, resolve
 from raymask.core.records import Climb, Result, Settling
@@ -51,25 +55,45 @@ def said(result: Result) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
-@pytest.mark.parametrize(
-    ("family", "sections"),
-    [
-        ("llama", {"select": {"keep": 2}}),
-        ("gpt2", {"dense": {"epochs": 0}, "distill": False, "mask": {"pattern": "n:4", "score": "wanda"}}),
-    ],
-    ids=DECODERS,
-)
+SECTIONS: dict[str, dict[str, Any]] = {
+    "llama": {"select": {"keep": 2}},
+    "gpt2": {"dense": {"epochs": 0}, "distill": False, "mask": {"pattern": "n:4", "score": "wanda"}},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples() -> Iterator[None]:
+    """Enough where no interval's width matters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stats, "RESAMPLES", 50)
+        yield
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[dict[str, Any], Path, Result]]:
+    """A function (family) -> the spec, the folder with the files and the `run`, and the result. Only ever read it."""
+
+    @cache
+    def search(family: str) -> tuple[dict[str, Any], Path, Result]:
+        folder = tmp_path_factory.mktemp(family)
+        spec = decoder_spec(folder, family, **SECTIONS[family])
+        return spec, folder, raymask.search(spec, folder / "run", in_process=True)
+
+    return search
+
+
+@pytest.mark.parametrize("family", DECODERS)
 def test_a_decoder_is_searched_and_its_export_is_what_was_reported(
-    tmp_path: Path, family: str, sections: dict[str, Any]
+    searched: Callable[[str], tuple[dict[str, Any], Path, Result]], family: str
 ) -> None:
-    spec, run = decoder_spec(tmp_path, family, **sections), tmp_path / "run"
-    result = raymask.search(spec, run, in_process=True)
+    spec, folder, result = searched(family)
+    run = folder / "run"
     assert (result.kind, result.metrics) == ("causal-lm", ("perplexity",))
     dense, control, selected = (row.report["perplexity"] for row in result.rows)
-    text = (tmp_path / "report.txt").read_text()
+    text = (folder / "report.txt").read_text()
     assert plain_perplexity(run / "export", text) == pytest.approx(selected, rel=1e-5)
     if family == "gpt2":  # the dense model is the one that was given
-        assert plain_perplexity(tmp_path / family, text) == pytest.approx(dense, rel=1e-5)
+        assert plain_perplexity(folder / family, text) == pytest.approx(dense, rel=1e-5)
     assert result.gain is not None
     assert result.gain.mean == pytest.approx(math.log(control) - math.log(selected))
     for level in result.levels:
@@ -99,14 +123,17 @@ def test_a_decoder_is_searched_and_its_export_is_what_was_reported(
     assert raymask.search(spec, run, in_process=True) == result
 
 
-def test_a_check_and_an_unfinished_run_are_told_in_a_decoder_s_terms(tmp_path: Path) -> None:
-    spec = make_spec(decoder_spec(tmp_path, "gpt2"))
+def test_a_check_and_an_unfinished_run_are_told_in_a_decoder_s_terms(
+    searched: Callable[[str], tuple[dict[str, Any], Path, Result]], tmp_path: Path
+) -> None:
+    keys, folder, result = searched("gpt2")
+    spec = make_spec(keys)
     console = Console(file=io.StringIO(), width=160)
     show_check(console, spec, None)
     checked = console.file.getvalue()  # type: ignore[attr-defined]
     for part in ("in the decoder; 8 matrices", "causal-lm, perplexity; rows: ", "zeros in decoder", "up to 16"):
         assert part in checked
-    result = raymask.search(spec, tmp_path / "run", in_process=True)
+    shutil.copytree(folder / "run", tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     show_run(console, str(tmp_path / "run"), False)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
@@ -116,11 +143,10 @@ def test_a_check_and_an_unfinished_run_are_told_in_a_decoder_s_terms(tmp_path: P
     assert f"sparsity 0.00%: select loss {dense.loss:.4f}, perplexity {math.exp(-dense.metric):.4f}, " in shown
 
 
-@pytest.mark.parametrize("distill", [False, True])
-@pytest.mark.parametrize("score", SCORERS)
+@pytest.mark.parametrize(("score", "distill"), [(score, score == "wanda") for score in SCORERS])
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_worker_s_result_is_a_function_of_its_work_alone(family: str, score: str, distill: bool) -> None:
-    job = tiny_job(family, mask={"score": score}, distill=distill, finetune={"epochs": 6})
+    job = tiny_job(family, mask={"score": score}, distill=distill, finetune={"epochs": 3})
     dense = tiny_snapshot(job)
     pool, stage = propose(resolve(job.spec), 1), finetune_stage(resolve(job.spec), 1)
     first, other = Worker(job, "cpu"), Worker(job, "cpu")

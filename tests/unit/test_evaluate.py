@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from support.builders import refused, reviews, tiny_model, write_table
-from support.cli import refused_command, typed
 from support.specs import decoder_spec
 
 import raymask
+from raymask.core import stats
 from raymask.core.records import Result, Row
 from raymask.driver.search import prepare
 from raymask.evaluate import evaluate, evaluation, show_evaluation
@@ -25,6 +26,8 @@ from raymask.export.formats import export_run
 from raymask.store import MODEL, RunDir
 
 Sections = dict[str, Any]
+SpecOf = Callable[[Path], Sections]
+FEW = 50  # resamples
 
 
 def measured(model: Path, task: Path | str, *overrides: str) -> Row:
@@ -74,16 +77,36 @@ def with_tokens(folder: Path) -> Sections:
     return decoder_spec(folder, "llama", distill=False)
 
 
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the runs below were made with."""
+    monkeypatch.setattr(stats, "RESAMPLES", FEW)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[SpecOf], Path]:
+    """A function (spec_of) -> the run of the search of such a spec, beside its files. Only ever read it."""
+
+    @cache
+    def run(spec_of: SpecOf) -> Path:
+        folder = tmp_path_factory.mktemp(spec_of.__name__)
+        with mock.patch.object(stats, "RESAMPLES", FEW):
+            raymask.search(spec_of(folder), folder / "run", in_process=True)
+        return folder / "run"
+
+    return run
+
+
+@pytest.mark.usefixtures("few_resamples")
 @pytest.mark.parametrize("spec_of", [with_labels, with_numbers, with_tokens])
 def test_every_model_of_a_run_has_the_figures_that_its_result_states(
-    tmp_path: Path, spec_of: Callable[[Path], Sections]
+    searched: Callable[[SpecOf], Path], spec_of: SpecOf, tmp_path: Path
 ) -> None:
     """To the last digit, intervals included: the selected one exported twice, and the dense one in its place."""
-    run = tmp_path / "run"
-    result = raymask.search(spec_of(tmp_path), run, in_process=True)
-    dense, *_, selected = result.rows
-    export_run(run, "sparse")
-    for folder in (run / "export", run / "export-sparse"):
+    run = searched(spec_of)
+    dense, *_, selected = result_of(run).rows
+    export_run(run, "sparse", tmp_path / "sparse")
+    for folder in (run / "export", tmp_path / "sparse"):
         row = measured(folder, run / "spec.yaml")
         assert (row.report, row.intervals, row.always) == (selected.report, selected.intervals, selected.always)
         assert row.sparsity["prunable"] == selected.sparsity["prunable"]
@@ -128,7 +151,7 @@ def test_a_model_that_tells_no_rows_apart_is_said_to(finished: Path, tmp_path: P
     )
 
 
-@pytest.mark.faults
+@pytest.mark.usefixtures("few_resamples")
 def test_a_task_s_name_will_do(tmp_path: Path) -> None:
     """Of what a run's spec says beside it nothing matters here; the files and the length are set."""
     texts, labels = reviews(120)
@@ -154,28 +177,7 @@ def test_of_a_spec_only_the_model_and_what_is_pruned_make_no_difference(tmp_path
     assert evaluation("mine", "glue/mrpc", ["model.revision=abc"]).model.revision == "abc"
 
 
-@pytest.mark.faults
-def test_the_command_prints_the_result_s_figures_and_where_they_lie(finished: Path) -> None:
-    selected = result_of(finished).rows[-1]
-    found = selected.intervals["accuracy"]
-    words = ("eval", finished / "export", "--task", finished / "spec.yaml")
-    done = typed(*words)
-    assert done.returncode == 0, done.stderr
-    for part in (f"{selected.report['accuracy']:.4f}", f"{found.low:.4f} to {found.high:.4f}"):
-        assert part in done.stdout
-    assert "1,000 rows of `report`. Exact zeros: 93.75% of the prunable weights, " in done.stdout
-    said = json.loads(typed(*words, "--json").stdout)
-    assert (said["rows"], said["report"]) == (1000, selected.report)
-    assert said["intervals"] == {"accuracy": found.model_dump()}
-
-
 # --- what cannot be measured -----------------------------------------------------------------------------------------
-
-
-def test_a_task_that_is_none_is_said(tmp_path: Path) -> None:
-    said = refused_command("eval", tmp_path, "--task", "glue/mrcp")
-    assert "--task: task: no task is called 'glue/mrcp'" in said
-    assert "there is no such file" in refused_command("eval", tmp_path, "--task", tmp_path / "no.yaml")
 
 
 def test_a_model_that_is_not_fine_tuned_is_refused(tmp_path: Path) -> None:
@@ -184,18 +186,18 @@ def test_a_model_that_is_not_fine_tuned_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_of_another_task_is_refused_though_its_weights_could_be_spread_out(
-    finished: Path, tmp_path: Path
+    finished: Path, searched: Callable[[SpecOf], Path], tmp_path: Path
 ) -> None:
     """One output fits two of another task in torch's sense."""
-    result = raymask.search(with_numbers(tmp_path), tmp_path / "run", in_process=True)
-    assert result.kind == "regression"
-    export_run(tmp_path / "run", "sparse")
-    said = refused(measured, tmp_path / "run" / "export-sparse", "quickstart")
+    run = searched(with_numbers)
+    assert result_of(run).kind == "regression"
+    export_run(run, "sparse", tmp_path / "sparse")
+    said = refused(measured, tmp_path / "sparse", "quickstart")
     assert "was made for another task: its classifier.weight has shape (1, 16), this one needs (2, 16)" in said
-    said = refused(measured, tmp_path / "run" / "export", "quickstart")
+    said = refused(measured, run / "export", "quickstart")
     assert "has shape (1,), this task needs (2,). Its head was made for other classes" in said
     export_run(finished, "sparse", tmp_path / "out")
-    task = ["task.kind=causal-lm", f"task.train={tmp_path}/train.csv", f"task.report={tmp_path}/train.csv"]
+    task = ["task.kind=causal-lm", f"task.train={run.parent}/train.csv", f"task.report={run.parent}/train.csv"]
     (tmp_path / "lm.yaml").write_text("model: m\ntask: {kind: causal-lm, train: a.txt, report: a.txt}\n")
     said = refused(measured, tmp_path / "out", tmp_path / "lm.yaml", *task)
     assert "was made for another task: it has no " in said

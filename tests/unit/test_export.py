@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.builders import refused, reviews, tiny_model, write_table
-from support.cli import refused_command, typed
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import raymask
@@ -261,14 +260,3 @@ def test_unknown_formats_and_options_are_said_before_anything_is_read() -> None:
     assert refused(export_run, "nowhere", "zip").startswith("--to: no format is called 'zip'; known are hf")
     assert refused(export_run, "nowhere", "hf", int8=True) == "--int8: --to hf has no options"
     assert "takes a local folder, no URI" in refused(export_run, "nowhere", "hf", "s3://bucket/out")
-
-
-# --- as it is typed --------------------------------------------------------------------------------------------------
-
-
-def test_it_can_be_typed(finished: Path, tmp_path: Path) -> None:
-    done = typed("export", finished, "--to", "hf", "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "".join(f"{line}\n" for line in export_run(finished, "hf", tmp_path / "out"))
-    assert "known are hf" in refused_command("export", finished, "--to", "zip")
-    assert "--shrink: --to hf has no options" in refused_command("export", finished, "--to", "hf", "--shrink")

@@ -11,7 +11,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.builders import DECODERS, FAMILIES, refused, tiny_selected
-from support.cli import typed
 from torch import Tensor, nn
 
 import raymask
@@ -191,17 +190,9 @@ def test_what_does_not_come_back_the_same_is_not_left(tmp_path: Path, monkeypatc
     assert "outputs of what was loaded again differ by" in refused(write_sparse, tiny_selected(), tmp_path)
 
 
-# --- as it is typed --------------------------------------------------------------------------------------------------
-
-
 def test_a_run_is_exported_and_loaded_without_it(finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    done = typed("export", finished, "--to", "sparse", "--out", out, "--values", "fp16")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(f"All of it is in {out}\n")
-    assert "rounded to fp16" in done.stdout
-    export_run(finished, "sparse", out)
-    found, selected = raymask.load_sparse(out), read_selected(RunDir(finished))
+    assert export_run(finished, "sparse", tmp_path / "out")[-1] == f"All of it is in {tmp_path / 'out'}"
+    found, selected = raymask.load_sparse(tmp_path / "out"), read_selected(RunDir(finished))
     assert all(torch.equal(tensor, whole(selected.module)[name]) for name, tensor in whole(found).items())
     assert selected.module.config.id2label == found.config.id2label == {0: "negative", 1: "positive"}  # type: ignore[union-attr]
-    assert (out / "tokenizer.json").exists()
+    assert (tmp_path / "out" / "tokenizer.json").exists()

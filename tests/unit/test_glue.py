@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 from support.builders import refused, reviews, tiny_model, write_table
 
+from raymask.core import stats
 from raymask.core.recipe import epochs, resolve
 from raymask.store import DENSE, RunDir, check_run
 
@@ -102,15 +103,18 @@ def test_a_dense_model_that_was_copied_in_part_is_copied_again(
     check_run(RunDir(tmp_path / "run"), dense.read_spec())
 
 
-def test_a_mistake_in_the_spec_is_told_before_anything_runs(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--run", str(tmp_path / "run")]
+def test_a_mistake_in_the_spec_is_told_before_anything_runs(
+    glue: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for words, said in (
         ([str(tmp_path / "none.yaml")], "glue: " + str(tmp_path / "none.yaml") + ": there is no such file"),
         (["--set", "probe.repeats=3"], "glue: probe.repeats: how many epochs they take is not known before"),
     ):
-        done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=100)
-        assert done.returncode == 2
-        assert done.stderr.startswith(said)
+        monkeypatch.setattr(sys, "argv", ["glue.py", "--run", str(tmp_path / "run"), *words])
+        with pytest.raises(SystemExit) as end:
+            glue.main()
+        assert end.value.code == 2
+        assert capsys.readouterr().err.startswith(said)
     assert not (tmp_path / "run").exists()
 
 
@@ -124,19 +128,29 @@ def test_budgets_are_equal_whatever_the_spec_keeps(glue: ModuleType) -> None:
     assert not searches["votes"].select.beam
 
 
-@pytest.mark.faults
-@pytest.mark.long
-def test_it_runs_and_what_is_done_is_not_done_again(glue: ModuleType, tmp_path: Path) -> None:
+def test_it_runs_and_what_is_done_is_not_done_again(
+    glue: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By one worker in this process, where the script itself takes Ray's."""
+    monkeypatch.setattr(stats, "RESAMPLES", 50)
+    monkeypatch.setattr(glue, "search", partial(glue.search, in_process=True))
+    seams = glue.seams
+    monkeypatch.setattr(glue, "seams", lambda job, watch, address, in_process: seams(job, watch, address, True))
     model = tiny_model(tmp_path / "model", head=False, num_hidden_layers=3)
     for split, count in (("train", 80), ("validation", 40)):
         texts, labels = reviews(count, seed=len(split))
         write_table(tmp_path / "glue" / "sst2" / f"{split}.parquet", {"sentence": texts, "label": labels})
     keys = [f"model={model}", f"task.folder={tmp_path / 'glue'}", f"levels={list(LEVELS)}", "candidates.count=2"]
     keys += ["dense.epochs=1", "probe.epochs=0.5", "finetune.epochs=1", "distill=false", "workers.gpus=0"]
-    command = [sys.executable, str(SCRIPT), "--tasks", "glue/sst2", "--seeds", "1", "--run", str(tmp_path / "run")]
+    command = ["glue.py", "--tasks", "glue/sst2", "--seeds", "1", "--run", str(tmp_path / "run")]
     command += [word for key in keys for word in ("--set", key)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stdout + done.stderr
+
+    def printed(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", [*command, *words])
+        glue.main()
+        return capsys.readouterr().out
+
+    printed()
     cells = [glue.Cell(**cell) for cell in json.loads((tmp_path / "run" / "glue.json").read_text())]
     assert {cell.method for cell in cells} == set(glue.METHODS)
     assert {(cell.method, cell.sparsity) for cell in cells} >= {
@@ -157,11 +171,10 @@ def test_it_runs_and_what_is_done_is_not_done_again(glue: ModuleType, tmp_path: 
 
     whole = (tmp_path / "run" / "glue.md").read_text()
     for words in ((), ("--skip", "one uniform mask")):
-        again = subprocess.run([*command, *words], capture_output=True, text=True, timeout=250)
-        assert again.returncode == 0, again.stdout + again.stderr
+        again = printed(*words)
         searches = ("raymask", "votes") if words else ("raymask", "uniform", "votes")
-        said = re.findall(r"== (.+)\n.*was finished before: nothing is done again\n", again.stdout)
+        said = re.findall(r"== (.+)\n.*was finished before: nothing is done again\n", again)
         assert said == [str(place / name) for name in searches]
         text = (tmp_path / "run" / "glue.md").read_text()
-        assert again.stdout.splitlines()[2 * len(searches) :] == [*text.splitlines(), ""]
+        assert again.splitlines()[2 * len(searches) :] == [*text.splitlines(), ""]
         assert (text == whole) is not bool(words)

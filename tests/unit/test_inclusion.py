@@ -40,10 +40,10 @@ def test_the_chances_of_few_are_exact(chances, data):
     assert inclusion(log_p, n)[0].tolist() == pytest.approx(slow(chances, n), abs=1e-5)
 
 
-@pytest.mark.parametrize(("size", "n"), [(8, 4), (16, 2), (16, 4), (16, 8), (64, 16)])
+@pytest.mark.parametrize(("size", "n"), [(8, 4), (16, 2), (16, 8), (64, 16)])
 @pytest.mark.parametrize("exponent", [1.0, 5.0])
 def test_the_chances_are_those_of_many_races(gaussian, size, n, exponent):
-    log_p = exponent * gaussian(200, size).abs().log()
+    log_p = exponent * gaussian(60, size).abs().log()
     error = inclusion(log_p, n) - raced(log_p, n, 4000)
     exact = sum(comb(size, drawn) * (size - drawn) for drawn in range(n)) <= SETS
     assert float(error.square().mean().sqrt()) < (0.009 if exact else 0.018)  # of the races themselves: 0.008

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.builders import reviews, tiny_model, write_table
 from transformers import AutoModelForSequenceClassification
 
 import raymask
@@ -21,25 +22,34 @@ from raymask.store import DENSE, SEARCH, RunDir
 from raymask.train.loop import predict
 from raymask.train.objectives import OBJECTIVES
 
-SPEC: dict[str, Any] = {
-    "model": {"name": "quickstart", "dtype": "bf16"},
-    "task": "quickstart",
-    "levels": [0.5, 0.75],
-    "candidates": {"count": 2, "ratios": [0.02]},
-    "dense": {"epochs": 0.5, "learning_rate": 0.02},
-    "probe": {"epochs": 0.1, "rows": 50, "eval_every": 1, "rungs": [0.5, 1.0]},
-    "finetune": {"epochs": 0.1},
-    "imp": {"run": False},
-    "distill": False,
-    "optimizer": {"name": "adafactor"},
-    "checkpointing": True,
-}
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of a search of a tiny model."""
+    folder = tmp_path_factory.mktemp("large")
+    files = {}
+    for split, rows in (("train", 100), ("report", 40)):
+        texts, labels = reviews(rows)
+        files[split] = str(write_table(folder / f"{split}.csv", {"text": texts, "label": labels}))
+    return {
+        "model": {"name": str(tiny_model(folder / "model")), "dtype": "bf16"},
+        "task": files | {"text": "text", "label": "label"},
+        "levels": [0.5, 0.75],
+        "candidates": {"count": 2, "ratios": [0.02]},
+        "dense": {"epochs": 1, "batch_size": 16, "learning_rate": 0.02},
+        "probe": {"epochs": 1, "batch_size": 16, "rows": 10, "eval_every": 1, "rungs": [0.5, 1.0]},
+        "finetune": {"epochs": 1, "batch_size": 16},
+        "imp": {"run": False},
+        "distill": False,
+        "optimizer": {"name": "adafactor"},
+        "checkpointing": True,
+    }
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+def found(spec: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     run = tmp_path_factory.mktemp("large") / "run"
-    return run, raymask.search(SPEC, run, in_process=True)
+    return run, raymask.search(spec, run, in_process=True)
 
 
 def test_every_file_is_in_bf16_and_zero_where_the_mask_prunes(found: tuple[Path, Result]) -> None:
@@ -57,26 +67,30 @@ def test_every_file_is_in_bf16_and_zero_where_the_mask_prunes(found: tuple[Path,
     assert 0 < steps[0] < steps[1]
 
 
-def test_transformers_alone_loads_the_export_in_bf16_and_answers_alike(found: tuple[Path, Result]) -> None:
+def test_transformers_alone_loads_the_export_in_bf16_and_answers_alike(
+    found: tuple[Path, Result], spec: dict[str, Any]
+) -> None:
     run, _ = found
     saved = load_file(run / "export" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
     module = AutoModelForSequenceClassification.from_pretrained(run / "export").eval()
     assert module.dtype == torch.bfloat16
-    data = prepare(make_spec(SPEC)).job.data
+    data = prepare(make_spec(spec)).job.data
     logits = predict(module, data.report, objective=OBJECTIVES[data.kind], padding=data.padding, autocast=nullcontext)
     assert np.array_equal(logits.numpy(), RunDir(run).read_logits(SEARCH, 2))
     assert len(logits.unique()) > 10
 
 
-def test_a_search_that_was_ended_finds_the_same(found: tuple[Path, Result], tmp_path: Path) -> None:
+def test_a_search_that_was_ended_finds_the_same(
+    found: tuple[Path, Result], spec: dict[str, Any], tmp_path: Path
+) -> None:
     run, result = found
     shutil.copytree(run, tmp_path / "run")
     for name in ("result.json", "level-2/level.json"):
         (tmp_path / "run" / name).unlink()
     journal = tmp_path / "run" / "level-2" / "evaluations.jsonl"
     journal.write_text(journal.read_text().split("\n")[0] + "\n")
-    again = raymask.search(SPEC, tmp_path / "run", in_process=True)
+    again = raymask.search(spec, tmp_path / "run", in_process=True)
     assert again.levels[-1].digest == result.levels[-1].digest
     assert again.levels[-1].files == result.levels[-1].files
     assert again.rows == result.rows

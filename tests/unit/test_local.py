@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,26 +144,3 @@ def test_the_callers_threads_and_random_numbers_are_untouched(
         assert np.array_equal(np.random.get_state()[1], legacy)
     finally:
         torch.set_num_threads(threads)
-
-
-def test_one_process_needs_no_ray() -> None:
-    code = f"""
-import sys
-from raymask.driver import local
-assert not [name for name in sys.modules if name.split(".")[0] == "ray"]
-from raymask.config import make_spec
-from raymask.core.recipe import propose, resolve
-from raymask.core.records import Snapshot
-from raymask.core.rungs import Ladder
-from raymask.report.terminal import Silent
-from raymask.driver.search import prepare, seams
-from raymask.train.model import load_weights
-plan = prepare(make_spec({SPEC!r}))
-parent = Snapshot("initial", load_weights(plan.job.spec.model, plan.source.config, 0, False))
-with seams(plan.job, Silent(), None, in_process=True) as (evaluate, _, _):
-    print(*(found.ok for found in Ladder(propose(resolve(plan.job.spec), 1), [1.0]).climb(evaluate, {{1: parent}})))
-assert not [name for name in sys.modules if name.split(".")[0] == "ray"]
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True"] * 3

@@ -168,6 +168,7 @@ def test_equal_matrices_of_other_names_have_independent_masks(weights):
     assert not torch.equal(mask["q.weight"], mask["k.weight"])
 
 
+@settings(max_examples=15)
 @given(st.permutations(["q.weight", "k.weight", "up.weight"]), st.integers(1, 3))
 def test_neither_the_order_nor_the_other_matrices_matter(weights, names, count):
     some = {name: weights[name] for name in names[:count]}
@@ -222,6 +223,7 @@ def test_empty_and_one_dimensional_weights_have_masks_too(gaussian, candidate):
     assert not mask["zeros"].any()
 
 
+@settings(max_examples=10)
 @given(st.integers(0, 2**63 - 1), st.sampled_from([1e-7, 1e-3, 0.1]))
 def test_levels_nest_whatever_the_noise(weights, seed, ratio):
     pruned = {name: weight.clone() for name, weight in weights.items()}

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow.parquet
 import pytest
 from support.fakes import Fakes, Killed, plan_of
 
+from raymask.core import stats
 from raymask.core.errors import UserError
 from raymask.core.records import Evaluation, Level
 from raymask.driver.search import conclude
@@ -28,6 +30,14 @@ from raymask.store import FIGURES, PAGE, RESULT, TABLE, RunDir, branch, open_run
 TREE = {"levels": [0.5, 0.6, 0.7], "select": {"keep": 2, "beam": True}, "probe": {"rungs": [0.5, 1.0]}}
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium or Chrome here")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples() -> Iterator[None]:
+    """Enough where no interval's width matters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stats, "RESAMPLES", 50)
+        yield
 
 
 def run_of(path: Path, lives: int | None = None, **changes: Any) -> RunDir:

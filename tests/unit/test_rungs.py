@@ -7,11 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raymask.core import stats
 from raymask.core.records import Candidate, Evaluation, Noise
 from raymask.core.rungs import Ladder, climbs, cost, places, share
 
 RUNGS = [(1.0,), (0.5, 1.0), (0.25, 0.5, 1.0), (0.1, 0.2, 0.4, 1.0)]
 NOISE = Noise(exponent=5.0, ratio=1e-3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples():
+    """Enough where no interval's width matters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stats, "RESAMPLES", 100)
+        yield
 
 
 def pool_of(rivals, controls=1):

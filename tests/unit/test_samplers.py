@@ -90,7 +90,7 @@ def square(gaussian):
     return gaussian(1, SIDE * SIDE).abs()
 
 
-@pytest.mark.parametrize(("exponent", "count"), [(5.0, 1), (5.0, 8), (5.0, 60), (1.0, 20), (0.05, 20), (30.0, 20)])
+@pytest.mark.parametrize(("exponent", "count"), [(5.0, 1), (5.0, 8), (1.0, 20), (0.05, 20), (30.0, 20)])
 def test_both_paths_agree_with_the_slow_sampler(square, exponent, count):
     arguments = {"kept": KEPT, "exponent": exponent, "count": count}
     expected = torch.stack([judge(square, rng, **arguments).reshape(-1) for rng in map(seeded, range(40))])
@@ -131,7 +131,7 @@ def voting(chances, kept, count):
     return outcome
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 3])
 def test_masks_of_a_tiny_matrix_follow_the_exact_plackett_luce_probabilities(count):
     scores = torch.tensor([[1.0, 1.3, 0.7, 1.1, 0.9]])
     expected = voting((scores[0].double() ** 2).tolist(), 2, count)
@@ -369,7 +369,7 @@ def test_a_race_of_many_small_contests_is_the_exact_one_in_each(count):
 
 
 @pytest.mark.parametrize(("size", "kept"), [(2, 1), (4, 1), (4, 2), (4, 3), (8, 4), (16, 1), (16, 4), (16, 8)])
-@pytest.mark.parametrize("count", [FEW + 1, 30, 200])
+@pytest.mark.parametrize("count", [FEW + 1, 200])
 def test_votes_of_many_contests_agree_with_their_race(gaussian, size, kept, count):
     """To as much as `tally_contests` claims, beside four standard errors."""
     scores = gaussian(24_000 // size, size).abs()

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,21 @@ from support.fakes import BASE, Fakes, Killed, plan_of
 
 from raymask.check import show_check
 from raymask.config import make_spec
+from raymask.core import stats
 from raymask.core.errors import UserError
-from raymask.core.records import Checkpoint, Climb, Evaluation, Settling, Snapshot
+from raymask.core.records import Checkpoint, Climb, Evaluation, Result, Settling, Snapshot
 from raymask.core.tensors import Packed
 from raymask.driver.search import Plan, conclude, prune, search
 from raymask.report.terminal import Silent
 from raymask.store import DENSE, IMP, SEARCH, RunDir, check_run, open_run, sealed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples() -> Iterator[None]:
+    """Enough where no interval's width matters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stats, "RESAMPLES", 50)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -71,20 +81,26 @@ def test_only_the_last_level_decays_its_rate(plan: Plan, tmp_path: Path) -> None
 WORK = 1 + 2 * (4 + 2)  # dense; at each level four probes, the selected mask and the baseline
 
 
+@pytest.fixture(scope="module")
+def undisturbed(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> tuple[Fakes, RunDir]:
+    """A whole search, and its run. Only ever read it."""
+    fakes, store = Fakes(plan), RunDir(tmp_path_factory.mktemp("whole"))
+    fakes.run(store)
+    return fakes, store
+
+
 @pytest.mark.parametrize("lives", range(WORK))
 def test_a_killed_search_continues_and_finds_the_same_without_repeating_anything(
-    plan: Plan, tmp_path: Path, lives: int
+    plan: Plan, undisturbed: tuple[Fakes, RunDir], tmp_path: Path, lives: int
 ) -> None:
-    undisturbed = Fakes(plan)
-    undisturbed.run(RunDir(tmp_path / "whole"))
-    assert len(undisturbed.evaluated) + len(undisturbed.tuned) == WORK
-    first, second = Fakes(plan, lives=lives), Fakes(plan)
+    calm, whole = undisturbed
+    assert len(calm.evaluated) + len(calm.tuned) == WORK
+    first, second, killed = Fakes(plan, lives=lives), Fakes(plan), RunDir(tmp_path)
     with pytest.raises(Killed):
-        first.run(RunDir(tmp_path / "killed"))
-    second.run(RunDir(tmp_path / "killed"))
-    assert len(first.evaluated) + len(second.evaluated) == len(undisturbed.evaluated)
-    assert sorted(names(first) + names(second)) == sorted(names(undisturbed))
-    whole, killed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
+        first.run(killed)
+    second.run(killed)
+    assert len(first.evaluated) + len(second.evaluated) == len(calm.evaluated)
+    assert sorted(names(first) + names(second)) == sorted(names(calm))
     for lineage, level in [(DENSE, 0), (SEARCH, 1), (IMP, 1), (SEARCH, 2), (IMP, 2)]:
         mine, theirs = killed.read_level(lineage, level), whole.read_level(lineage, level)
         assert (mine.winner, mine.gain, mine.digest) == (theirs.winner, theirs.gain, theirs.digest)
@@ -174,20 +190,34 @@ def test_without_a_beam_the_best_after_fine_tuning_is_the_only_parent(tmp_path: 
     assert len([piece for piece in result.timeline if piece.kind == "fine-tuning"]) == 6
 
 
+def tree_fakes(plan: Plan, **changes: int) -> Fakes:
+    return Fakes(plan, scores=SCORES, metrics=(0.5, 0.5, 0.5, 0.9, 0.5, 0.6), **changes)
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], tuple[Plan, Result]]:
+    """A function (beam) -> a tree's plan, and what an undisturbed search makes of it."""
+
+    @cache
+    def grow(beam: bool) -> tuple[Plan, Result]:
+        plan = plan_of(**TREE, select={"keep": 2, "beam": beam}, probe={"rungs": [0.5, 1.0]})
+        store = RunDir(tmp_path_factory.mktemp("tree"))
+        tree_fakes(plan).run(store)
+        return plan, conclude(plan, store, 1.0)
+
+    return grow
+
+
 @pytest.mark.parametrize("beam", [False, True])
 @pytest.mark.parametrize("lives", range(0, 34, 6))
-def test_a_killed_tree_grows_on_to_the_same_tree(tmp_path: Path, lives: int, beam: bool) -> None:
-    plan = plan_of(**TREE, select={"keep": 2, "beam": beam}, probe={"rungs": [0.5, 1.0]})
-
-    def fakes(**changes: int) -> Fakes:
-        return Fakes(plan, scores=SCORES, metrics=(0.5, 0.5, 0.5, 0.9, 0.5, 0.6), **changes)
-
-    whole, killed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
-    fakes().run(whole)
+def test_a_killed_tree_grows_on_to_the_same_tree(
+    grown: Callable[[bool], tuple[Plan, Result]], tmp_path: Path, lives: int, beam: bool
+) -> None:
+    (plan, theirs), killed = grown(beam), RunDir(tmp_path)
     with suppress(Killed):
-        fakes(lives=lives).run(killed)
-    fakes().run(killed)
-    ours, theirs = conclude(plan, killed, 1.0), conclude(plan, whole, 1.0)
+        tree_fakes(plan, lives=lives).run(killed)
+    tree_fakes(plan).run(killed)
+    ours = conclude(plan, killed, 1.0)
     for mine, other in zip([*ours.levels, *ours.others], [*theirs.levels, *theirs.others], strict=True):
         assert (mine.winner, mine.gain, mine.confidence) == (other.winner, other.gain, other.confidence)
         assert origin(mine.parent) == origin(other.parent)

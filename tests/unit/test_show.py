@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -12,10 +13,19 @@ from rich.console import Console
 from support.builders import refused
 from support.fakes import Fakes, Killed, plan_of
 
+from raymask.core import stats
 from raymask.driver.search import conclude
 from raymask.report.figures import Figures
 from raymask.report.show import short_names, show_comparison, show_run
 from raymask.store import RunDir, open_run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples() -> Iterator[None]:
+    """Enough where no interval's width matters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stats, "RESAMPLES", 50)
+        yield
 
 
 def output(console: Console) -> str:

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from support.builders import FAMILIES, random_weights, refused, tiny_config, tiny_job, tiny_snapshot, tiny_tokenizer
 
-from raymask.core.allocations import ALLOCATIONS
 from raymask.core.masks import kept, unpack_bits
 from raymask.core.recipe import control, dense_stage, finetune_stage, propose, resolve
 from raymask.core.records import Climb, Point, Settling, Snapshot
@@ -495,7 +494,7 @@ def test_every_family_is_probed_and_settled_with_a_teacher(family):
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        *(pytest.param(family, {"distill": True}, id=family) for family in FAMILIES if family != "albert"),
+        *(pytest.param(family, {"distill": True}, id=family) for family in ("bert", "distilbert", "deberta-v2")),
         pytest.param("bert", {}, id="labels"),
         pytest.param("bert", {"precision": "bf16", "distill": True}, id="autocast"),
         pytest.param("bert", {"model": {"dtype": "bf16"}, "precision": "auto"}, id="weights in bf16"),
@@ -530,9 +529,9 @@ def test_checkpointed_layers_run_again_in_each_step_and_in_no_look(checkpointing
 # Where sparsity goes.
 
 WHERE = [
-    *({"allocation": allocation} for allocation in ALLOCATIONS),
-    *({"pattern": pattern} for pattern in ("n:4", "4x4")),
-    *({"score": score} for score in SCORERS),
+    {"score": "magnitude"},
+    {"allocation": "erk"},
+    {"pattern": "4x4"},
     {"allocation": "global", "pattern": "8x1", "score": "saliency"},
     {"pattern": "n:4", "score": "wanda"},
 ]
@@ -584,7 +583,11 @@ def test_a_worker_calibrates_once_a_parent_and_level_if_at_all(score, passes, mo
 @pytest.mark.parametrize("fails", [False, True])
 def test_neither_random_state_nor_threads_of_the_caller_change(job, dense, fails):
     threads = []
-    busy = Worker(tiny_job(workers={"cpus": 2.5}), "cpu", lambda share: threads.append(torch.get_num_threads()))
+    busy = Worker(
+        tiny_job(workers={"cpus": 2.5}, finetune={"epochs": 0.3}),
+        "cpu",
+        lambda share: threads.append(torch.get_num_threads()),
+    )
     snapshot = with_nan(dense, "classifier.weight") if fails else dense
     torch.manual_seed(1)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), torch.get_num_threads()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
-from itertools import repeat
+from itertools import chain, repeat
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.exceptions import ObjectLostError, RayActorError
-from support.fake_ray import FakeRay, Task
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
+from support.fake_ray import FakeRay, Ref, Task
 from support.watch import Ear
 
 from raymask.core.errors import UserError
@@ -65,7 +66,9 @@ def test_workers_are_kept_for_the_next_round_and_dead_ones_are_nobody_s_fault(pa
     assert ear.troubles == []
 
 
-@pytest.mark.parametrize("error", [RayActorError(), ObjectLostError("", None, ""), MachineFault("no memory")])
+@pytest.mark.parametrize(
+    "error", [RayActorError(), ObjectLostError("", None, ""), OutOfMemoryError("full"), MachineFault("x")]
+)
 @pytest.mark.parametrize("retries", [0, 2])
 def test_a_system_failure_is_retried_on_a_fresh_worker_as_often_as_asked(
     patch: pytest.MonkeyPatch, error: Exception, retries: int
@@ -190,6 +193,24 @@ def test_failed_starts_count_in_a_row_only(patch: pytest.MonkeyPatch) -> None:
         ray.start_errors = iter([ValueError("busy")] * (remote.STARTS - 1))
 
 
+def test_a_start_that_succeeds_ends_the_row_of_failed_starts_even_if_the_worker_does_nothing(
+    patch: pytest.MonkeyPatch,
+) -> None:
+    ray, lost = fake(patch, 1), RayActorError()
+    errors = [ValueError("busy")] * (remote.STARTS - 1)
+    ray.start_errors = iter([*errors, None, *errors, None])
+    assert ray.run(ray.pool(), [Task(0, outcomes=(lost, "done"))]) == {0: "done"}
+
+
+def test_a_task_that_succeeds_ends_the_row_of_failed_starts(patch: pytest.MonkeyPatch) -> None:
+    ray, ear = fake(patch, 2), Ear()
+    errors = [ValueError("busy")] * (remote.STARTS - 1)
+    ray.start_errors = iter([None, *errors, *errors])
+    tasks = [Task(key, seconds=3.0) for key in range(8)]
+    assert ray.run(ray.pool(ear), tasks) == dict.fromkeys(range(8), "done")
+    assert len(ear.troubles) == len(errors) * 2
+
+
 def test_idle_workers_share_a_task_and_all_end_with_it(patch: pytest.MonkeyPatch) -> None:
     ray = fake(patch, 5)
     pool = ray.pool()
@@ -208,10 +229,119 @@ def test_a_shared_task_that_loses_a_helper_is_done_again_by_fresh_workers(patch:
     assert not ray.actors[1].alive, "its partner would wait for it for ever"
 
 
+def test_one_task_s_timeout_leaves_the_others_alone(patch: pytest.MonkeyPatch) -> None:
+    ray, ear = fake(patch, 2), Ear()
+    tasks = [Task("slow", seconds=1e6, timeout=5.0), Task("long", seconds=20.0, timeout=30.0)]
+    assert ray.run(ray.pool(ear), tasks)["long"] == "done"
+    assert ray.attempts["long"] == 1
+    assert ear.troubles == []
+
+
+def test_a_worker_that_finished_while_it_was_being_ended_has_done_its_work_and_is_not_used_again(
+    patch: pytest.MonkeyPatch,
+) -> None:
+    ray = fake(patch, 1)
+    pool, actor = ray.pool(), ray.start(None, None)
+    call = ray.call(Task(0))
+    assert pool.collect(Ref(0, "done", True), [actor], call, Counter(), {0}) == "done"
+    assert pool.idle == []
+    assert pool.collect(Ref(0, "done", True), [actor], call, Counter(), set()) == "done"
+    assert pool.idle == [actor]
+
+
+def test_weights_are_put_again_when_an_object_was_lost(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 1)
+    pool = ray.pool()
+    pool.shelf = {1: "weights"}
+    ray.run(pool, [Task(0, outcomes=(RayActorError(), "done"))])
+    assert pool.shelf == {1: "weights"}, "what is not lost is not put again"
+    ray.run(pool, [Task(1, outcomes=(ObjectLostError("", None, ""), "done"))])
+    assert pool.shelf == {}
+
+
+def test_a_node_that_joins_gets_a_worker_which_is_kept_though_it_came_too_late(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 1, start_seconds=9.0)
+    pool = ray.pool()
+    ray.at(9.1, ray.add_node)
+    ray.run(pool, [Task(0), Task(1)])
+    assert len(ray.actors) == ray.living() == 2
+    assert len(pool.starting) == 1
+    ray.run(pool, [Task(2, seconds=9.0), Task(3, seconds=9.0)])
+    assert len(ray.actors) == 2
+
+
+def test_on_a_cluster_that_grows_all_open_tasks_ask_for_a_worker(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 1)
+    ray.run(ray.pool(wait=60.0), [Task(key, seconds=3.0) for key in range(3)])
+    assert len(ray.actors) == 3
+
+
+def test_workers_that_are_lost_with_their_node_while_they_start_are_no_failed_starts(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 1)
+    ray.start_errors = iter([RayActorError()] * 2 * remote.STARTS)
+    assert ray.run(ray.pool(), [Task(0)]) == {0: "done"}
+
+
+def test_an_idle_worker_that_does_not_answer_any_more_is_replaced(patch: pytest.MonkeyPatch) -> None:
+    ray, ear = fake(patch, 1), Ear()
+    pool = ray.pool(ear)
+    ray.run(pool, [Task(0)])
+    ray.actors[0].hangs = True
+    began = ray.now
+    assert ray.run(pool, [Task(1)]) == {1: "done"}
+    assert ray.now - began < remote.ANSWER + 10.0
+    assert not ray.actors[0].alive
+
+
+def test_whoever_has_not_answered_yet_ends_with_the_pool_too(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 2)
+    pool = ray.pool()
+    ray.run(pool, [Task(0), Task(1)])
+    ray.actors[0].hangs = True
+    ray.run(pool, [Task(2)])
+    pool.close()
+    assert ray.living() == 0
+
+
+def test_a_lost_connection_to_ray_is_told_as_what_it_is(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 1)
+
+    def gone(*_: object, **__: object) -> None:
+        raise OSError("broken pipe")  # as Ray raises it: without a number
+
+    patch.setattr(ray, "wait", gone)
+    with pytest.raises(UserError, match=r"this machine's Ray node is gone \(broken pipe\).*goes on from here"):
+        ray.run(ray.pool(), [Task(0)])
+
+
+def test_an_oserror_of_the_machine_is_not_called_a_lost_connection(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 1)
+    with pytest.raises(OSError, match="disk full"):
+        ray.run(ray.pool(), [Task(0, outcomes=(OSError(28, "disk full"),))])
+
+
+def test_a_helper_s_own_error_ends_the_round(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 2)
+    with pytest.raises(UserError, match="a mistake"):
+        ray.run(ray.pool(), [Task(0, seconds=9.0, max_workers=2, helper_error=UserError("a mistake"))])
+    assert ray.now < 9.0
+    assert ray.living() == 0
+
+
 def test_progress_is_asked_for_and_told(patch: pytest.MonkeyPatch) -> None:
     ray, ear = fake(patch, 1), Ear()
     ray.run(ray.pool(ear), [Task(0, seconds=5.0)])
     assert {"task 0": 0.5} in ear.shares
+
+
+def test_told_progress_never_falls_back(patch: pytest.MonkeyPatch) -> None:
+    """A worker that is done with it, and has not been heard, says zero."""
+    ray, ear = fake(patch, 1), Ear()
+    ray.progress = chain([0.25, 0.5], repeat(0.0))
+    ray.run(ray.pool(ear), [Task(0, seconds=9.0)])
+    told = [shares["task 0"] for shares in ear.shares if shares]
+    assert told == sorted(told)
+    assert told[-1] == 0.5
 
 
 @given(

@@ -1,0 +1,32 @@
+"""Does `raymask eval` print what was measured, and say what it cannot measure?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from support.cli import refused_command, typed
+
+from raymask.store import RunDir
+
+
+def test_it_prints_the_result_s_figures_and_where_they_lie(finished: Path) -> None:
+    result = RunDir(finished).read_result()
+    assert result is not None
+    selected = result.rows[-1]
+    found = selected.intervals["accuracy"]
+    words = ("eval", finished / "export", "--task", finished / "spec.yaml")
+    done = typed(*words)
+    assert done.returncode == 0, done.stderr
+    for part in (f"{selected.report['accuracy']:.4f}", f"{found.low:.4f} to {found.high:.4f}"):
+        assert part in done.stdout
+    assert "1,000 rows of `report`. Exact zeros: 93.75% of the prunable weights, " in done.stdout
+    said = json.loads(typed(*words, "--json").stdout)
+    assert (said["rows"], said["report"]) == (1000, selected.report)
+    assert said["intervals"] == {"accuracy": found.model_dump()}
+
+
+def test_a_task_that_is_none_is_said(tmp_path: Path) -> None:
+    said = refused_command("eval", tmp_path, "--task", "glue/mrcp")
+    assert "--task: task: no task is called 'glue/mrcp'" in said
+    assert "there is no such file" in refused_command("eval", tmp_path, "--task", tmp_path / "no.yaml")

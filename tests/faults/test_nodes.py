@@ -1,0 +1,187 @@
+"""Nodes that join and are lost: what a search makes of it, on one cluster of raylets on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from support.builders import climbed, refused, tiny_job, tiny_snapshot
+from support.watch import Ear, by_place, pid_of
+
+from raymask.core.errors import UserError
+from raymask.core.recipe import propose, resolve
+from raymask.core.records import Snapshot
+from raymask.driver import cluster, local, remote
+from raymask.report.terminal import Silent
+
+import psutil  # isort: skip - Ray brings it along, so it is found once Ray is imported
+
+PROBE = {"epochs": 10.0, "eval_every": 10}
+JOB = tiny_job(probe=PROBE)
+
+
+@dataclass
+class Nodes:
+    """A head without CPUs, which this process is connected to, and nodes that come and go."""
+
+    cluster: Any
+    folder: Path
+    numbers: Iterator[int] = field(default_factory=count)
+
+    def add(self, **resources: Any) -> Any:
+        """A node; each has a folder of its own, else the second one's start would empty the first one's."""
+        settings = {"include_dashboard": False, "object_store_memory": 2**27} | resources
+        return self.cluster.add_node(**settings, temp_dir=str(self.folder / str(next(self.numbers))))
+
+    def kill(self, node: Any) -> None:
+        os.kill(raylet(node), signal.SIGKILL)
+
+    def remove_all(self) -> None:
+        for node in list(self.cluster.worker_nodes):
+            self.cluster.remove_node(node)
+
+
+def raylet(node: Any) -> int:
+    [info] = node.all_processes["raylet"]
+    return int(info.process.pid)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Nodes]:
+    from ray.cluster_utils import Cluster
+
+    assert not ray.is_initialized()
+    with (
+        tempfile.TemporaryDirectory(prefix="rm-", ignore_cleanup_errors=True) as folder,  # short enough for sockets
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_TMPDIR", folder)
+        (Path(folder) / "ray").mkdir()
+        cluster.reread_environment()
+        found = Nodes(Cluster(), Path(folder))
+        found.add(num_cpus=0)
+        with cluster.connected(JOB, found.cluster.address):
+            yield found
+        found.cluster.shutdown()
+
+
+@pytest.fixture
+def nodes(head: Nodes) -> Iterator[Nodes]:
+    yield head
+    head.remove_all()
+
+
+@pytest.fixture(scope="module")
+def parent() -> Snapshot:
+    return tiny_snapshot(JOB)
+
+
+def test_a_search_waits_for_a_cluster_to_grow_as_long_as_it_is_told_to(
+    parent: Snapshot, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an autoscaler would do is done here when the search says that it waits."""
+    monkeypatch.setattr(remote, "PATIENCE", 1.0)
+    demand: list[Any] = []
+
+    class Grower(Ear):
+        def note(self, text: str) -> None:
+            super().note(text)
+            if text.startswith("waiting for the cluster") and not demand:
+                demand.extend(actors_in_want())
+                nodes.add(num_cpus=1)
+
+    ear, pool = Grower(), propose(resolve(JOB.spec), 1)[:2]
+    said = refused(remote.workers(JOB, Ear(), None).__enter__)
+    assert "no node can hold a worker" in said
+    assert "the nodes have 0 CPUs" in said
+    assert "workers.wait" in said
+    with remote.workers(tiny_job(probe=PROBE, workers={"wait": 60}), ear, None) as (evaluate, _):
+        assert all(evaluation.ok for evaluation in climbed(evaluate, parent, pool))
+    note, *_ = [text for text in ear.notes if text.startswith("waiting for the cluster")]
+    assert "a worker asks for 1 CPUs, 0 GPUs" in note
+    assert len(demand) == len(pool), "an autoscaler sees no demand"
+    with (
+        remote.workers(tiny_job(probe=PROBE, workers={"wait": 2, "cpus": 8}), Ear(), None) as (evaluate, _),
+        pytest.raises(UserError, match=r"no node can hold a worker: one asks for 8 CPUs"),
+    ):
+        list(climbed(evaluate, parent, pool))
+
+
+def test_a_late_node_gets_work_and_its_loss_is_survived(parent: Snapshot, nodes: Nodes) -> None:
+    nodes.add(num_cpus=1)
+    job = tiny_job(probe=PROBE, candidates={"count": 400}, workers={"retries": 5})
+    pool, ear, found = propose(resolve(job.spec), 1), Ear(), {}
+    first = elsewhere = late = killed = None
+    with remote.workers(job, ear, None) as (evaluate, _):
+        for evaluation in climbed(evaluate, parent, pool):
+            found[evaluation.candidate.index] = evaluation
+            pid = pid_of(evaluation)
+            if late is None:
+                first, late = pid, nodes.add(num_cpus=1)
+            elif pid != first and elsewhere is None:
+                elsewhere = pid
+            elif elsewhere is not None and killed is None:  # it is in the middle of its next candidate
+                assert elsewhere in {child.pid for child in psutil.Process(raylet(late)).children(recursive=True)}
+                killed = elsewhere
+                nodes.kill(late)
+            elif any("its worker was lost" in note for note in ear.troubles):
+                break
+    assert killed is not None, "the late node got no work"
+    assert all(evaluation.ok for evaluation in found.values())
+    assert any("its worker was lost" in note for note in ear.troubles)
+
+
+def test_weights_that_are_lost_with_their_node_are_put_again(
+    parent: Snapshot, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One node has the only copy, its owner and the only worker; another has joined when it is killed."""
+
+    class Holder:
+        def hold(self, value: object) -> list[Any]:
+            self.held = ray.put(value)
+            return [self.held]
+
+    pool = propose(resolve(JOB.spec), 1)
+    with local.workers(JOB, Silent()) as (evaluate, _):
+        undisturbed = by_place(climbed(evaluate, parent, pool))
+    lost = nodes.add(num_cpus=1, resources={"holder": 1})
+    puts: list[Any] = []
+    put, ear, found = ray.put, Ear(), []
+
+    def elsewhere(value: object, *args: Any, **kwargs: Any) -> Any:
+        puts.append(put(value, *args, **kwargs) if puts else ray.get(holder.hold.remote(value))[0])
+        return puts[-1]
+
+    with remote.workers(JOB, ear, None) as (evaluate, _):
+        holder = ray.remote(num_cpus=0, resources={"holder": 1})(Holder).remote()
+        monkeypatch.setattr(ray, "put", elsewhere)
+        for evaluation in climbed(evaluate, parent, pool):
+            found.append(evaluation)
+            if len(found) == 1:
+                nodes.add(num_cpus=1)
+                nodes.kill(lost)
+    assert len(puts) == 2
+    assert remote.still_there([puts[0]]) is None
+    assert any("its worker was lost" in note for note in ear.troubles)
+    assert by_place(found) == undisturbed
+
+
+def actors_in_want() -> list[Any]:
+    """Resource demands that an autoscaler would read."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    return [
+        demand
+        for demand in status.resource_demands.ray_task_actor_demand
+        for _ in range(sum(bundle.count for bundle in demand.bundles_by_count))
+    ]

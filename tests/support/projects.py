@@ -1,0 +1,28 @@
+"""What a user's folder may look like: a spec, and a small model and rows of one's own beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from support.builders import reviews, tiny_model, write_table
+
+SPEC = """
+model: models/mine
+task: {train: data/train.csv, report: ../shared/report.csv, text: review, label: stars}
+levels: [0.5, 0.75]
+candidates: {count: 2, ratios: [0.01]}
+dense: {epochs: 0}
+finetune: {epochs: 1}
+distill: false
+precision: fp32
+"""
+
+
+def project_in(folder: Path) -> Path:
+    """The folder `project` in this one: relative paths in its spec.yaml, one of which leads out of it."""
+    tiny_model(folder / "project" / "models" / "mine")
+    for name, rows in (("project/data/train.csv", 60), ("shared/report.csv", 20)):
+        texts, labels = reviews(rows)
+        write_table(folder / name, {"review": texts, "stars": labels})
+    (folder / "project" / "spec.yaml").write_text(SPEC)
+    return folder / "project"

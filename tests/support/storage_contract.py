@@ -1,0 +1,221 @@
+"""What do all storages do alike? One class of tests, for whichever storage a test file has."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow import fs
+from support.builders import refused
+from support.records import checkpoint, evaluation, write
+
+from raymask import storage
+from raymask.config import make_spec
+from raymask.storage import Storage, open_storage
+from raymask.store import DENSE, IMP, MODEL, SEARCH, RunDir, open_run
+
+HOLDS = ("lock", "claims", "beats")  # what a driver holds a place by
+GO_ON = "Mend that and the same command goes on from here, or choose another place with"
+QUICKSTART = {"model": "quickstart", "task": "quickstart"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run lies, and its files as they are there, read past raymask."""
+
+    uri: str
+    filesystem: Any
+    root: str
+
+    def open(self, note: Callable[[str], None] = lambda text: None) -> Storage:
+        return open_storage(self.uri, note)
+
+    def files(self) -> dict[str, bytes]:
+        """All files by name, a driver's hold apart."""
+        selector = fs.FileSelector(self.root, allow_not_found=True, recursive=True)
+        found = [info.path for info in self.filesystem.get_file_info(selector) if info.is_file]
+        names = sorted(path.removeprefix(f"{self.root}/") for path in found)
+        return {name: self.read(name) for name in names if name.split("/")[0] not in HOLDS}
+
+    def read(self, name: str) -> bytes:
+        with self.filesystem.open_input_stream(f"{self.root}/{name}") as stream:
+            return bytes(stream.read())
+
+    def write(self, name: str, data: bytes) -> None:
+        with self.filesystem.open_output_stream(f"{self.root}/{name}") as stream:
+            stream.write(data)
+
+
+def folder_at(path: Path) -> Place:
+    return Place(str(path), fs.LocalFileSystem(), str(path))
+
+
+def memory_at(name: str) -> Place:
+    """A place in fsspec's memory."""
+    return Place(f"memory://{name}", fs.PyFileSystem(fs.FSSpecHandler(MemoryFileSystem())), f"/{name}")
+
+
+def fill(store: RunDir) -> None:
+    """A run of one level, as a search would leave it."""
+    with open_run(store, make_spec(QUICKSTART)):
+        write(store, DENSE, 0)
+        for index in range(3):
+            store.append(evaluation(index))
+        for lineage in (SEARCH, IMP):
+            write(store, lineage, 1)
+
+
+class StorageContract:
+    """A test class that derives from it has a fixture `place`, a place of each test's own."""
+
+    def test_a_place_that_does_not_exist_is_empty(self, place: Place) -> None:
+        there = place.open()
+        assert list(there.names()) == []
+        assert not there.has("a")
+        assert not there.busy()
+        with pytest.raises(FileNotFoundError):
+            there.read("a/b")
+        with pytest.raises(FileNotFoundError), there.reading("a/b") as path:
+            path.read_bytes()
+        assert place.files() == {}
+
+    def test_what_is_written_is_there_under_its_name_and_replaced_whole(self, place: Place) -> None:
+        there = place.open()
+        for data in (b"a longer one", b"short", b""):
+            with there.writing("level-1/a.bin") as path:
+                path.write_bytes(data)
+            assert there.has("level-1/a.bin")
+            assert there.read("level-1/a.bin") == data
+            with there.reading("level-1/a.bin") as path:
+                assert path.read_bytes() == data
+            assert place.files() == {"level-1/a.bin": data}
+        assert list(there.names()) == ["level-1/a.bin"]
+        assert not there.has("level-1")
+
+    def test_more_than_one_part_of_an_upload_comes_back(self, place: Place) -> None:
+        data = random.Random(0).randbytes(12 * 2**20)
+        with place.open().writing("model") as path:
+            path.write_bytes(data)
+        with place.open().reading("model") as path:
+            assert path.read_bytes() == data
+
+    def test_nothing_is_left_of_a_folder_that_was_there_before(self, place: Place) -> None:
+        there = place.open()
+        for name in ("old", "new"):
+            with there.writing_folder("export") as path:
+                (path / name).write_bytes(b"1")
+        assert place.files() == {"export/new": b"1"}
+
+    def test_a_folder_appears_with_all_its_files(self, place: Place) -> None:
+        there, before = place.open(), list[str]()
+        for data in (b"1", b"2"):
+            with there.writing_folder("export") as path:
+                (path / "inner").mkdir()
+                (path / "config.json").write_bytes(data)
+                (path / "inner" / "x").write_bytes(data)
+                assert sorted(there.names()) == before
+            assert place.files() == {"export/config.json": data, "export/inner/x": data}
+            before = ["export/config.json", "export/inner/x"]
+        assert sorted(there.names()) == before
+
+    @pytest.mark.parametrize("before", [b"old", None])
+    def test_nothing_is_visible_of_a_block_that_raises(self, place: Place, before: bytes | None) -> None:
+        there = place.open()
+        expected = {} if before is None else {"a/file": before, "export/x": before}
+        for name, data in expected.items():
+            with there.writing(name) as path:
+                path.write_bytes(data)
+        with pytest.raises(ZeroDivisionError), there.writing("a/file") as path:
+            path.write_bytes(b"new")
+            _ = 1 / 0
+        with pytest.raises(ZeroDivisionError), there.writing_folder("export") as path:
+            (path / "x").write_bytes(b"new")
+            _ = 1 / 0
+        assert place.files() == expected
+        assert sorted(there.names()) == sorted(expected)
+
+    @pytest.mark.parametrize("torn", [b"", b"half a li"])
+    def test_a_line_is_added_after_whatever_is_whole(self, place: Place, torn: bytes) -> None:
+        there = place.open()
+        there.append("level-1/journal", b"one")
+        there.append("level-1/journal", b"two")
+        assert place.read("level-1/journal") == b"one\ntwo\n"
+        place.write("level-1/journal", b"one\ntwo\n" + torn)
+        there.append("level-1/journal", b"three")
+        assert place.read("level-1/journal") == b"one\ntwo\nthree\n"
+
+    def test_ctrl_c_at_any_moment_leaves_what_was_there_or_what_was_to_be(self, place: Place) -> None:
+        """At as many moments from the beginning of a write to its end."""
+        there = place.open()
+        started = time.monotonic()
+        there.append("journal", b"0" * 2**20)
+        usual = time.monotonic() - started
+        me, line = threading.get_ident(), b"0" * 2**20
+        expected = line + b"\n"
+        for step in range(20):
+            timer = threading.Timer(usual * step / 15, signal.pthread_kill, (me, signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                timer.start()
+                there.append("journal", line)
+                expected += line + b"\n"
+                while True:  # not one long sleep, which a signal just before it would not end
+                    time.sleep(0.01)
+            now = place.read("journal")
+            assert now.startswith(expected), f"interrupted after {step / 15:.0%} of a write"
+            expected = storage.whole_lines(now)
+
+    def test_a_run_is_laid_out_byte_for_byte_as_in_a_folder(self, place: Place, tmp_path: Path) -> None:
+        """So that a run can be copied from one storage to another and gone on with."""
+        fill(RunDir(place.uri))
+        fill(RunDir(tmp_path / "reference"))
+        local = Place("", fs.LocalFileSystem(), str(tmp_path / "reference"))
+        assert place.files() == local.files()
+        assert sorted(RunDir(place.uri).storage.names()) == sorted(local.files())
+        assert "level-1/evaluations.jsonl" in local.files()
+        assert sum(name.endswith("level.json") for name in local.files()) == 3
+
+    def test_a_run_is_read_back_from_any_storage(self, place: Place) -> None:
+        fill(RunDir(place.uri))
+        store = RunDir(place.uri)
+        assert store.evaluations(1) == [evaluation(index) for index in range(3)]
+        assert store.has_level(DENSE, 0)
+        assert not store.has_level(SEARCH, 2)
+        assert store.read_level(SEARCH, 1) == store.read_level(IMP, 1)
+        assert np.array_equal(store.read_weights(SEARCH, 1).buffer, checkpoint().weights.buffer)
+        assert np.array_equal(store.read_logits(IMP, 1), checkpoint().logits)
+        assert store.read_spec() == make_spec(QUICKSTART)
+        assert store.has_work()
+        assert not [name for name in store.results() if name.endswith(".safetensors")]
+
+    def test_what_is_damaged_or_gone_is_said_with_its_place(self, place: Place) -> None:
+        """What counts as damage is shown in a folder, in test_store."""
+        store = RunDir(place.uri)
+        write(store)
+        record, where = store.level_uri(SEARCH, 1), store.storage.at(f"level-1/{MODEL}")
+        place.write(f"level-1/{MODEL}", place.read(f"level-1/{MODEL}")[:-3])
+        said = refused(store.read_weights, SEARCH, 1)
+        assert said == (
+            f"{where}: is not what was written there (its hash differs). Delete {record} to do this level again"
+        )
+        place.filesystem.delete_file(f"{place.root}/level-1/{MODEL}")
+        assert f"{where}: is gone. Delete " in refused(store.read_weights, SEARCH, 1)
+        place.write("level-1/level.json", place.read("level-1/level.json")[:-3])
+        assert refused(store.read_level, SEARCH, 1) == f"{record}: is damaged. Delete it to do this level again"
+        for index in (0, 1):
+            store.append(evaluation(index))
+        journal = place.read("level-1/evaluations.jsonl")
+        place.write("level-1/evaluations.jsonl", journal[:-20])
+        assert store.evaluations(1) == [evaluation(0)]
+        place.write("level-1/evaluations.jsonl", journal[:9] + b"#" + journal[10:])
+        said = refused(store.evaluations, 1)
+        where = store.storage.at("level-1/evaluations.jsonl")
+        assert said == f"{where}: line 1 is damaged. Delete the file to evaluate this level again"
