@@ -37,17 +37,18 @@ from rich.table import Table
 from rich.text import Text
 
 from raymask.core.errors import UserError
+from raymask.core.lineage import DENSE
 from raymask.core.records import Evaluation, Result
-from raymask.store import DENSE, EXPORT, MODEL, RunDir, sha256
-from raymask.train import quickstart
+from raymask.data import quickstart
+from raymask.runs.run_dir import EXPORT, MODEL, RunDir, sha256
 
 SPEC = """
 model: model
-task: {train: train.csv, report: report.csv, text: text, label: label, select_rows: 80}
+task: {train: train.csv, test: report.csv, text: text, label: label, validation_rows: 80}
 levels: [0.5, 0.9]
-candidates: {count: 4, ratios: [0.005, 0.02]}
+candidates: {count: 4, sampling_ratios: [0.005, 0.02]}
 dense: {epochs: 6, batch_size: 32, learning_rate: 5.0e-3, warmup: 0.05}
-probe: {epochs: 2, batch_size: 32, learning_rate: 5.0e-3, eval_every: 5, last: 3}
+early_eval: {epochs: 2, batch_size: 32, learning_rate: 5.0e-3, eval_steps: 5, score_window: 3}
 finetune: {epochs: 2, batch_size: 32, learning_rate: 1.0e-3}
 imp: {epochs: 2}
 distill: false
@@ -56,7 +57,7 @@ workers: {gpus: 0}
 seed: 10  # by which the last candidates never win: one of them may hang, and the winner is the same
 """
 ROWS = {"train": 480, "report": 120}
-LEVELS, POOL, RETRIES = 2, 5, 3  # candidates a level, the control among them; machine's faults that are forgiven
+LEVELS, POOL, RETRIES = 2, 5, 3  # candidates a level, the magnitude mask among them; machine's faults that are forgiven
 LOCAL = Path(__file__).resolve().parents[1] / "cluster" / "local"
 ATTEMPTS = 3  # to hit a search before it has ended
 STARTS = 8  # of one command, until a round counts as failed
@@ -148,13 +149,13 @@ class Cluster:
                         found[node[1]] = process
         return found
 
-    def desks(self, node: str | None = None) -> list[psutil.Process]:
+    def workers(self, node: str | None = None) -> list[psutil.Process]:
         """The searches' workers, on one node or on all."""
         found = []
         for name, raylet in self.raylets().items():
             with suppress(psutil.NoSuchProcess):
                 if node in (None, name):
-                    found += [child for child in raylet.children() if title(child).startswith("ray::Desk")]
+                    found += [child for child in raylet.children() if title(child).startswith("ray::WorkerActor")]
         return found
 
     def alive(self) -> int:
@@ -186,7 +187,7 @@ class Cluster:
         else:
             for late in [*others.values()][1:]:
                 late.terminate()
-        wait_until(lambda: self.alive() == 2 and not self.desks(), "two nodes without workers")
+        wait_until(lambda: self.alive() == 2 and not self.workers(), "two nodes without workers")
 
 
 NOTICED = {
@@ -404,7 +405,7 @@ def found_by(store: RunDir, result: Result) -> dict[str, Any]:
     found: dict[str, Any] = {"dense weights": store.read_level(DENSE, 0).files[MODEL]}
     with store.storage.reading(f"{EXPORT}/{MODEL}") as path:
         found["export"] = sha256(path)
-    for lineage, levels in (("", result.levels), ("baseline's ", result.imp)):
+    for lineage, levels in (("", result.levels), ("baseline's ", result.baseline_levels)):
         for level in levels:
             name = f"{lineage}level {level.level}"
             found |= {f"{name} mask": level.digest, f"{name} weights": level.files[MODEL]}
@@ -412,8 +413,8 @@ def found_by(store: RunDir, result: Result) -> dict[str, Any]:
     for number in range(1, len(result.levels) + 1):
         for evaluation in sorted(store.evaluations(number), key=lambda one: one.candidate.index):
             found[score_of(evaluation)] = evaluation.score
-    for row in result.rows:
-        found |= {f"{row.name} {metric}": value for metric, value in row.report.items()}
+    for row in result.models:
+        found |= {f"{row.name} {metric}": value for metric, value in row.test_metrics.items()}
     return found
 
 
@@ -437,7 +438,7 @@ def judge(search: Search) -> list[str]:
     expected = dict(search.expected)
     if search.hanging:
         wrong += [] if gone(search.hanging) else ["the stopped worker outlived the search"]
-        late = [one for one in search.evaluations() if "longer than the deadline" in str(one.error)]
+        late = [one for one in search.evaluations() if "longer than the timeout" in str(one.error)]
         if not late and search.starts == 1:
             raise Missed("the worker hung between two pieces of work")
         expected |= {score_of(one): None for one in late}
@@ -450,9 +451,9 @@ def kept(path: Path, old: bytes) -> bool:
 
 
 def repeated(run: Path) -> list[str]:
-    """Candidates that were evaluated twice; what a machine's fault ended is no evaluation."""
+    """Candidates that were evaluated twice; what a system failure ended is no evaluation."""
     lines = [line for path in run.rglob("evaluations.jsonl") for line in path.read_text().splitlines()]
-    records = [record for record in map(json.loads, lines) if not record["machine"]]
+    records = [record for record in map(json.loads, lines) if not record["system_failure"]]
     keys = Counter((record["candidate"]["level"], record["candidate"]["index"]) for record in records)
     return [f"level {level}: candidate {index} evaluated {n} times" for (level, index), n in keys.items() if n > 1]
 
@@ -471,7 +472,7 @@ def gone(process: psutil.Process) -> bool:
 
 def worker_killed(search: Search, dice: Random) -> str:
     """During whatever runs."""
-    victim = dice.choice(search.until(lambda: at_work(search.cluster.desks())))
+    victim = dice.choice(search.until(lambda: at_work(search.cluster.workers())))
     victim.kill()
     return f"killed worker {victim.pid}"
 
@@ -481,7 +482,7 @@ def worker_killed_repeatedly(search: Search, dice: Random) -> str:
     hit: set[psutil.Process] = set()
     with suppress(Missed):
         while len(hit) < RETRIES:
-            victim = dice.choice(search.until(lambda: [one for one in search.cluster.desks() if one not in hit]))
+            victim = dice.choice(search.until(lambda: [one for one in search.cluster.workers() if one not in hit]))
             time.sleep(dice.random())
             victim.kill()
             hit.add(victim)
@@ -494,7 +495,7 @@ def node_lost(search: Search, dice: Random) -> str:
     """One on which the driver does not hang, with work in flight."""
     mine = search.until(lambda: drivers_node(search))
     node = dice.choice([name for name in search.cluster.raylets() if name != mine])
-    search.until(lambda: at_work(search.cluster.desks(node)))
+    search.until(lambda: at_work(search.cluster.workers(node)))
     search.cluster.raylets()[node].kill()
     return f"killed the raylet of {node}"
 
@@ -520,20 +521,20 @@ def stores(process: psutil.Process) -> set[str]:
 
 def node_joins(search: Search, dice: Random) -> str:
     """And gets work, of which some is left: the others rest until it is there."""
-    resting = search.until(lambda: search.cluster.desks())
+    resting = search.until(lambda: search.cluster.workers())
     try:
-        for desk in resting:
-            desk.suspend()
+        for worker in resting:
+            worker.suspend()
         node, started = search.cluster.join(), time.monotonic()
-        search.until(lambda: search.cluster.desks(node))
+        search.until(lambda: search.cluster.workers(node))
     finally:
-        for desk in resting:
+        for worker in resting:
             with suppress(psutil.NoSuchProcess):
-                desk.resume()
+                worker.resume()
     pids: set[int] = set()
 
     def served() -> bool:
-        pids.update(desk.pid for desk in search.cluster.desks(node))
+        pids.update(worker.pid for worker in search.cluster.workers(node))
         return any(worker_of(evaluation) in pids for evaluation in search.evaluations())
 
     search.until(served)
@@ -547,9 +548,9 @@ def worker_of(evaluation: Evaluation) -> int:
 
 
 def candidate_hangs(search: Search, dice: Random) -> str:
-    """One that would not have won: control and winner of the level are in the journal."""
+    """One that would not have won: magnitude mask and winner of the level are in the journal."""
     level = search.until(lambda: only_losers_left(search))
-    victim = dice.choice(search.until(lambda: at_work(search.cluster.desks())))
+    victim = dice.choice(search.until(lambda: at_work(search.cluster.workers())))
     if only_losers_left(search) != level:
         raise Missed("the level's candidates were done")
     victim.suspend()
@@ -558,12 +559,12 @@ def candidate_hangs(search: Search, dice: Random) -> str:
 
 
 def only_losers_left(search: Search) -> int | None:
-    """A level of which candidates are open, but neither the control nor the winner to be."""
+    """A level of which candidates are open, but neither the magnitude mask nor the winner to be."""
     names: dict[int, set[str]] = {}
     for evaluation in search.evaluations():
         names.setdefault(evaluation.candidate.level, set()).add(evaluation.candidate.name)
     for level, known in names.items():
-        if {"control", search.expected[f"level {level} winner"]} <= known and len(known) < POOL:
+        if {"magnitude mask", search.expected[f"level {level} winner"]} <= known and len(known) < POOL:
             return level
     return None
 
@@ -730,7 +731,7 @@ class Chaos:
     expected: dict[str, Any]
     lines: int
     seconds: float
-    deadline: float
+    timeout: float
 
     def play(self, number: int, fault: str, say: Callable[[str], None]) -> Round:
         """One round: until the fault hits, as often as is worth it."""
@@ -748,7 +749,7 @@ class Chaos:
     def attempt(self, played: Round, dice: Random) -> Round:
         """One search with its fault. Raises Missed when that came too late."""
         folder = self.folder / f"round-{played.number}-{played.missed}"
-        settings = ["--set", f"workers.deadline={self.deadline:.1f}"] if played.fault == "candidate hangs" else []
+        settings = ["--set", f"workers.timeout={self.timeout:.1f}"] if played.fault == "candidate hangs" else []
         fault = FAULTS[played.fault]
         lines, pause = fault.moment(dice, played.missed, self.lines)
         played.when = f"after line {lines} + {pause:.2f} s"

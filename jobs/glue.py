@@ -6,14 +6,15 @@
 For each task and seed there are searches of one spec, from one dense model:
 
     raymask             as the spec says
-    IMP                 the control at every level, fine-tuned for as many epochs as the search evaluates and fine-tunes
+    IMP                 the magnitude mask at every level, fine-tuned for as many epochs as the search evaluates and
+                        fine-tunes
     one random mask     the first that is drawn, fine-tuned for as long
     one uniform mask    the same, of any weights
     smaller dense       the model's first layer with its strongest intermediate neurons, as many as make up for the
                         weights that are left; distilled from the dense model for as many epochs as all levels have
 
 Every search is a run directory, so the same command goes on where a killed one was. The table, `glue.md`, has the mean
-of a task's metrics on `report`, in per cent, over seeds, with its standard deviation, and differences to IMP, seed by
+of a task's metrics on `test`, in per cent, over seeds, with its standard deviation, and differences to IMP, seed by
 seed, with their standard error; `glue.json` has every figure.
 """
 
@@ -35,36 +36,39 @@ from typing import Any
 
 from rich.console import Console
 
-from raymask.config import load_data, make_spec, overridden
+from raymask.config import apply_overrides, load_data, make_spec
 from raymask.core.errors import UserError
-from raymask.core.recipe import control, epochs, finetune_stage, resolve
+from raymask.core.lineage import DENSE
+from raymask.core.recipe import deterministic_candidate, finetune_config, planned_epochs, resolve
 from raymask.core.spec import Spec
-from raymask.driver.search import Plan, Work, alone, initial, prepare, seams, search, settle
-from raymask.report.terminal import watching
-from raymask.storage import open_storage
-from raymask.store import DENSE, LEVEL, MODEL, RunDir, open_run, write_tensors
-from raymask.train.metrics import overall
+from raymask.data.metrics import selection_metric
+from raymask.driver.search import finetune_level, open_executor, search
+from raymask.driver.setup import SearchSetup, load_initial, prepare
+from raymask.driver.tasks import PendingFinetune, single
+from raymask.report.console import progress_callback
+from raymask.runs.open import open_storage
+from raymask.runs.run_dir import LEVEL, MODEL, RunDir, open_run, write_tensors
 
 HERE = Path(__file__).resolve().parent
 OURS, BASELINE, SMALLER = "raymask", "IMP", "smaller dense"
-SINGLE = {"one uniform mask": "uniform", "one random mask": "votes"}  # by the sampler that draws it
+SINGLE = {"one uniform mask": "random", "one random mask": "voting"}  # by the sampler that draws it
 METHODS = ("dense", SMALLER, BASELINE, *SINGLE, OURS)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One model's metrics on `report`; `sparsity` 0 for what is not pruned."""
+    """One model's metrics on `test`; `sparsity` 0 for what is not pruned."""
 
     task: str
     seed: int
     method: str
     sparsity: float
-    report: dict[str, float]
+    test_metrics: dict[str, float]
 
     @property
     def score(self) -> float:
         """The mean of the task's metrics, in per cent."""
-        return 100 * overall(self.report)
+        return 100 * selection_metric(self.test_metrics)
 
 
 def main() -> None:
@@ -100,20 +104,20 @@ def fill(asked: argparse.Namespace) -> None:
 
 def spec_of(data: Mapping[str, Any], changes: Mapping[str, Any]) -> Spec:
     """The spec with some keys, joined by dots, set otherwise."""
-    return make_spec(overridden(dict(data), [f"{key}={json.dumps(value)}" for key, value in changes.items()]))
+    return make_spec(apply_overrides(dict(data), [f"{key}={json.dumps(value)}" for key, value in changes.items()]))
 
 
 def measured(
     console: Console, spec: Spec, place: str, address: str | None, skip: Sequence[str]
 ) -> Iterator[tuple[str, float, dict[str, float]]]:
-    """The methods on one task with one seed: name, sparsity, and metrics on `report`."""
+    """The methods on one task with one seed: name, sparsity, and metrics on `test`."""
     budget, searches = at_equal_budget(spec)
     store = searched(console, searches["raymask"], f"{place}/raymask", address)
-    yield "dense", 0.0, store.read_level(DENSE, 0).report
+    yield "dense", 0.0, store.read_level(DENSE, 0).test_metrics
     result = store.read_result()
     assert result is not None
-    for name, found in ((OURS, result.levels), (BASELINE, result.imp)):
-        yield from ((name, sparsity_of(level.density), level.report) for level in found)
+    for name, found in ((OURS, result.levels), (BASELINE, result.baseline_levels)):
+        yield from ((name, sparsity_of(level.density), level.test_metrics) for level in found)
     for name, sampler in SINGLE.items():
         if name in skip:
             continue
@@ -121,16 +125,18 @@ def measured(
         result = made.read_result()
         assert result is not None
         for level in result.levels:
-            if level.winner.candidate.is_control:
-                raise UserError(f"{made.uri}: its random mask of level {level.level} failed, so it has the control's")
-            yield name, sparsity_of(level.density), level.report
+            if level.winner.candidate.is_magnitude:
+                raise UserError(
+                    f"{made.uri}: its random mask of level {level.level} failed, so it has the magnitude mask"
+                )
+            yield name, sparsity_of(level.density), level.test_metrics
     densities = resolve(spec).densities
     for density in () if SMALLER in skip else densities:
         sparsity = sparsity_of(density)
         budget_of_all = budget * len(densities)
-        report = smaller(console, spec, f"{place}/smaller-{sparsity:g}", address, density, budget_of_all, store)
-        if report:
-            yield SMALLER, sparsity, report
+        test_metrics = smaller(console, spec, f"{place}/smaller-{sparsity:g}", address, density, budget_of_all, store)
+        if test_metrics:
+            yield SMALLER, sparsity, test_metrics
 
 
 def at_equal_budget(spec: Spec) -> tuple[float, dict[str, Spec]]:
@@ -138,20 +144,20 @@ def at_equal_budget(spec: Spec) -> tuple[float, dict[str, Spec]]:
 
     Raises UserError for a spec whose epochs are not known before.
     """
-    if spec.probe.repeats > 1:
-        raise UserError("probe.repeats: how many epochs they take is not known before: leave it at 1")
+    if spec.early_eval.repeats > 1:
+        raise UserError("early_eval.repeats: how many epochs they take is not known before: leave it at 1")
     recipe, plain = resolve(spec), spec.model_dump(mode="json")
-    planned = epochs(recipe)
+    planned = planned_epochs(recipe)
     budget = (planned["early evaluation"] + planned["fine-tuning"]) / len(recipe.densities)
     alone = {
         "candidates.count": 1,
         "select": {"rule": "first"},
-        "probe.epochs": 0.01,  # nobody looks at it
-        "probe.rungs": [1.0],
+        "early_eval.epochs": 0.01,  # nobody looks at it
+        "early_eval.rungs": [1.0],
         "finetune.epochs": budget,
         "imp.run": False,
     }
-    single = {sampler: spec_of(plain, alone | {"candidates.sampler": sampler}) for sampler in ("votes", "uniform")}
+    single = {sampler: spec_of(plain, alone | {"candidates.sampler": sampler}) for sampler in ("voting", "random")}
     return budget, {"raymask": spec_of(plain, {"imp.run": True, "imp.epochs": budget}), **single}
 
 
@@ -162,15 +168,15 @@ def sparsity_of(density: float) -> float:
 def searched(console: Console, spec: Spec, place: str, address: str | None, dense: RunDir | None = None) -> RunDir:
     """A finished search, perhaps from the dense model of another. Raises UserError when it is there by another spec."""
     store = RunDir(place)
-    if dense is not None and not store.has_work():
+    if dense is not None and not store.has_progress():
         store.write_spec(spec)
         # the record last: once it is there, so is all that it speaks of
         for name in sorted(dense.storage.names(DENSE), key=lambda name: name.endswith(LEVEL)):
             with dense.storage.reading(name) as source, store.storage.writing(name) as target:
                 shutil.copyfile(source, target)
     console.print(f"== {place}", markup=False, highlight=False)
-    with watching(console, spec) as watch:
-        search(spec, place, watch, address=address)
+    with progress_callback(console, spec) as callback:
+        search(spec, place, callback, address=address)
     return store
 
 
@@ -181,34 +187,36 @@ def smaller(
 
     None where these are not one layer's, or it is no BERT.
     """
-    plan = prepare(spec)
-    config, width = plan.source.config, plan.source.config.hidden_size
-    neurons = round((plan.source.sizes.prunable * density - 4 * width**2) / (2 * width))
+    search_setup = prepare(spec)
+    config, width = search_setup.model_info.config, search_setup.model_info.config.hidden_size
+    neurons = round((search_setup.model_info.sizes.prunable * density - 4 * width**2) / (2 * width))
     if config.model_type != "bert" or not 1 <= neurons <= config.intermediate_size:
         return None
     store = RunDir(place)
     if not store.has_level(DENSE, 0):
         console.print(f"== {place}: one layer of {neurons} neurons", markup=False, highlight=False)
         with tempfile.TemporaryDirectory() as folder:
-            cut(plan, Path(folder), neurons)
+            cut(search_setup, Path(folder), neurons)
             changes = {"model.name": folder, "distill": True, "levels": [0.5], "finetune.epochs": epochs}
             changes["dense.epochs"] = epochs  # by which the time that is left is reckoned
             small = prepare(spec_of(spec.model_dump(mode="json", exclude={"levels"}), changes))
-            small = replace(small, job=replace(small.job, teacher=plan.source))
-            start = replace(initial(small), teacher=dense.read_weights(DENSE, 0))
-            work = Work(DENSE, start, finetune_stage(small.recipe, 1), alone(control(small.recipe, 0)))
+            small = replace(small, context=replace(small.context, teacher=search_setup.model_info))
+            start = replace(load_initial(small), teacher=dense.read_weights(DENSE, 0))
+            work = PendingFinetune(
+                DENSE, start, finetune_config(small.recipe, 1), single(deterministic_candidate(small.recipe, 0))
+            )
             with (
-                watching(console, small.recipe.spec) as watch,
-                seams(small.job, watch, address, in_process=False) as (_, fine_tune, heard),
+                progress_callback(console, small.recipe.spec) as callback,
+                open_executor(small.context, callback, address, in_process=False) as (_, fine_tune, heard),
                 open_run(store, small.recipe.spec),
             ):
-                settle(small, store, [work], fine_tune, heard)
-    return store.read_level(DENSE, 0).report
+                finetune_level(small, store, [work], fine_tune, heard)
+    return store.read_level(DENSE, 0).test_metrics
 
 
-def cut(plan: Plan, folder: Path, neurons: int) -> None:
+def cut(search_setup: SearchSetup, folder: Path, neurons: int) -> None:
     """Save a model's first layer with its strongest intermediate neurons, and all that stands around its layers."""
-    packed = initial(plan).weights
+    packed = load_initial(search_setup).weights
     kept = {name: tensor.clone() for name, tensor in packed.views().items() if not re.search(r"layer\.[1-9]", name)}
     [into] = [name for name in kept if name.endswith("intermediate.dense.weight")]
     out = into.replace("intermediate.dense", "output.dense")
@@ -216,10 +224,10 @@ def cut(plan: Plan, folder: Path, neurons: int) -> None:
     chosen = strength.topk(neurons).indices.sort().values
     bias = into.replace("weight", "bias")
     kept |= {into: kept[into][chosen], bias: kept[bias][chosen], out: kept[out][:, chosen].contiguous()}
-    config = copy.deepcopy(plan.source.config)
+    config = copy.deepcopy(search_setup.model_info.config)
     config.num_hidden_layers, config.intermediate_size = 1, neurons
     config.save_pretrained(folder)
-    plan.source.tokenizer.save_pretrained(folder)
+    search_setup.model_info.tokenizer.save_pretrained(folder)
     write_tensors(folder / MODEL, kept)
 
 

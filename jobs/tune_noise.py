@@ -3,8 +3,8 @@
     python jobs/tune_noise.py
     python jobs/tune_noise.py jobs/minilm-mrpc.yaml --set imp.run=false --ratios 5e-5 3e-4 --seeds 3 --run runs/noise
 
-Every pair is a search for each of some seeds, by Ray Tune, and is judged by the loss on `select` at the last level, in
-which a difference shows sooner than in the metric. A seed makes another dense model, so pairs are compared seed by
+Every pair is a search for each of some seeds, by Ray Tune, and is judged by the loss on `validation` at the last level,
+in which a difference shows sooner than in the metric. A seed makes another dense model, so pairs are compared seed by
 seed, with a standard error: a single search says little. The same command again goes on where a killed one was.
 """
 
@@ -21,9 +21,9 @@ from ray import tune
 from rich.console import Console
 from rich.table import Table
 
-from raymask import tune as searches
 from raymask.config import load_data
-from raymask.driver.cluster import connected
+from raymask.executor.connection import ray_connection
+from raymask.tune import command, trial
 
 HERE = Path(__file__).resolve().parent
 Pair = tuple[float, float]
@@ -42,23 +42,23 @@ def main() -> None:
     parser.add_argument("--address", help="a Ray cluster: auto, HOST or HOST:PORT; else a private Ray")
     asked = parser.parse_args()
     data = load_data(asked.spec, asked.set)
-    with connected(searches.job_of(searches.trial_spec(data, {})), asked.address), searches.quiet():
+    with ray_connection(trial.worker_context(trial.trial_spec(data, {})), asked.address), command.quiet_tune():
         results = tuner(data, asked).fit()
     show(Console(), losses(results))
 
 
 def tuner(data: dict[str, Any], asked: argparse.Namespace) -> tune.Tuner:
     """A new tuning, or the one that is there: Ray Tune's own state is pickled, so it must be yours."""
-    trainable, folder = searches.trainable(data), asked.run.resolve()
+    trainable, folder = trial.trainable(data), asked.run.resolve()
     space = {
         "candidates.exponent": tune.grid_search(asked.exponents),
-        "candidates.ratios": tune.grid_search([[ratio] for ratio in asked.ratios]),
+        "candidates.sampling_ratios": tune.grid_search([[ratio] for ratio in asked.ratios]),
         "seed": tune.grid_search(list(range(asked.seeds))),
     }
     if tune.Tuner.can_restore(str(folder)):
         return tune.Tuner.restore(str(folder), trainable, param_space=space, resume_errored=True)
     run_config = tune.RunConfig(
-        name=folder.name, storage_path=str(folder.parent), verbose=0, callbacks=[searches.Teller()]
+        name=folder.name, storage_path=str(folder.parent), verbose=0, callbacks=[command.ConsoleCallback()]
     )
     return tune.Tuner(trainable, param_space=space, run_config=run_config)
 
@@ -66,17 +66,17 @@ def tuner(data: dict[str, Any], asked: argparse.Namespace) -> tune.Tuner:
 def losses(results: Iterable[Any]) -> Losses:
     """Losses at the last level; a trial that failed has none."""
     found: Losses = {}
-    for trial in results:
-        if not trial.error and trial.metrics["level"] == trial.metrics["levels"]:
-            pair = trial.config["candidates.exponent"], trial.config["candidates.ratios"][0]
-            found.setdefault(pair, {})[trial.config["seed"]] = trial.metrics["loss"]
+    for result in results:
+        if not result.error and result.metrics["level"] == result.metrics["levels"]:
+            pair = result.config["candidates.exponent"], result.config["candidates.sampling_ratios"][0]
+            found.setdefault(pair, {})[result.config["seed"]] = result.metrics["loss"]
     return found
 
 
 def show(console: Console, found: Losses) -> None:
     """All pairs, best first, and how far they are behind the best."""
     ranked = sorted(found.items(), key=lambda item: statistics.mean(item[1].values()))
-    table = Table(title="loss on select at the last level", title_justify="left")
+    table = Table(title="loss on validation at the last level", title_justify="left")
     for head in ("exponent", "ratio", "searches", "loss", "behind the best", "which is"):
         table.add_column(head, justify="right")
     for (exponent, ratio), values in ranked:

@@ -2,7 +2,7 @@
 
 result = raymask.search({"model": "bert-base-uncased", "task": "glue/mrpc"}, run="runs/mrpc")
 
-mask = raymask.draw_mask(model, density=1 / 16, seed=7)      # the pieces alone, in any training loop, without Ray
+mask = raymask.draw_mask(model, density=1 / 16, seed=7)      # masks alone, in any training loop, without Ray
 raymask.apply_mask(model, mask)                              # after every optimizer step
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Result", "Spec", "UserError", "__version__", "apply_mask", "draw_mask", "load_sparse", "search"]
 
-HOMES = {
+MODULES = {
     "search": "raymask.api",
     "draw_mask": "raymask.api",
     "apply_mask": "raymask.api",
@@ -30,12 +30,13 @@ HOMES = {
     "Result": "raymask.core.records",
     "Spec": "raymask.core.spec",
 }
+"""Module of each public name."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is used when it is used: `import raymask` alone loads neither torch nor Ray."""
-    if name not in HOMES:
+    """Import a public name on first use, so that `import raymask` alone loads neither torch nor Ray."""
+    if name not in MODULES:
         raise AttributeError(f"module 'raymask' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(HOMES[name]), name)
+    return getattr(import_module(MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""`python -m raymask` is `raymask`: for machines where only the code is."""
+"""Entry point of `python -m raymask`, for machines that have the code without the installed command."""
 
 from raymask.cli import main
 

@@ -1,4 +1,4 @@
-"""What does Python code call?"""
+"""Python API: a whole search, and masks for your own training loop."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from raymask.config import load_spec, make_spec
-from raymask.core import masks, patterns
-from raymask.core.allocations import ALLOCATIONS
-from raymask.core.masks import Mask
+from raymask.core.masking import masks, patterns
+from raymask.core.masking.allocations import ALLOCATIONS
+from raymask.core.masking.masks import Mask
+from raymask.core.masking.samplers import SAMPLERS
 from raymask.core.records import Candidate, Noise, Result
-from raymask.core.samplers import SAMPLERS
-from raymask.core.spec import Spec, one_of, require_whole_groups
+from raymask.core.spec import Spec, require_known, require_whole_groups
 from raymask.driver.search import search as run_search
-from raymask.report.terminal import Silent
-from raymask.train.model import as_kept, find_prunable, matrices
+from raymask.report.console import NullCallback
+from raymask.train.prunable import find_prunable, matrices, to_module_layout
 
 
 def search(
@@ -27,19 +27,30 @@ def search(
     address: str | None = None,
     in_process: bool = False,
 ) -> Result:
-    """Search as `raymask search` does, without output. `spec` is a Spec, its keys as plain data, or a YAML file.
+    """Run a search as `raymask search` does, without output.
 
-    `run`: the run directory, a path or the URI of remote storage; `runs/<spec file's name>` or `runs/<model>-<task>`
-    when not given; the same call continues or returns what is there. `address`: a Ray cluster ("auto",
-    "host", "host:port"), else a private Ray is started, or the one that this process is connected to is used.
-    `in_process`: without Ray. Raises raymask.UserError for whatever the caller can mend.
+    The same call resumes an interrupted search, and returns the result of a finished one.
+
+    Args:
+        spec: A Spec, a mapping of its keys, or the path of a YAML file.
+        run: Run directory, a path or the URI of remote storage. None for `runs/<spec file's name>`, or for
+            `runs/<model>-<task>` where the spec is no file.
+        address: Ray cluster: "auto", "host" or "host:port". None for the one that this process is connected to, or
+            else a private one.
+        in_process: Whether to run in this process, without Ray.
+
+    Returns:
+        The result.
+
+    Raises:
+        UserError: You can correct the error; the message says how.
     """
     if isinstance(spec, (str, Path)):
         name, spec = Path(spec).stem, load_spec(spec)
     else:
         spec = spec if isinstance(spec, Spec) else make_spec(spec)
         name = f"{Path(spec.model.name).name}-{Path(spec.task.name or spec.task.train or '').stem}"
-    return run_search(spec, run or f"runs/{name}", Silent(), address=address, in_process=in_process)
+    return run_search(spec, run or f"runs/{name}", NullCallback(), address=address, in_process=in_process)
 
 
 def draw_mask(
@@ -48,26 +59,39 @@ def draw_mask(
     *,
     seed: int | None = None,
     exponent: float = 5.0,
-    ratio: float = 3e-4,
-    sampler: str = "votes",
+    sampling_ratio: float = 3e-4,
+    sampler: str = "voting",
     allocation: str = "uniform",
     pattern: str = "unstructured",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> Mask:
-    """A mask over the module's prunable matrices: bool tensors by parameter name, on the parameters' devices.
+    """Draw a mask over the module's prunable matrices.
 
-    `density` in (0, 1]: share of these matrices' weights that is kept. Without a `seed` it is the magnitude mask; with
-    one a random mask near it, of `exponent` a and sampling `ratio` r (README, "How it works"). `sampler` as in a spec's
-    `candidates`, `allocation` and `pattern` as in its `mask`. `include` and `exclude` are shell-style patterns on
-    parameter names; by default the linear weights inside the repeated blocks are taken.
-    Raises ValueError when nothing can be pruned, a weight is not finite, or the pattern does not fit.
+    Args:
+        module: The module. By default the linear weights inside its repeated blocks are pruned.
+        density: Share of these weights that is kept, in (0, 1].
+        seed: Seed of a random mask near the magnitude mask, in [0, 2^63). None for the magnitude mask.
+        exponent: Exponent a > 0 of the scores (README, "How it works").
+        sampling_ratio: Sampling ratio r > 0. Larger is nearer to the magnitude mask.
+        sampler: As in a spec's `candidates`.
+        allocation: As in a spec's `mask`.
+        pattern: As in a spec's `mask`.
+        include: Shell-style patterns on parameter names that replace the default choice.
+        exclude: Shell-style patterns on parameter names to leave dense.
+
+    Returns:
+        Bool tensors of the parameters' shapes by parameter name, on the parameters' devices; True is kept.
+
+    Raises:
+        ValueError: An argument is not valid, nothing can be pruned, a weight is not finite, or the pattern does not
+            divide a matrix.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must lie in (0, 1], not {density}")
-    form = patterns.named(pattern)
-    share = ALLOCATIONS[one_of(ALLOCATIONS, allocation, "allocation")]
-    drawn = SAMPLERS[one_of(SAMPLERS, sampler, "sampler")]
+    mask_pattern = patterns.parse_pattern(pattern)
+    allocation_fn = ALLOCATIONS[require_known(ALLOCATIONS, allocation, "allocation")]
+    sampler_fn = SAMPLERS[require_known(SAMPLERS, sampler, "sampler")]
     require_whole_groups(pattern, allocation, [density])
     names = find_prunable(module, tuple(include), tuple(exclude))
     if not names:
@@ -76,13 +100,19 @@ def draw_mask(
         )
     weights = matrices(module, names)
     for name, weight in weights.items():
-        if not form.fits(tuple(weight.shape)):
+        if not mask_pattern.divides(tuple(weight.shape)):
             raise ValueError(f"{pattern} does not divide {name} of {' x '.join(map(str, weight.shape))}")
-    noise = None if seed is None else Noise(exponent=exponent, ratio=ratio)
+    noise = None if seed is None else Noise(exponent=exponent, sampling_ratio=sampling_ratio)
     candidate = Candidate(level=1, index=int(noise is not None), seed=seed or 0, density=density, noise=noise)
-    return as_kept(module, masks.draw(weights, candidate, allocation=share, sampler=drawn, pattern=form))
+    mask = masks.draw_mask(weights, candidate, allocation=allocation_fn, sampler=sampler_fn, pattern=mask_pattern)
+    return to_module_layout(module, mask)
 
 
 def apply_mask(module: nn.Module, mask: Mapping[str, Tensor]) -> None:
-    """Zero the pruned weights in place: call it once before training and after every optimizer step."""
+    """Zero the pruned weights in place. Call it once before training and after every optimizer step.
+
+    Args:
+        module: The module.
+        mask: Bool tensors by parameter name, as `draw_mask` returns them, on the parameters' devices.
+    """
     masks.apply({name: parameter.data for name, parameter in module.named_parameters()}, mask)

@@ -1,4 +1,4 @@
-"""What can be typed? Heavy imports wait until a command needs them."""
+"""The command line. Heavy imports happen only when a command needs them."""
 
 from __future__ import annotations
 
@@ -36,34 +36,42 @@ Overrides = Annotated[
 ]
 RunPlace = Annotated[
     str | None,
-    typer.Option(help="Run directory: a path, or a URI such as s3://bucket/run; runs/<spec's name> when not given."),
+    typer.Option(help="Run directory: a path, or a URI such as s3://bucket/run. Default: runs/<spec's name>."),
 ]
 Address = Annotated[
-    str | None, typer.Option(help="A Ray cluster: auto, HOST or HOST:PORT. Without it, a private Ray on this machine.")
+    str | None, typer.Option(help="A Ray cluster: auto, HOST or HOST:PORT. Default: a private Ray on this machine.")
 ]
-InProcess = Annotated[bool, typer.Option("--in-process", help="One worker in this process, without Ray.")]
+InProcess = Annotated[bool, typer.Option("--in-process", help="Use one worker in this process, without Ray.")]
 JobsAddress = Annotated[
     str | None,
-    typer.Option(help="The cluster's dashboard, http://HOST:8265. Else $RAY_API_SERVER_ADDRESS, or this machine's."),
+    typer.Option(
+        help="The cluster's dashboard, http://HOST:8265. Default: $RAY_API_SERVER_ADDRESS, or this machine's."
+    ),
 ]
 
 
 class Scheduler(StrEnum):
+    """Choices of `raymask tune --scheduler`."""
+
     none = "none"
     asha = "asha"
 
 
 class Algorithm(StrEnum):
+    """Choices of `raymask tune --algorithm`."""
+
     random = "random"
     optuna = "optuna"
 
 
 class Values(StrEnum):
+    """Choices of `raymask export --values`."""
+
     exact = "exact"
     fp16 = "fp16"
 
 
-Job = Annotated[str, typer.Argument(metavar="ID", help="A job, as `raymask jobs` names it.")]
+Job = Annotated[str, typer.Argument(metavar="ID", help="A job's id, as `raymask jobs` lists it.")]
 
 
 @app.command(epilog="Example: raymask search spec.yaml --set candidates.count=16 --run runs/many")
@@ -74,92 +82,108 @@ def search(
     address: Address = None,
     in_process: InProcess = False,
 ) -> None:
-    """Prune a model: search, fine-tune, export. The same command again continues.
+    """Prune a model: search, fine-tune, export. Run the same command again to continue.
 
-    [bold]raymask search[/bold] alone runs the quickstart: a small task and a tiny BERT, made on the spot.
+    [bold]raymask search[/bold] alone runs the quickstart: a small generated task and a tiny BERT.
     """
-    asked, name = read(spec, overrides)
+    search_spec, name = read(spec, overrides)
     folder = run or f"runs/{name}"
     console = make_console()
-    result = searched(console, asked, folder, address, in_process)
-    from raymask.report.terminal import show_result
+    result = run_with_progress(console, search_spec, folder, address, in_process)
+    from raymask.report.console import show_result
 
     show_result(console, result)
-    following = [
+    next_steps = [
         f"open {folder}/report.html, or raymask show {folder}",
         f"raymask bench {folder}: how fast it is on this machine",
-        f"raymask export {folder} --to sparse: the model in little room",
+        f"raymask export {folder} --to sparse: the model in compact form",
     ]
     if spec is None:
-        following.append("raymask search SPEC: your own model and task; the repository's jobs/own-data.yaml is one")
-    console.print("\nNext: " + "\n      ".join(following), highlight=False, markup=False, soft_wrap=True)
+        next_steps.append("raymask search SPEC: your own model and task; see jobs/own-data.yaml in the repository")
+    console.print("\nNext: " + "\n      ".join(next_steps), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: raymask audit jobs/audit.yaml --set task=glue/rte")
 def audit(
     spec: SpecFile = None,
     overrides: Overrides = None,
-    run: Annotated[str | None, typer.Option(help="Run directory; runs/<spec's name>-audit when not given.")] = None,
+    run: Annotated[str | None, typer.Option(help="Run directory. Default: runs/<spec's name>-audit.")] = None,
     address: Address = None,
     in_process: InProcess = False,
 ) -> None:
-    """Fine-tune all masks of every level, and say whether the early evaluation picks the better ones.
+    """Fine-tune all masks of every level, and show whether early evaluation scores predict the results.
 
-    As long as a search that keeps every mask: make the spec small. The same command again continues.
+    An audit fine-tunes every mask, so use a small spec. Run the same command again to continue.
     """
-    asked, name = read(spec, overrides)
+    user_spec, name = read(spec, overrides)
     console = make_console()
-    from raymask.audit import audited, show_audit
+    from raymask.commands.audit import audit_spec, show_audit
 
-    result = searched(console, audited(asked), run or f"runs/{name}-audit", address, in_process)
-    show_audit(console, result, asked)
+    result = run_with_progress(console, audit_spec(user_spec), run or f"runs/{name}-audit", address, in_process)
+    show_audit(console, result, user_spec)
 
 
-def searched(console: Console, asked: Spec, folder: str, address: str | None, in_process: bool) -> Result:
-    """Search with progress on the console."""
-    from raymask.storage import require_no_secret
+def run_with_progress(console: Console, spec: Spec, folder: str, address: str | None, in_process: bool) -> Result:
+    """Run a search with progress on the console.
+
+    Args:
+        console: Where the output goes.
+        spec: The search's spec.
+        folder: The run directory, a path or a URI.
+        address: A Ray cluster; None: a private Ray.
+        in_process: Use one worker in this process, without Ray.
+
+    Raises:
+        UserError: For whatever the user can fix.
+    """
+    from raymask.runs.open import require_no_secret
 
     require_no_secret(folder)
-    console.print(f"Run directory: {folder}; report.html there shows how far it is", highlight=False, markup=False)
+    console.print(f"Run directory: {folder}; its report.html shows the progress", highlight=False, markup=False)
     from raymask.driver.search import search as run_search
-    from raymask.report.terminal import watching
+    from raymask.report.console import progress_callback
 
-    with stoppable(), watching(console, asked) as watch:
-        return run_search(asked, folder, watch, address=address, in_process=in_process)
+    with handle_interrupts(), progress_callback(console, spec) as callback:
+        return run_search(spec, folder, callback, address=address, in_process=in_process)
 
 
 @app.command(epilog="Example: raymask tune spec.yaml space.yaml --num-samples 16 --scheduler asha")
 def tune(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="A YAML spec.")],
-    space: Annotated[Path, typer.Argument(metavar="SPACE", help="A YAML file: which of its keys vary, and how.")],
+    space: Annotated[
+        Path, typer.Argument(metavar="SPACE", help="A YAML file that says which keys of the spec vary, and how.")
+    ],
     overrides: Overrides = None,
     samples: Annotated[
         int | None,
-        typer.Option("--num-samples", min=1, help="How many trials, 8; with grids, how often they are gone through."),
+        typer.Option(
+            "--num-samples", min=1, help="Number of trials, default 8; with grids, how often each grid is repeated."
+        ),
     ] = None,
     scheduler: Annotated[
-        Scheduler, typer.Option(help="asha: at level 1, 2, 4, 8, only the better half of the trials goes on.")
+        Scheduler, typer.Option(help="asha: after levels 1, 2, 4 and 8 only the better half of the trials continues.")
     ] = Scheduler.none,
     algorithm: Annotated[
-        Algorithm, typer.Option(help="Who chooses the trials: chance, or Optuna (pip install 'raymask\\[optuna]').")
+        Algorithm,
+        typer.Option(help="How trials are chosen: at random, or by Optuna (pip install 'raymask\\[optuna]')."),
     ] = Algorithm.random,
     run: Annotated[
         str | None,
-        typer.Option(help="Folder of the trials: a path, or a URI; runs/<spec's name>-<space's name> when not given."),
+        typer.Option(help="Folder of the trials: a path or a URI. Default: runs/<spec's name>-<space's name>."),
     ] = None,
     address: Address = None,
 ) -> None:
-    """Find good settings for a spec: a search each, by Ray Tune, judged on select. The same command again continues.
+    """Tune a spec's settings with Ray Tune. Each trial is a search, scored on validation.
 
-    SPACE says for example [bold]candidates.exponent: {uniform: \\[2, 10]}[/bold]; also loguniform, randint, choice and
-    grid. A search takes one worker, or workers.count.
+    Run the same command again to continue. An example of SPACE: [bold]candidates.exponent: {uniform: \\[2, 10]}[/bold];
+    loguniform, randint, choice and grid work too. Each search uses one worker, or workers.count.
     """
     folder = run or f"runs/{spec.stem}-{space.stem}"
     console = make_console()
     console.print(f"Folder of the trials: {folder}", highlight=False, markup=False)
-    from raymask.tune import run_tuning
+    from raymask.tune.command import run_tuning
 
-    with stoppable():
+    with handle_interrupts():
         run_tuning(
             console,
             spec,
@@ -175,20 +199,20 @@ def tune(
 
 @app.command(epilog="Example: raymask check spec.yaml --address auto")
 def check(spec: SpecFile = None, overrides: Overrides = None, address: Address = None) -> None:
-    """Say what a search would do, without doing it: is all readable, what is pruned, what it costs."""
-    asked, _ = read(spec, overrides)
-    from raymask.check import show_check
+    """Check a spec without a search: is everything readable, what is pruned, and what does it cost?"""
+    search_spec, _ = read(spec, overrides)
+    from raymask.commands.check import show_check
 
-    show_check(make_console(), asked, address)
+    show_check(make_console(), search_spec, address)
 
 
 @app.command(epilog="Example: raymask show s3://bucket/runs/mrpc")
 def show(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory: a path or a URI.")],
-    as_json: Annotated[bool, typer.Option("--json", help="For other programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print a finished or running search: what its report.html shows, in letters."""
-    from raymask.report.show import show_run
+    """Print the report of a finished or running search in the terminal."""
+    from raymask.commands.show import show_run
 
     show_run(make_console(), run, as_json)
 
@@ -196,26 +220,30 @@ def show(
 @app.command(epilog="Example: raymask compare runs/spec runs/many --html compare.html")
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories: paths or URIs.")],
-    html: Annotated[Path | None, typer.Option(help="Also as a page, with plots, in this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with plots to this file.")] = None,
 ) -> None:
-    """Print searches side by side: what they found, what it cost, and what was asked differently."""
-    from raymask.report.show import show_comparison
+    """Print searches side by side: their results, their cost, and the keys in which their specs differ."""
+    from raymask.commands.show import show_comparison
 
     show_comparison(make_console(), runs, html)
 
 
 @app.command("eval", epilog="Example: raymask eval runs/spec/export --task runs/spec/spec.yaml")
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, or a folder: a checkpoint, a run's export.")],
-    task: Annotated[str, typer.Option(metavar="TASK", help="A task's name (glue/mrpc), or a YAML spec, as of a run.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A hub id, or a folder: a checkpoint, or a run's export.")
+    ],
+    task: Annotated[
+        str, typer.Option(metavar="TASK", help="A task's name (glue/mrpc), or a YAML spec such as a run's.")
+    ],
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For other programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure any checkpoint as a search's report does: on all rows of report, with 95 % intervals.
+    """Evaluate any checkpoint as a search's report does: on all rows of test, with 95 % intervals.
 
-    For the figures of a run's own table: [bold]raymask eval RUN/export --task RUN/spec.yaml[/bold]
+    To reproduce a run's table: [bold]raymask eval RUN/export --task RUN/spec.yaml[/bold]
     """
-    from raymask.evaluate import show_evaluation
+    from raymask.commands.evaluate import show_evaluation
 
     show_evaluation(make_console(), model, task, overrides or (), as_json)
 
@@ -225,13 +253,15 @@ def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory of a finished search: a path or a URI.")],
     to: Annotated[str, typer.Option(metavar="FORMAT", help="hf, sparse, onnx or masks")],
     out: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="A local folder; export-FORMAT in the run when not given.")
+        str | None, typer.Option(metavar="FOLDER", help="A local folder. Default: export-FORMAT in the run directory.")
     ] = None,
-    values: Annotated[Values | None, typer.Option(help="sparse: weights as they are (the default), or fp16.")] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="onnx: weights in int8 as well, and what it costs.")] = False,
-    shrink: Annotated[bool, typer.Option("--shrink", help="onnx: without dead neurons and attention heads.")] = False,
+    values: Annotated[Values | None, typer.Option(help="sparse: exact weights (the default), or fp16.")] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="onnx: also write int8 weights, and compare their metrics with fp32.")
+    ] = False,
+    shrink: Annotated[bool, typer.Option("--shrink", help="onnx: remove dead neurons and attention heads.")] = False,
 ) -> None:
-    """Write what a search found in another form, and check it against the original."""
+    """Write a finished search's model in another format, and check it against the original."""
     from raymask.export.formats import export_run
 
     options = {"values": values and values.value, "int8": int8, "shrink": shrink}
@@ -244,16 +274,18 @@ def export(
 @app.command(epilog="Example: raymask bench runs/spec --batch 1 --batch 8 --length 64")
 def bench(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory of a finished search: a path or a URI.")],
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows at once, 1 and 16; can be repeated.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch size in rows, default 1 and 16. Can be repeated.")
+    ] = None,
     length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a row, 128 or as many as the model takes.")
+        int | None, typer.Option(min=1, help="Tokens per row. Default: 128, or as many as the model takes.")
     ] = None,
 ) -> None:
-    """Say how fast what was found is on this machine, in all forms and by all runtimes that are installed.
+    """Measure the latency of a finished search's model on this machine, in all forms and all installed runtimes.
 
-    Threads are those of OMP_NUM_THREADS, or as many as there are cores.
+    The number of threads is OMP_NUM_THREADS, or the number of cores.
     """
-    from raymask.bench import show_bench
+    from raymask.commands.bench import show_bench
 
     show_bench(make_console(), run, batch or (), length)
 
@@ -265,35 +297,37 @@ def submit(
     address: JobsAddress = None,
     run: Annotated[
         str | None,
-        typer.Option(help="Run directory: a URI, or a path that the cluster's head has; ~/raymask-runs/<spec's name>."),
+        typer.Option(
+            help="Run directory: a URI, or a path on the cluster's head node. Default: ~/raymask-runs/<spec's name>."
+        ),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Print the job's log until it ends.")] = False,
 ) -> None:
-    """Run a search as a job on a Ray cluster. The same spec and --run continue what was stopped or failed.
+    """Run a search as a job on a Ray cluster. Submit the same spec and --run again to continue a stopped or failed one.
 
-    Files that the spec names by relative paths travel with the job; absolute paths are the cluster's.
+    Files with relative paths in the spec are uploaded with the job; absolute paths are paths on the cluster.
     """
-    from raymask import submit as jobs
+    from raymask.commands import jobs as job_commands
 
     console, source = make_console(), spec_path(spec)
-    job = jobs.submit(console, source, source.stem, overrides or (), address, run)
+    job = job_commands.submit(console, source, source.stem, overrides or (), address, run)
     if follow:
-        raise typer.Exit(jobs.show_logs(console, job, address, follow=True))
+        raise typer.Exit(job_commands.show_logs(console, job, address, follow=True))
     console.print(f"\nNext: raymask status {job}\n      raymask logs {job} --follow", highlight=False, markup=False)
 
 
 @app.command(epilog="Example: raymask jobs --address http://head:8265")
 def jobs(address: JobsAddress = None) -> None:
     """List the searches that a Ray cluster knows."""
-    from raymask.submit import show_jobs
+    from raymask.commands.jobs import show_jobs
 
     show_jobs(make_console(), address)
 
 
 @app.command(epilog="Example: raymask status raysubmit_qPfzG5Y9BMsnqpRw")
 def status(job: Job, address: JobsAddress = None) -> None:
-    """Say how far a job's search is."""
-    from raymask.submit import show_status
+    """Print the state and progress of a job's search."""
+    from raymask.commands.jobs import show_status
 
     show_status(make_console(), job, address)
 
@@ -302,20 +336,20 @@ def status(job: Job, address: JobsAddress = None) -> None:
 def logs(
     job: Job,
     address: JobsAddress = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Follow the log until the job ends.")] = False,
 ) -> None:
     """Print a job's log."""
-    from raymask.submit import show_logs
+    from raymask.commands.jobs import show_logs
 
     raise typer.Exit(show_logs(make_console(), job, address, follow))
 
 
 @app.command(epilog="Example: raymask stop raysubmit_qPfzG5Y9BMsnqpRw")
 def stop(job: Job, address: JobsAddress = None) -> None:
-    """End a job. What it has finished stays in its run directory."""
-    from raymask import submit as jobs
+    """Stop a job. Its finished work stays in the run directory."""
+    from raymask.commands import jobs as job_commands
 
-    jobs.stop(make_console(), job, address)
+    job_commands.stop(make_console(), job, address)
 
 
 @app.command(epilog="Example: raymask fetch raysubmit_qPfzG5Y9BMsnqpRw here")
@@ -325,18 +359,22 @@ def fetch(
     address: JobsAddress = None,
 ) -> None:
     """Copy a job's report, export and journal to a local folder."""
-    from raymask import submit as jobs
+    from raymask.commands import jobs as job_commands
 
-    jobs.fetch(make_console(), job, folder, address)
+    job_commands.fetch(make_console(), job, folder, address)
 
 
 def spec_path(path: Path | None) -> Path:
-    """A spec's file, or the quickstart's."""
+    """The path of a spec, by default the quickstart's."""
     return Path(str(files("raymask") / "quickstart.yaml")) if path is None else path
 
 
 def read(path: Path | None, overrides: list[str] | None) -> tuple[Spec, str]:
-    """The spec, or the quickstart's, and the name that its run gets."""
+    """Load a spec, by default the quickstart's, and return it with its file's name, which names the run.
+
+    Raises:
+        UserError: When the spec has mistakes.
+    """
     from raymask.config import load_spec
 
     source = spec_path(path)
@@ -344,35 +382,35 @@ def read(path: Path | None, overrides: list[str] | None) -> tuple[Spec, str]:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """What SIGTERM, by which a job is stopped, and Ctrl-C end with a word and exit code 130."""
+def handle_interrupts() -> Iterator[None]:
+    """End with a message and exit code 130 on Ctrl-C, and on SIGTERM, which stops a job."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        print("raymask: stopped; the same command goes on from here", file=sys.stderr)
+        print("raymask: stopped. Run the same command again to continue", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
 def make_console() -> Console:
-    """Where output goes: tables need not wrap in a log."""
+    """The console for output; in a log it is 120 columns wide, so that tables do not wrap."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def main() -> None:
-    """Run the command line: exit code 0 when done, 2 for a mistake that the user can mend, 130 after Ctrl-C."""
+    """Run the command line: exit code 0 when done, 2 for a mistake that the user can fix, 130 after Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it tries again is not worth a line each
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no line for every retry
     try:
         app()
     except UserError as error:
         print(f"raymask: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # whoever read our output, `head` for one, has read enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except PermissionError as error:

@@ -1,4 +1,4 @@
-"""How does a YAML file, with overrides, become a Spec?"""
+"""Specs from YAML files and overrides."""
 
 from __future__ import annotations
 
@@ -12,28 +12,71 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raymask.core.errors import UserError
-from raymask.core.spec import PRESETS, Spec
+from raymask.core.presets import PRESETS
+from raymask.core.spec import Spec
 
 SPEC_IS = "a spec is a mapping of keys to values, at least `model:` and `task:`"
 
 
+RENAMED_KEYS = {
+    "candidates.ratios": "candidates.sampling_ratios",
+    "checkpointing": "gradient_checkpointing",
+    "dense.shards": "dense.data_parallel",
+    "early_eval.eval_every": "early_eval.eval_steps",
+    "early_eval.last": "early_eval.score_window",
+    "early_eval.rows": "early_eval.max_rows",
+    "finetune.shards": "finetune.data_parallel",
+    "probe": "early_eval",
+    "task.report": "task.test",
+    "task.select_rows": "task.validation_rows",
+    "task.select_share": "task.validation_share",
+    "workers.deadline": "workers.timeout",
+    "workers.gang": "workers.fsdp",
+    "workers.retries": "workers.max_retries",
+    "workers.wait": "workers.scale_up_timeout",
+}
+"""Keys of specs from before 0.1.0, for messages. The release after next may drop this table."""
+
+
 def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
-    """Read a YAML spec; `overrides` are `section.key=value` with YAML values. Raises UserError, naming all mistakes."""
+    """Read a spec from a YAML file.
+
+    Args:
+        path: Path of the file.
+        overrides: `section.key=value` each, with YAML values.
+
+    Returns:
+        The spec.
+
+    Raises:
+        UserError: The file cannot be read, or the spec has mistakes; the message lists them all.
+    """
     return make_spec(load_data(path, overrides), source=" --set ".join([str(path), *overrides]))
 
 
 def parse_spec(text: str, overrides: Sequence[str] = (), *, source: str = "spec") -> Spec:
-    """The same from a YAML text."""
-    return make_spec(overridden(parse_mapping(text, source, SPEC_IS), overrides), source=source)
+    """Read a spec from YAML text, as `load_spec` does from a file; errors begin with `source`."""
+    return make_spec(apply_overrides(parse_mapping(text, source, SPEC_IS), overrides), source=source)
 
 
 def load_data(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What a YAML spec and its overrides say, still to be checked."""
-    return overridden(load_mapping(path, SPEC_IS), overrides)
+    """Read a YAML spec with its overrides as plain data, not validated. Raises UserError as `load_spec`."""
+    return apply_overrides(load_mapping(path, SPEC_IS), overrides)
 
 
 def load_mapping(path: str | Path, what: str) -> dict[str, Any]:
-    """A YAML file's mapping; `what` says in an error what it should be. Raises UserError."""
+    """Read a YAML file that holds a mapping.
+
+    Args:
+        path: Path of the file.
+        what: What the file should hold, for the error.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        UserError: The file cannot be read, is not valid YAML, or holds no mapping.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -45,7 +88,7 @@ def load_mapping(path: str | Path, what: str) -> dict[str, Any]:
 
 
 def parse_mapping(text: str, source: str, what: str) -> dict[str, Any]:
-    """The same from a text."""
+    """Read a mapping from YAML text, as `load_mapping` does from a file; errors begin with `source`."""
     try:
         data = yaml.load(text, UniqueKeys)  # noqa: S506 - a SafeLoader that also refuses a key given twice
     except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
@@ -56,7 +99,18 @@ def parse_mapping(text: str, source: str, what: str) -> dict[str, Any]:
 
 
 def make_spec(data: Mapping[str, Any], *, source: str = "spec") -> Spec:
-    """A Spec from plain data, its `preset` underneath. Raises UserError that lists every mistake at once."""
+    """Validate plain data as a spec.
+
+    Args:
+        data: The spec's keys. A `preset` gives the values of keys that are not there.
+        source: Where the data comes from, for the error.
+
+    Returns:
+        The spec.
+
+    Raises:
+        UserError: The spec has mistakes; the message lists them all.
+    """
     data, mistakes = dict(data), []
     preset = data.pop("preset", None)
     if isinstance(preset, str) and preset in PRESETS:
@@ -66,21 +120,32 @@ def make_spec(data: Mapping[str, Any], *, source: str = "spec") -> Spec:
     try:
         spec = Spec.model_validate(data)
     except ValidationError as error:
-        mistakes += [describe(mistake) for mistake in error.errors()]
+        mistakes += [format_error(mistake) for mistake in error.errors()]
     require_none(mistakes, source)
     return spec
 
 
 def require_none(mistakes: Sequence[str], source: str) -> None:
-    """Raise UserError that lists them all."""
+    """Raise UserError that lists all mistakes, if there are any."""
     if mistakes:
         listed = f" {mistakes[0]}" if len(mistakes) == 1 else "".join(f"\n  - {mistake}" for mistake in mistakes)
         raise UserError(f"{source}:{listed}")
 
 
-def overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`data` with each `section.key=value` over it."""
-    found = dict(data)
+def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply overrides to a spec's data.
+
+    Args:
+        data: The spec's keys.
+        overrides: `section.key=value` each, with YAML values.
+
+    Returns:
+        A new mapping.
+
+    Raises:
+        UserError: An override is not valid.
+    """
+    result = dict(data)
     for override in overrides:
         path, equals, value = override.partition("=")
         keys = path.strip().split(".")
@@ -90,50 +155,81 @@ def overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
             parsed = yaml.load(value, UniqueKeys)  # noqa: S506 - see above
         except (yaml.YAMLError, ValueError):
             raise UserError(f"--set {override}: the value is not valid YAML") from None
-        put(found, keys, parsed, f"--set {override}")
-    return found
+        set_nested(result, keys, parsed, f"--set {override}")
+    return result
 
 
-def varied(data: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` with a trial's choices over it, each under a dotted key as in `--set`, or in its section's mapping."""
-    found = dict(data)
+def apply_choices(data: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
+    """Apply a trial's choices to a spec's data.
+
+    Args:
+        data: The spec's keys.
+        choices: Values by dotted key, as in `--set`, or by section a mapping of its keys.
+
+    Returns:
+        A new mapping.
+
+    Raises:
+        UserError: A key lies under a value that has no keys.
+    """
+    result = dict(data)
     for key, value in choices.items():
-        nested = isinstance(value, Mapping) and key != "levels"  # whose keys go together
+        nested = isinstance(value, Mapping) and key != "levels"  # levels is set as a whole: its keys exclude each other
         for path, inner in [(f"{key}.{name}", inner) for name, inner in value.items()] if nested else [(key, value)]:
-            put(found, path.split("."), inner, path)
-    return found
+            set_nested(result, path.split("."), inner, path)
+    return result
 
 
-def put(data: dict[str, Any], keys: Sequence[str], value: Any, said: str) -> None:
-    """Set a key, given as its parts; an error begins with what was `said`."""
+def set_nested(data: dict[str, Any], keys: Sequence[str], value: Any, source: str) -> None:
+    """Set one key of nested mappings, in place. The mappings inside `data` are copied, not changed.
+
+    Args:
+        data: The outermost mapping.
+        keys: The parts of the dotted key.
+        value: Its value.
+        source: What the error begins with.
+
+    Raises:
+        UserError: A part of the key holds a value that has no keys.
+    """
     for depth, key in enumerate(keys[:-1]):
         inner = data.get(key)
         if isinstance(inner, str) and key in ("model", "task") and depth == 0:
             inner = {"name": inner}
         if not isinstance(inner, (dict, list, type(None))):
-            raise UserError(f"{said}: {key} is {inner!r}, which has no keys")
+            raise UserError(f"{source}: {key} is {inner!r}, which has no keys")
         data[key] = dict(inner) if isinstance(inner, dict) else {}
         data = data[key]
     data[keys[-1]] = value
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Two levels deep: a section's keys in `above` win one by one, anything else wins whole."""
+    """Merge two specs' data: a section's keys in `above` override one by one, any other value as a whole."""
     merged = dict(below)
     for key, value in above.items():
-        under = merged.get(key)
-        if key != "levels" and isinstance(value, Mapping) and isinstance(under, Mapping):
-            value = {**under, **value}
+        value_below = merged.get(key)
+        if key != "levels" and isinstance(value, Mapping) and isinstance(value_below, Mapping):
+            value = {**value_below, **value}
         merged[key] = value
     return merged
 
 
-def describe(mistake: Any, of: type[BaseModel] = Spec) -> str:
-    """One pydantic error as `key: what is wrong`, with the likely spelling for an unknown key."""
+def format_error(mistake: Any, of: type[BaseModel] = Spec) -> str:
+    """Format one pydantic error as `key: what is wrong`, with the likely spelling of an unknown key.
+
+    Args:
+        mistake: One of `ValidationError.errors()`.
+        of: The model that was validated.
+
+    Returns:
+        One line of text.
+    """
     path = tuple(mistake["loc"])
     where = ".".join(str(part) for part in path)
     if mistake["type"] == "extra_forbidden":
-        known = keys_beside(path, of)
+        if where in RENAMED_KEYS:
+            return f"{where}: there is no such key; it is called {RENAMED_KEYS[where]} now"
+        known = sibling_keys(path, of)
         close = get_close_matches(str(path[-1]), known, n=1)
         return f"{where}: there is no such key; " + (
             f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
@@ -147,8 +243,8 @@ def describe(mistake: Any, of: type[BaseModel] = Spec) -> str:
     return f"{where}: {message}{shown}" if where else message
 
 
-def keys_beside(path: Sequence[Any], section: type[BaseModel]) -> list[str]:
-    """The keys that the section of `path`, inside this one, knows."""
+def sibling_keys(path: Sequence[Any], section: type[BaseModel]) -> list[str]:
+    """Known keys of the mapping, inside `section`, that `path` lies in; empty where it lies in no section."""
     for part in path[:-1]:
         inner = section.model_fields[part].annotation if part in section.model_fields else None
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
@@ -157,20 +253,21 @@ def keys_beside(path: Sequence[Any], section: type[BaseModel]) -> list[str]:
     return [*section.model_fields, *(["preset"] if section is Spec else [])]
 
 
-MERGE = "tag:yaml.org,2002:merge"
+MERGE = "tag:yaml.org,2002:merge"  # the key <<, which may be given twice
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """A safe YAML loader that refuses a key given twice, and reads 1e-4 as a number, as YAML 1.2 does."""
+    """A safe YAML loader that refuses a duplicate key, and reads 1e-4 as a number, as YAML 1.2 does."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Construct a mapping; raise ConstructorError for a key given twice."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag == MERGE:
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                continue  # the loader itself refuses it
+                continue  # the base class refuses it
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice", key_node.start_mark

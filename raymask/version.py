@@ -1,3 +1,3 @@
-"""Which raymask is it? Here, not in the package's metadata: a job carries the code alone."""
+"""Which raymask is it? Here, not in the package's metadata: a context carries the code alone."""
 
 __version__ = "0.1.0"

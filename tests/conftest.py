@@ -27,8 +27,9 @@ from support.paths import ROOT
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from raymask.core.records import Candidate, Snapshot
-    from raymask.driver.search import Plan
+    from raymask.core.records import Candidate
+    from raymask.core.tasks import Snapshot
+    from raymask.driver.setup import SearchSetup
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs us in the background has it ignored
 
@@ -84,17 +85,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def parent(plan: Plan) -> Snapshot:
-    """The untrained model of the test module's own `plan`."""
-    from raymask.core.records import Snapshot
+def parent(search_setup: SearchSetup) -> Snapshot:
+    """The untrained model of the test module's own `search_setup`."""
+    from raymask.core.tasks import Snapshot
     from raymask.train.model import load_weights
 
-    return Snapshot("initial", load_weights(plan.job.spec.model, plan.source.config, 0, False))
+    return Snapshot("initial", load_weights(search_setup.context.spec.model, search_setup.model_info.config, 0, False))
 
 
 @pytest.fixture(scope="module")
-def pool(plan: Plan) -> tuple[Candidate, ...]:
-    """The first level's candidates of the test module's own `plan`."""
-    from raymask.core.recipe import propose, resolve
+def pool(search_setup: SearchSetup) -> tuple[Candidate, ...]:
+    """The first level's candidates of the test module's own `search_setup`."""
+    from raymask.core.recipe import propose_candidates, resolve
 
-    return propose(resolve(plan.job.spec), 1)
+    return propose_candidates(resolve(search_setup.context.spec), 1)

@@ -26,9 +26,9 @@ from harness import Finding, tell
 from memory import proportional
 
 from raymask.core.records import Result
-from raymask.report.words import duration
-from raymask.store import RunDir
-from raymask.train import quickstart
+from raymask.data import quickstart
+from raymask.report.text import duration
+from raymask.runs.run_dir import RunDir
 from raymask.train.model import quiet
 
 GB = 1e9
@@ -41,12 +41,12 @@ SPEC: dict[str, Any] = {
     "levels": [0.5],
     "candidates": {"count": 2},
     "dense": {"epochs": 0},
-    "probe": TRAINING | {"eval_every": 1},
+    "early_eval": TRAINING | {"eval_steps": 1},
     "finetune": TRAINING,
     "imp": {"run": False},
     "distill": False,
     "optimizer": {"name": "adafactor"},
-    "checkpointing": True,
+    "gradient_checkpointing": True,
     "workers": {"count": 1, "cpus": 2, "gpus": 0},
 }
 
@@ -78,8 +78,13 @@ def write_task(folder: Path) -> dict[str, Any]:
     for split, file in files.items():
         texts, _ = quickstart.sentences(0)[split]
         file.write_text("\n".join(texts[:SENTENCES]), encoding="utf-8")
-    named = {split: str(file) for split, file in files.items()}
-    return named | {"kind": "causal-lm", "max_length": LENGTH, "select_share": 0.2}
+    return {
+        "train": str(files["train"]),
+        "test": str(files["report"]),
+        "kind": "causal-lm",
+        "max_length": LENGTH,
+        "validation_share": 0.2,
+    }
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,9 @@ def look(root: psutil.Process) -> Look:
     for process in [root, *root.children(recursive=True)]:
         with suppress(psutil.Error, OSError):  # it may just have ended
             share = proportional(process.pid)
-            whose = "driver" if process == root else "worker" if process.name().startswith("ray::Desk") else "Ray"
+            whose = (
+                "driver" if process == root else "worker" if process.name().startswith("ray::WorkerActor") else "Ray"
+            )
             parts[whose] += share["Pss"] - share["Pss_Shmem"] - share["Pss_File"]
             parts["store"] += share["Pss_Shmem"]
             files += share["Pss_File"]
@@ -129,10 +136,10 @@ def searched(folder: Path, spec: Mapping[str, Any]) -> list[Look]:
 
 def phases(looks: list[Look], result: Result) -> dict[str, list[Look]]:
     """The looks by what a worker did then; between the pieces of work, and after them, by what had been last."""
-    pieces = [(piece.started, piece.kind if piece.level else "dense model, no steps") for piece in result.timeline]
+    spans = [(span.started, span.phase if span.level else "dense model, no steps") for span in result.timeline]
     found: dict[str, list[Look]] = {}
     for seen in looks:
-        begun = [kind for started, kind in pieces if started <= seen.time]
+        begun = [phase for started, phase in spans if started <= seen.time]
         found.setdefault(begun[-1] if begun else "before the first piece of work", []).append(seen)
     return found
 

@@ -19,23 +19,24 @@ from harness import Finding, climbed, options, tell
 from ray import tune
 
 from raymask.config import make_spec
-from raymask.core.records import Candidate, Climb, Evaluation, Noise, Point, Snapshot
-from raymask.core.tensors import Packed
-from raymask.driver import cluster, remote
-from raymask.report.terminal import Silent
-from raymask.store import RunDir
+from raymask.core.records import Candidate, EvalPoint, Evaluation, Noise
+from raymask.core.tasks import EvalTask, Snapshot
+from raymask.core.tensors import PackedTensors
+from raymask.executor import connection, ray_executor, worker_actor
+from raymask.report.console import NullCallback
+from raymask.runs.run_dir import RunDir
 
-ROWS, LOOKS = 370, 10  # of MRPC's `select` split, and on a curve
-NOISE = Noise(exponent=5.0, ratio=3e-4)
+ROWS, LOOKS = 370, 10  # of MRPC's `validation` split, and on a curve
+NOISE = Noise(exponent=5.0, sampling_ratio=3e-4)
 PRUNABLE = 12 * (4 * 768 * 768 + 2 * 768 * 3072)  # entries of BERT-base
-PARENT = Snapshot("search-1-0123456789abcdef", Packed(np.zeros(64, np.uint8), {}))
+PARENT = Snapshot("search-1-0123456789abcdef", PackedTensors(np.zeros(64, np.uint8), {}))
 
 
 def stand_in(count: int, **more: Any) -> Any:
-    """What the pool asks of a Job, for `count` workers on two CPUs; unlike a Job it is unpickled without torch."""
+    """What the pool asks of a WorkerContext, for `count` workers on two CPUs; it is unpickled without torch."""
     workers = {"count": count, "cpus": 2 / count, "gpus": 0}
     spec = make_spec({"model": "quickstart", "task": "quickstart", "workers": workers})
-    return SimpleNamespace(spec=spec, config=None, memory=lambda on_gpu: 2**24, **more)
+    return SimpleNamespace(spec=spec, config=None, peak_host_memory=lambda on_gpu: 2**24, **more)
 
 
 def candidate(index: int, noise: Noise | None = NOISE) -> Candidate:
@@ -47,7 +48,7 @@ def evaluation(index: int) -> Evaluation:
     return Evaluation(
         candidate=candidate(index),
         score=-0.5123456789,
-        curve=tuple(Point(step=50 * look, loss=1 / (look + 1), metric=0.87654321) for look in range(LOOKS)),
+        curve=tuple(EvalPoint(step=50 * look, loss=1 / (look + 1), metric=0.87654321) for look in range(LOOKS)),
         row_losses=np.linspace(0, 1, ROWS, dtype=np.float32).tobytes(),
         distance=0.123456789,
         digest="0123456789abcdef" * 2,
@@ -57,7 +58,7 @@ def evaluation(index: int) -> Evaluation:
 
 
 class Clerk:
-    """In the place of remote.Desk: answers at once."""
+    """In the place of WorkerActor: answers at once."""
 
     def __init__(self, job: Any, on_gpu: bool) -> None:
         pass
@@ -65,30 +66,30 @@ class Clerk:
     def progress(self) -> float:
         return 0.0
 
-    def probe(self, key: str, refs: Mapping[str, Any], climb: Climb, paused: Any) -> tuple[Any, None]:
-        return evaluation(climb.candidate.index), None
+    def evaluate(self, key: str, refs: Mapping[str, Any], eval_task: EvalTask, paused: Any) -> tuple[Any, None]:
+        return evaluation(eval_task.candidate.index), None
 
 
 class Sleeper(Clerk):
-    """In the place of remote.Desk: sleeps `job.seconds` over a candidate; over a control until all workers do."""
+    """Instead of WorkerActor: sleeps `job.seconds` over a candidate, over a magnitude mask until all workers do."""
 
     def __init__(self, job: Any, on_gpu: bool) -> None:
-        self.job = job
+        self.context = job
         # Records speak of tensors but hold none, and without torch a process needs a quarter of the memory.
         tensors = ModuleType("raymask.core.tensors")
-        vars(tensors)["Packed"] = object
+        vars(tensors)["PackedTensors"] = object
         sys.modules[tensors.__name__] = tensors
 
-    def probe(self, key: str, refs: Mapping[str, Any], climb: Climb, paused: Any) -> tuple[Any, None]:
-        from raymask.core.records import Evaluation  # here: this class must be unpickled without it
+    def evaluate(self, key: str, refs: Mapping[str, Any], eval_task: EvalTask, paused: Any) -> tuple[Any, None]:
+        from raymask.core.records import Evaluation
 
-        started, candidate = time.perf_counter(), climb.candidate
-        if candidate.is_control:
-            (self.job.gate / str(os.getpid())).touch()
-            while len(list(self.job.gate.iterdir())) < self.job.spec.workers.count:
+        started, candidate = time.perf_counter(), eval_task.candidate
+        if candidate.is_magnitude:
+            (self.context.gate / str(os.getpid())).touch()
+            while len(list(self.context.gate.iterdir())) < self.context.spec.workers.count:
                 time.sleep(0.1)
         else:
-            time.sleep(self.job.seconds)
+            time.sleep(self.context.seconds)
         seconds = time.perf_counter() - started
         worker = str(os.getpid())
         return Evaluation(candidate=candidate, row_losses=bytes(4 * ROWS), seconds=seconds, worker=worker), None
@@ -103,7 +104,7 @@ def trial(config: dict[str, Any]) -> dict[str, Any]:
 def tune_seconds(trials: int, *, fast: bool) -> float:
     """Seconds that Tune takes for a trial, two at a time; `fast`: it keeps its processes and writes no logs."""
     quiet = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": str(int(fast))}
-    with TemporaryDirectory() as folder, cluster.environment(**quiet):
+    with TemporaryDirectory() as folder, connection.set_environment(**quiet):
         started = time.perf_counter()
         results = tune.Tuner(
             tune.with_resources(trial, {"cpu": 1}),
@@ -125,8 +126,8 @@ def loopback() -> int:
 
 def costs(count: int, trials: int, pause: float) -> None:
     """Time and bytes of `count` candidates, and the time of Tune's trials, `trials` of them when each is a process."""
-    with mock.patch.object(remote, "Desk", Clerk), TemporaryDirectory() as folder:
-        with remote.workers(stand_in(2), Silent(), None) as (evaluate, _):
+    with mock.patch.object(worker_actor, "WorkerActor", Clerk), TemporaryDirectory() as folder:
+        with ray_executor.workers(stand_in(2), NullCallback(), None) as (evaluate, _):
             list(climbed(evaluate, PARENT, [candidate(index) for index in range(10)]))
             before = loopback()
             time.sleep(pause)  # which also lets the second worker start
@@ -174,21 +175,21 @@ def tell_bytes(wire: float, idle: float) -> None:
 
 @contextmanager
 def bare_ray() -> Iterator[None]:
-    """A private Ray on two CPUs like that of cluster.connected, but whose processes have imported nothing."""
+    """A private Ray on two CPUs like that of connection.ray_connection, but whose processes have imported nothing."""
     private = {
         "RAY_ADDRESS": "",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": os.urandom(32).hex(),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    prefix = f"{cluster.FOLDER}{os.getpid()}-"
+    prefix = f"{connection.SESSION_PREFIX}{os.getpid()}-"
     with (
-        TemporaryDirectory(prefix=prefix, dir=cluster.ROOT, ignore_cleanup_errors=True) as folder,
-        cluster.environment(**private),
-        cluster.loopback(),
+        TemporaryDirectory(prefix=prefix, dir=connection.SESSION_ROOT, ignore_cleanup_errors=True) as folder,
+        connection.set_environment(**private),
+        connection.keep_loopback_address(),
     ):
-        cluster.reread_environment()
-        with cluster.unobtrusive():
+        connection.reread_environment()
+        with connection.quiet_ray_init():
             ray.init(
                 "local",
                 num_cpus=2,  # it starts as many processes at a time
@@ -205,19 +206,19 @@ def bare_ray() -> Iterator[None]:
             ray.shutdown()
 
 
-def busy(count: int, probes: int, seconds: float) -> None:
-    """The share of their time that `count` workers spend on `probes` of so many seconds, once all have started."""
-    with TemporaryDirectory() as gate, mock.patch.object(remote, "Desk", Sleeper):
+def busy(count: int, evaluations: int, seconds: float) -> None:
+    """The share of their time that `count` workers spend on `evaluations` of so many seconds, once all have started."""
+    with TemporaryDirectory() as gate, mock.patch.object(worker_actor, "WorkerActor", Sleeper):
         job = stand_in(count, gate=Path(gate), seconds=seconds)
-        with remote.workers(job, Silent(), None) as (evaluate, _):
+        with ray_executor.workers(job, NullCallback(), None) as (evaluate, _):
             list(climbed(evaluate, PARENT, [candidate(index, None) for index in range(count)]))
             started, computing = time.perf_counter(), time.process_time()
-            found = list(climbed(evaluate, PARENT, [candidate(index) for index in range(probes)]))
+            found = list(climbed(evaluate, PARENT, [candidate(index) for index in range(evaluations)]))
             wall, computing = time.perf_counter() - started, time.process_time() - computing
-    assert len(found) == probes
+    assert len(found) == evaluations
     assert len({one.worker for one in found}) == count
     share = sum(one.seconds for one in found) / (count * wall)
-    what = f"{count} workers, {probes} probes of {seconds:g} s: busy"
+    what = f"{count} workers, {evaluations} early evaluations of {seconds:g} s: busy"
     note = (
         f"simulated, all on the driver's {os.cpu_count()} cores; the driver computes for {computing / wall:.0%} of "
         f"{wall:.1f} s, which include the first dispatch and the last workers' wait for each other"

@@ -22,20 +22,23 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from raymask.api import search
-from raymask.core import masks
-from raymask.core.masks import Mask
-from raymask.core.records import Candidate, Noise, Result, Snapshot, Stage
-from raymask.core.samplers import Draw
+from raymask.core.masking import masks
+from raymask.core.masking.masks import Mask
+from raymask.core.masking.samplers import SampleFn
+from raymask.core.records import Candidate, Noise, Result, TrainConfig
 from raymask.core.spec import Spec
+from raymask.core.tasks import Snapshot
 from raymask.core.tensors import pack
-from raymask.train import quickstart
-from raymask.train.data import Data, Rows
-from raymask.train.model import build, describe, persistent, quiet
-from raymask.train.worker import Job, Worker, autocasting, isolated
+from raymask.data import quickstart
+from raymask.data.types import TaskData, TokenizedSplit
+from raymask.train.context import WorkerContext
+from raymask.train.device import autocast_factory, isolated_torch_state
+from raymask.train.model import build_model, inspect_model, quiet, state_tensors
+from raymask.train.worker import Worker
 
 MRPC_ROWS = 3668
-STAGE = Stage(epochs=1.0, batch_size=64, learning_rate=2e-4, schedule="linear", warmup=0.1, distill=False)
-CANDIDATE = Candidate(level=1, index=1, seed=1, density=1 / 16, noise=Noise(exponent=5.0, ratio=3e-4))
+STAGE = TrainConfig(epochs=1.0, batch_size=64, learning_rate=2e-4, schedule="linear", warmup=0.1, distill=False)
+CANDIDATE = Candidate(level=1, index=1, seed=1, density=1 / 16, noise=Noise(exponent=5.0, sampling_ratio=3e-4))
 # Dense bf16 FLOP/s by words of the device's name; the first that fit count.
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12}
 PEAKS |= {"RTX 4090": 165e12}
@@ -60,11 +63,11 @@ def mrpc_lengths(count: int) -> np.ndarray:
     return np.random.default_rng(0).normal(53, 15, count).round().clip(10, 128).astype(np.int64)
 
 
-def mrpc_rows(count: int, vocabulary: int) -> Rows:
+def mrpc_rows(count: int, vocabulary: int) -> TokenizedSplit:
     """Random tokens and labels, in rows as long as MRPC's."""
     rng, offsets = np.random.default_rng(1), np.concatenate([[0], np.cumsum(mrpc_lengths(count))])
     ids = rng.integers(5, vocabulary, offsets[-1]).astype(np.int32)
-    return Rows(ids, np.zeros(len(ids), np.int8), offsets, rng.integers(0, 2, count))
+    return TokenizedSplit(ids, np.zeros(len(ids), np.int8), offsets, rng.integers(0, 2, count))
 
 
 class Bench:
@@ -73,19 +76,21 @@ class Bench:
     def __init__(self, name: str, config: BertConfig, device: str, count: int) -> None:
         self.name = name
         self.spec = Spec.model_validate({"model": name, "task": "glue/mrpc", "distill": False})
-        self.source = describe(self.spec.model, config, None, ("different", "same"))
+        self.source = inspect_model(self.spec.model, config, None, ("different", "same"))
         self.rows = mrpc_rows(count, config.vocab_size)
-        data = Data(self.rows, self.rows, self.rows, {"": (0, count)}, ("accuracy",), "classification", padding=0)
-        self.worker = Worker(Job(self.spec, config, data, self.source.prunable, self.source.sizes.whole), device)
-        self.parent = Snapshot("random", pack(persistent(build(config))))
-        with isolated(self.spec, self.worker.device):
+        data = TaskData(self.rows, self.rows, self.rows, {"": (0, count)}, ("accuracy",), "classification", padding=0)
+        self.worker = Worker(
+            WorkerContext(self.spec, config, data, self.source.prunable, self.source.sizes.whole), device
+        )
+        self.parent = Snapshot("random", pack(state_tensors(build_model(config))))
+        with isolated_torch_state(self.spec, self.worker.device):
             self.mask, _ = self.worker.reset(self.parent, CANDIDATE)
 
     def train(self, mask: Mask, precision: str, *, as_search: bool = True) -> None:
         """One epoch in raymask's loop; with `as_search` on a search's kernels, deterministic on a GPU."""
         worker = self.worker
-        worker.autocast = autocasting(precision, worker.device)
-        with isolated(self.spec, worker.device) if as_search else nullcontext():
+        worker.autocast = autocast_factory(precision, worker.device)
+        with isolated_torch_state(self.spec, worker.device) if as_search else nullcontext():
             worker.train(self.parent, STAGE, mask, 0, [], lambda step: None, worker.optimizer(self.parent))
             finish(worker.device)
 
@@ -95,7 +100,7 @@ class Bench:
         P: parameters of the L blocks, pruned ones included, since the kernels are dense; d: their width. The forward
         pass takes 2 P s, and 2 s^2 d a block for each of attention's two products; the backward pass twice that.
         """
-        config, lengths = self.worker.job.config, self.rows.lengths.astype(float)
+        config, lengths = self.worker.context.config, self.rows.lengths.astype(float)
         linear = 6 * self.source.sizes.encoder * lengths.sum()
         return float(linear + 12 * config.num_hidden_layers * config.hidden_size * (lengths**2).sum())
 
@@ -160,7 +165,7 @@ def drawing(bench: Bench, times: int) -> None:
     weights = bench.parent.weights.views()
     there = {name: weights[name] for name in bench.source.prunable}
     here = {name: weight.to(bench.worker.device) for name, weight in there.items()}
-    sides = [(here, dict[object, Draw]()), (there, dict[object, Draw]())]
+    sides = [(here, dict[object, SampleFn]()), (there, dict[object, SampleFn]())]
     for side in sides:
         draw(bench.spec, *side)  # warms up, and prepares what the level's further candidates share
     first = best_of(times, lambda: draw(bench.spec, here, {}), lambda: draw(bench.spec, there, {}))
@@ -171,11 +176,11 @@ def drawing(bench: Bench, times: int) -> None:
         tell(Finding(f"{name}, {which}", "the CPU", ours, theirs, "s", theirs / ours, "faster", ours < theirs, note))
 
 
-def draw(spec: Spec, weights: Mapping[str, Tensor], prepared: dict[object, Draw]) -> None:
+def draw(spec: Spec, weights: Mapping[str, Tensor], prepared: dict[object, SampleFn]) -> None:
     """CANDIDATE's mask on the weights' device, as a worker there draws it."""
     device = next(iter(weights.values())).device
-    with isolated(spec, device):
-        masks.draw(weights, CANDIDATE, prepared=prepared)
+    with isolated_torch_state(spec, device):
+        masks.draw_mask(weights, CANDIDATE, sampler_cache=prepared)
         finish(device)
 
 
@@ -199,7 +204,7 @@ def write_search(folder: Path, config: BertConfig, rows: int) -> dict[str, Any]:
                 while len(review) < length:
                     review += quickstart.words_of(str(rng.choice(texts[row % 2])))
                 writer.writerow((" ".join(review[:length]), row % 2))
-    files = {split: str(folder / f"{split}.csv") for split in ("train", "report")}
+    files = {split: str(folder / f"{file}.csv") for split, file in (("train", "train"), ("test", "report"))}
     return {"model": str(folder), "task": files | {"text": "text"}}
 
 
@@ -219,8 +224,10 @@ def searches(name: str, config: BertConfig, device: str, *, quick: bool, in_proc
         alone, result = timed("alone", one, True)
         what = f"a whole search, {name}, {rows:,} rows of MRPC's lengths"
         spent = ", ".join(f"{purpose} {seconds:.1f} s" for purpose, seconds in result.seconds.items())
-        scores = ", ".join(f"{row.name} {row.report['accuracy']:.3f}" for row in result.rows)
-        note = f"{len(result.levels)} levels of {result.levels[0].evaluated} candidates: {spent}; accuracy: {scores}"
+        scores = ", ".join(f"{row.name} {row.test_metrics['accuracy']:.3f}" for row in result.models)
+        note = (
+            f"{len(result.levels)} levels of {result.levels[0].num_evaluated} candidates: {spent}; accuracy: {scores}"
+        )
         tell(Finding(f"{what}, without Ray", "nothing", alone, None, "s", None, "stated", True, note))
         if in_process:
             return
@@ -229,7 +236,7 @@ def searches(name: str, config: BertConfig, device: str, *, quick: bool, in_proc
         tell(Finding(f"{what}, on Ray", "without Ray", single, alone, "s", alone / single, "stated", True, note))
         wide, shared = timed("many", many, False)
         slow, fast = candidate_seconds(result), candidate_seconds(shared)
-        note = f"{len({piece.worker for piece in shared.timeline})} workers came; levels from the second on, when all "
+        note = f"{len({span.worker for span in shared.timeline})} workers came; levels from the second on, when all "
         note += f"have started; the whole search took {wide:.1f} s against {single:.1f} s"
         what, against = f"candidate stage, {name}, workers: {many}", f"workers: {one}"
         tell(Finding(what, against, fast, slow, "s", slow / fast, "faster", fast < slow, note))
@@ -237,8 +244,8 @@ def searches(name: str, config: BertConfig, device: str, *, quick: bool, in_proc
 
 def candidate_seconds(result: Result) -> float:
     """Seconds from a level's first candidate's start to its last one's end, summed over the levels from 2 on."""
-    early = [piece for piece in result.timeline if piece.kind == "early evaluation" and piece.level > 1]
-    began = {piece.level: piece.started for piece in reversed(early)}  # the timeline is in the order of starts
+    early = [span for span in result.timeline if span.phase == "early evaluation" and span.level > 1]
+    began = {span.level: span.started for span in reversed(early)}  # the timeline is in the order of starts
     return sum(max(p.started + p.seconds for p in early if p.level == level) - began[level] for level in began)
 
 

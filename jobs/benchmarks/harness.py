@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from run import number
 
-from raymask.core.records import Candidate, Evaluate, Evaluation, Snapshot
-from raymask.core.rungs import Ladder
+from raymask.core.protocols import Evaluate
+from raymask.core.records import Candidate, Evaluation
+from raymask.core.successive_halving import SuccessiveHalving
+from raymask.core.tasks import Snapshot
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the README's table: `ours` and `theirs` in `unit`, their `ratio`, and the `bar` it is held to."""
+    """One line of the table of docs/performance.md: `ours` and `theirs` in `unit`, their `ratio`, and the `bar`."""
 
     what: str
     against: str
@@ -51,7 +53,7 @@ def tell(finding: Finding) -> None:
 
 def climbed(evaluate: Evaluate, parent: Snapshot, pool: Sequence[Candidate]) -> Iterator[Evaluation]:
     """Early evaluation of a pool in one go each."""
-    return Ladder(pool, [1.0]).climb(evaluate, {1: parent})
+    return SuccessiveHalving(pool, [1.0]).run(evaluate, {1: parent})
 
 
 def machine() -> str:

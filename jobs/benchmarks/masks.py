@@ -11,13 +11,13 @@ import torch
 from harness import Finding, options, peak_memory, tell
 from torch import Tensor
 
-from raymask.core import masks
-from raymask.core.patterns import budget
+from raymask.core.masking import masks
+from raymask.core.masking.patterns import num_kept
+from raymask.core.masking.samplers import SampleFn, num_votes
 from raymask.core.records import Candidate, Noise
-from raymask.core.samplers import Draw, rounds
 
 DENSITY = 1 / 16
-NOISE = Noise(exponent=5.0, ratio=3e-4)
+NOISE = Noise(exponent=5.0, sampling_ratio=3e-4)
 THREADS = 2
 DRAWS = 3  # of the slow way, a shape
 COPIES = 5  # of the largest matrix, that drawing may take at its peak
@@ -57,10 +57,10 @@ def candidate(index: int) -> Candidate:
     return Candidate(level=1, index=index, seed=index, density=DENSITY, noise=NOISE)
 
 
-def seconds_to_draw(weights: Mapping[str, Tensor], index: int, prepared: dict[object, Draw]) -> float:
+def seconds_to_draw(weights: Mapping[str, Tensor], index: int, prepared: dict[object, SampleFn]) -> float:
     """Seconds for one candidate's whole mask."""
     started = time.perf_counter()
-    masks.draw(weights, candidate(index), prepared=prepared)
+    masks.draw_mask(weights, candidate(index), sampler_cache=prepared)
     return time.perf_counter() - started
 
 
@@ -74,14 +74,14 @@ def seconds_the_slow_way(weights: Mapping[str, Tensor]) -> float:
         started = time.perf_counter()
         reference.tally(alike[0], DENSITY, NOISE.exponent, DRAWS, torch.Generator().manual_seed(0))
         one = (time.perf_counter() - started) / DRAWS
-        whole += len(alike) * rounds(entries, budget(entries, DENSITY), NOISE.ratio) * one
+        whole += len(alike) * num_votes(entries, num_kept(entries, DENSITY), NOISE.sampling_ratio) * one
     return whole
 
 
 def compare(layers: int) -> None:
     """One BERT-base mask, the fast way and the slow way."""
     weights = bert(layers)
-    prepared: dict[object, Draw] = {}
+    prepared: dict[object, SampleFn] = {}
     first = seconds_to_draw(weights, 1, prepared)
     further = min(seconds_to_draw(weights, index, prepared) for index in (2, 3, 4))
     slow = seconds_the_slow_way(weights)
@@ -95,11 +95,11 @@ def compare(layers: int) -> None:
 
 
 def same_masks(size: int, pairs: int) -> None:
-    """Distance from the control and kept entries by magnitude, fast and slow, over `pairs` masks of one matrix."""
+    """Distance from the magnitude mask and kept entries by magnitude, fast and slow, of `pairs` masks of a matrix."""
     weight = torch.randn(size, size, generator=torch.Generator().manual_seed(1)).mul_(0.04)
-    control = masks.draw({"w": weight}, Candidate(level=1, index=0, seed=0, density=DENSITY))["w"]
+    magnitude = masks.draw_mask({"w": weight}, Candidate(level=1, index=0, seed=0, density=DENSITY))["w"]
     rank = weight.abs().reshape(-1).argsort(descending=True)
-    kept = int(control.sum())
+    kept = int(magnitude.sum())
     bands = [
         rank[int(kept * low) : int(kept * high)]
         for low, high in ((0, 0.5), (0.5, 0.9), (0.9, 1.1), (1.1, 1.5), (1.5, 3))
@@ -108,11 +108,11 @@ def same_masks(size: int, pairs: int) -> None:
     for index in range(pairs):
         rng = torch.Generator().manual_seed(index)
         both = {
-            "fast": masks.draw({"w": weight}, candidate(index))["w"],
-            "slow": reference.voted(weight, DENSITY, NOISE.exponent, NOISE.ratio, rng),
+            "fast": masks.draw_mask({"w": weight}, candidate(index))["w"],
+            "slow": reference.voted(weight, DENSITY, NOISE.exponent, NOISE.sampling_ratio, rng),
         }
         for side, mask in both.items():
-            distance = masks.distance(masks.pack_bits({"w": mask}), masks.pack_bits({"w": control}))
+            distance = masks.distance(masks.pack_bits({"w": mask}), masks.pack_bits({"w": magnitude}))
             found[side].append([distance, *(float(mask.reshape(-1)[band].float().mean()) for band in bands)])
     fast, slow = (torch.tensor(found[side]) for side in ("fast", "slow"))
     error = torch.sqrt((fast.var(0) + slow.var(0)) / pairs + 1e-12)
@@ -120,7 +120,7 @@ def same_masks(size: int, pairs: int) -> None:
     bound = 3.5 + 1e-9 if math.isfinite(worst) else 0.0
     tell(
         Finding(
-            f"distance from the control, {pairs} masks of a {size}x{size} matrix",
+            f"distance from the magnitude mask, {pairs} masks of a {size}x{size} matrix",
             "the slow way's",
             float(fast[:, 0].mean()),
             float(slow[:, 0].mean()),
@@ -140,7 +140,7 @@ def billion(layers: int, width: int, inner: int) -> None:
     largest = max(weight.numel() for weight in weights.values())
     before = peak_memory(reset=True)
     started = time.perf_counter()
-    bits = masks.draw(weights, candidate(1))
+    bits = masks.draw_mask(weights, candidate(1))
     seconds = time.perf_counter() - started
     copies = (peak_memory() - before - sum(mask.nbytes for mask in bits.values())) / (4 * largest)
     what = f"the same for {entries / 1e9:.2f} billion bf16 weights (LLaMA 7B's shapes); beside the mask, at its peak "

@@ -12,13 +12,14 @@ import torch
 from harness import Finding, climbed, options, tell
 
 from raymask.config import make_spec
-from raymask.core.records import Candidate, Noise, Snapshot
+from raymask.core.records import Candidate, Noise
+from raymask.core.tasks import Snapshot
 from raymask.core.tensors import pack
-from raymask.driver import remote
-from raymask.driver.search import prepare
-from raymask.report.terminal import Silent
-from raymask.train.model import build, describe, persistent
-from raymask.train.worker import Job
+from raymask.driver.setup import prepare
+from raymask.executor import ray_executor
+from raymask.report.console import NullCallback
+from raymask.train.context import WorkerContext
+from raymask.train.model import build_model, inspect_model, state_tensors
 
 SMALL = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
 MB = 1e6
@@ -37,41 +38,43 @@ class Memory:
         return self.workers + self.store
 
 
-def bert(count: int, changes: dict[str, int]) -> tuple[Job, int]:
+def bert(count: int, changes: dict[str, int]) -> tuple[WorkerContext, int]:
     """A job for `count` workers, a few steps on a few rows with a BERT of this shape; and its parameters."""
     from transformers import BertConfig
 
     spec = make_spec(
         {
             "model": "quickstart",
-            "task": {"name": "quickstart", "select_rows": 8},
-            "probe": {"epochs": 0.01, "batch_size": 8, "eval_every": 2},
+            "task": {"name": "quickstart", "validation_rows": 8},
+            "early_eval": {"epochs": 0.01, "batch_size": 8, "eval_steps": 2},
             "distill": False,
             "workers": {"count": count, "cpus": 1 / count, "gpus": 0},
         }
     )
-    plan = prepare(spec)
-    source = describe(spec.model, BertConfig(**changes), plan.source.tokenizer, plan.corpus.classes)
+    search_setup = prepare(spec)
+    source = inspect_model(
+        spec.model, BertConfig(**changes), search_setup.model_info.tokenizer, search_setup.dataset.classes
+    )
     # It asks for the least memory that a worker can: all are to fit here, and what they take is the question.
-    return Job(spec, source.config, plan.job.data, source.prunable, 0), source.sizes.whole
+    return WorkerContext(spec, source.config, search_setup.context.data, source.prunable, 0), source.sizes.whole
 
 
 def parent_of(config: Any) -> Snapshot:
     """Random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Snapshot("parent", pack(persistent(build(config))))
+        return Snapshot("parent", pack(state_tensors(build_model(config))))
 
 
-def measure(job: Job, parent: Snapshot) -> Memory:
+def measure(job: WorkerContext, parent: Snapshot) -> Memory:
     """On a Ray of their own, when every worker has evaluated at least one candidate."""
     count = job.spec.workers.count or 1
     seen: set[str] = set()
     pool = [
-        Candidate(level=1, index=index, seed=index, density=0.5, noise=Noise(exponent=5.0, ratio=3e-4))
+        Candidate(level=1, index=index, seed=index, density=0.5, noise=Noise(exponent=5.0, sampling_ratio=3e-4))
         for index in range(count)
     ]
-    with remote.workers(job, Silent(), None) as (evaluate, _):
+    with ray_executor.workers(job, NullCallback(), None) as (evaluate, _):
         while len(seen) < count:
             for found in climbed(evaluate, parent, pool):
                 assert found.ok, found.error
@@ -87,7 +90,7 @@ def look() -> Memory:
         with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):  # it may just have ended
             share = proportional(process.pid)
             store += share["Pss_Shmem"]
-            if process.name().startswith("ray::Desk"):
+            if process.name().startswith("ray::WorkerActor"):
                 workers += share["Pss"] - share["Pss_Shmem"]
     return Memory(workers, store)
 
@@ -107,7 +110,7 @@ def report(counts: list[int], changes: dict[str, int]) -> None:
         size = parent.weights.buffer.nbytes
         found[count] = measure(job, parent)
         tell_parent(count, found[count], size, parameters)
-    asked = replace(job, parameters=parameters).memory(on_gpu=False)
+    asked = replace(job, num_parameters=parameters).peak_host_memory(on_gpu=False)
     tell_growth(found[counts[0]], found[counts[-1]], counts[-1] - counts[0], size, asked)
 
 
@@ -127,7 +130,8 @@ def tell_growth(first: Memory, last: Memory, workers: int, size: int, asked: int
     """What each of `workers` more takes; it asks Ray for `asked` bytes."""
     grown, shared = (last.whole - first.whole) / workers, (last.store - first.store) / workers
     note = (
-        f"Python, torch, its live model and what malloc keeps for its next probe; {shared / MB:,.0f} MB of the store. "
+        f"Python, torch, its live model and what malloc keeps for its next early evaluation; "
+        f"{shared / MB:,.0f} MB of the store. "
         f"A worker asks Ray for {asked / MB:,.0f} MB, for its peak"
     )
     met = shared <= SLACK * size

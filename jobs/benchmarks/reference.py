@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raymask.core.samplers import rounds
-from raymask.train.data import Rows
-from raymask.train.loop import Autocast
+from raymask.core.masking.samplers import num_votes
+from raymask.data.types import TokenizedSplit
+from raymask.train.trainer import Autocast
 
 LENGTH = 128  # every batch is padded to it
 
@@ -30,13 +30,13 @@ def tally(weight: Tensor, density: float, exponent: float, draws: int, rng: torc
 def voted(weight: Tensor, density: float, exponent: float, ratio: float, rng: torch.Generator) -> Tensor:
     """The method's mask of one matrix, bool: the k entries with most votes."""
     count = int(weight.numel() * density)
-    votes = tally(weight, density, exponent, rounds(weight.numel(), count, ratio), rng)
+    votes = tally(weight, density, exponent, num_votes(weight.numel(), count, ratio), rng)
     mask = torch.zeros(weight.numel(), dtype=torch.bool)
     mask[votes.reshape(-1).topk(count).indices] = True
     return mask.view(weight.shape)
 
 
-def padded(rows: Rows, chosen: np.ndarray, padding: int) -> dict[str, Tensor]:
+def padded(rows: TokenizedSplit, chosen: np.ndarray, padding: int) -> dict[str, Tensor]:
     """Rows as a batch of LENGTH tokens each."""
     grid = np.full((len(chosen), LENGTH), padding)
     types, inside = np.zeros_like(grid), np.zeros_like(grid)
@@ -52,7 +52,7 @@ def padded(rows: Rows, chosen: np.ndarray, padding: int) -> dict[str, Tensor]:
 
 def train(
     module: nn.Module,
-    rows: Rows,
+    rows: TokenizedSplit,
     *,
     padding: int,
     steps: int,
@@ -98,7 +98,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(
-    module: nn.Module, rows: Rows, padding: int, autocast: Autocast, batch_size: int = 64
+    module: nn.Module, rows: TokenizedSplit, padding: int, autocast: Autocast, batch_size: int = 64
 ) -> tuple[float, float]:
     """Mean loss and accuracy over rows padded to LENGTH."""
     module.eval()

@@ -1,4 +1,4 @@
-"""How fast is raymask on this machine? Every benchmark, one after another, and the README's table from what they print.
+"""Run the benchmarks one after another, and write the table of docs/performance.md from what they print.
 
     python jobs/benchmarks/run.py --model FOLDER --glue FOLDER [NAME ...]
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-README = HERE.parents[1] / "README.md"
+PAGE = HERE.parents[1] / "docs" / "performance.md"
 RESULTS = HERE / "results.json"
 ORDER = ("masks", "training", "driver", "memory", "scaling", "whole", "startup")
 BEGIN, END = "<!-- jobs/benchmarks/run.py writes this table -->", "<!-- its end -->"
@@ -63,11 +63,11 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def write(results: dict[str, list[dict[str, Any]]]) -> None:
-    """Put the findings into RESULTS and their table into the README."""
+    """Put the findings into RESULTS and their table into PAGE."""
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    README.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,19 +8,23 @@ from typing import Any
 
 from harness import Finding, climbed, options, task, tell
 
-from raymask.core.recipe import finetune_stage, propose, resolve
-from raymask.core.records import Candidate, Climb, Settling, Snapshot
+from raymask.core.recipe import finetune_config, propose_candidates, resolve
+from raymask.core.records import Candidate
 from raymask.core.spec import Spec
-from raymask.driver import remote
-from raymask.driver.search import prepare
-from raymask.report.terminal import Silent
+from raymask.core.tasks import EvalTask, FinetuneTask, Snapshot
+from raymask.driver.setup import prepare
+from raymask.executor import ray_executor
+from raymask.report.console import NullCallback
+from raymask.train.context import WorkerContext
 from raymask.train.model import load_weights
-from raymask.train.worker import Job, Worker
+from raymask.train.worker import Worker
 
 WORKERS = 2
 
 
-def job_of(chosen: Any, workers: int, candidates: int, epochs: float) -> tuple[Job, Snapshot, tuple[Candidate, ...]]:
+def job_of(
+    chosen: Any, workers: int, candidates: int, epochs: float
+) -> tuple[WorkerContext, Snapshot, tuple[Candidate, ...]]:
     """One level's candidates, a parent to start from, and the job for so many workers of one thread."""
     spec = Spec.model_validate(
         {
@@ -28,20 +32,20 @@ def job_of(chosen: Any, workers: int, candidates: int, epochs: float) -> tuple[J
             "task": task(chosen),
             "levels": [0.9375],
             "candidates": {"count": candidates - 1},
-            "probe": {"epochs": epochs, "eval_every": 10},
+            "early_eval": {"epochs": epochs, "eval_steps": 10},
             "distill": False,
             "workers": {"cpus": 1.0, "count": workers},
         }
     )
-    plan = prepare(spec)
-    parent = Snapshot("parent", load_weights(spec.model, plan.source.config, 0, False))
-    return plan.job, parent, propose(resolve(spec), 1)
+    search_setup = prepare(spec)
+    parent = Snapshot("parent", load_weights(spec.model, search_setup.model_info.config, 0, False))
+    return search_setup.context, parent, propose_candidates(resolve(spec), 1)
 
 
 def stage(chosen: Any, workers: int, candidates: int, epochs: float) -> float:
     """Seconds of a level's early evaluation on so many workers that have started and evaluated before."""
     job, parent, pool = job_of(chosen, workers, candidates, epochs)
-    with remote.workers(job, Silent(), None) as (evaluate, _):
+    with ray_executor.workers(job, NullCallback(), None) as (evaluate, _):
         list(climbed(evaluate, parent, pool[:workers]))
         started = time.perf_counter()
         found = list(climbed(evaluate, parent, pool))
@@ -52,13 +56,13 @@ def stage(chosen: Any, workers: int, candidates: int, epochs: float) -> float:
 def together(chosen: Any, workers: int, shards: int, epochs: float) -> float:
     """Seconds of one fine-tuning in batches of so many shards, on workers that have started and trained before."""
     job, parent, pool = job_of(chosen, workers, 2, epochs)
-    whole = finetune_stage(resolve(job.spec), 1).model_copy(update={"epochs": epochs, "shards": shards})
+    whole = finetune_config(resolve(job.spec), 1).model_copy(update={"epochs": epochs, "data_parallel": shards})
     short = whole.model_copy(update={"epochs": epochs / 10})
-    with remote.workers(job, Silent(), None) as (_, fine_tune):
-        list(fine_tune([(parent, Settling("warm-up", pool[1], short))]))
+    with ray_executor.workers(job, NullCallback(), None) as (_, fine_tune):
+        list(fine_tune([(parent, FinetuneTask("warm-up", pool[1], short))]))
         started = time.perf_counter()
-        [(_, found)] = fine_tune([(parent, Settling("fine-tuning", pool[1], whole))])
-        assert len(found.finetuned.helpers) == min(workers, shards) - 1
+        [(_, found)] = fine_tune([(parent, FinetuneTask("fine-tuning", pool[1], whole))])
+        assert len(found.finetune_result.helper_workers) == min(workers, shards) - 1
         return time.perf_counter() - started
 
 
@@ -66,11 +70,11 @@ def alone(chosen: Any, candidates: int, epochs: float, start: Any, seconds: Any)
     """The same work in a process that shares nothing with another."""
     job, parent, pool = job_of(chosen, 1, candidates, epochs)
     worker = Worker(job, "cpu")
-    worker.probe(parent, Climb(pool[0]))
+    worker.evaluate(parent, EvalTask(pool[0]))
     start.wait()
     began = time.perf_counter()
     for candidate in pool:
-        worker.probe(parent, Climb(candidate))
+        worker.evaluate(parent, EvalTask(candidate))
     seconds.put(time.perf_counter() - began)
 
 
@@ -105,6 +109,6 @@ if __name__ == "__main__":
     note = (
         f"{epochs:g} epochs on MRPC in batches of 64, one thread each, workers started before, looks and predictions "
     )
-    note += f"included; one worker with finetune.shards: 2, which has the same result to the bit: {cut:.1f} s"
-    what = "one fine-tuning on 2 workers, MiniLM-L6, finetune.shards: 2"
+    note += f"included; one worker with finetune.data_parallel: 2, which has the same result to the bit: {cut:.1f} s"
+    what = "one fine-tuning on 2 workers, MiniLM-L6, finetune.data_parallel: 2"
     tell(Finding(what, "1 worker", both, whole, "s", whole / both, "states what it saves", both < whole, note))

@@ -15,7 +15,7 @@ from typing import Any
 from harness import Finding, options, tell
 
 RAYMASK = Path(sys.executable).with_name("raymask")
-IMPORTS = "import ray, torch, transformers, raymask.driver.remote, raymask.driver.search"
+IMPORTS = "import ray, torch, transformers, raymask.executor.ray_executor, raymask.driver.search"
 
 
 def lines(run: Path, level: int) -> list[str]:
@@ -40,7 +40,7 @@ def undisturbed(run: Path) -> tuple[float, float, dict[str, Any]]:
     assert begin(run).wait() == 0
     wall = time.time() - started
     found = result(run)
-    first = min(piece["started"] for piece in found["timeline"] if piece["kind"] == "early evaluation")
+    first = min(span["started"] for span in found["timeline"] if span["phase"] == "early evaluation")
     return first - started, wall, found
 
 
@@ -74,9 +74,9 @@ if __name__ == "__main__":
         again = result(run)
         kept = lines(run, level)[: len(journal)] == journal
         same = again["levels"][-1]["digest"] == whole["levels"][-1]["digest"]
-        spent = [sum(piece["seconds"] for piece in found["timeline"]) for found in (whole, again)]
+        spent = [sum(span["seconds"] for span in found["timeline"]) for found in (whole, again)]
         note = f"killed after {before:.1f} s; nothing that had finished is repeated: {kept}, the same mask: {same}; "
         note += f"finished work {spent[1]:.1f} s of the workers' time against {spent[0]:.1f} s undisturbed"
         what = "resume after kill -9 (quickstart, level 2 of 4)"
-        bar = "at most the running probes are repeated"
+        bar = "at most the running early evaluations are repeated"
         tell(Finding(what, "start from scratch", after, wall, "s", wall / after, bar, kept and same, note))

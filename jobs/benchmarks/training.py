@@ -15,15 +15,16 @@ from harness import Finding, best_of, options, task, tell
 from torch import nn
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
-from raymask.core.masks import Mask
-from raymask.core.recipe import probe_stage, propose, resolve
-from raymask.core.records import Snapshot
+from raymask.core.masking.masks import Mask
+from raymask.core.recipe import early_eval_config, propose_candidates, resolve
 from raymask.core.spec import Spec
-from raymask.core.tensors import load
-from raymask.driver.search import Plan, prepare
-from raymask.train import loop
+from raymask.core.tasks import Snapshot
+from raymask.core.tensors import copy_into
+from raymask.driver.setup import SearchSetup, prepare
+from raymask.train import trainer
+from raymask.train.device import computes_bf16, isolated_torch_state
 from raymask.train.model import load_weights
-from raymask.train.worker import Worker, computes_bf16, isolated
+from raymask.train.worker import Worker
 
 THREADS = 2
 SPEC = {"levels": [0.9375], "candidates": {"count": 8}, "precision": "auto", "workers": {"cpus": float(THREADS)}}
@@ -34,23 +35,25 @@ class Bench:
 
     def __init__(self, chosen: Any, distill: bool) -> None:
         self.spec = Spec.model_validate({**SPEC, "model": chosen.model, "task": task(chosen), "distill": distill})
-        self.plan: Plan = prepare(self.spec)
-        self.rows = self.plan.job.data.train
-        self.stage = probe_stage(self.spec)
+        self.search_setup: SearchSetup = prepare(self.spec)
+        self.rows = self.search_setup.context.data.train
+        self.stage = early_eval_config(self.spec)
         steps = 4 if chosen.quick else 16
-        self.stage = self.stage.model_copy(update={"epochs": steps / loop.per_epoch(self.stage, len(self.rows))})
-        self.steps = loop.steps_in(self.stage, len(self.rows))
-        self.worker = Worker(self.plan.job, "cpu")
-        weights = load_weights(self.spec.model, self.plan.source.config, 0, False)
+        self.stage = self.stage.model_copy(
+            update={"epochs": steps / trainer.steps_per_epoch(self.stage, len(self.rows))}
+        )
+        self.steps = trainer.num_steps(self.stage, len(self.rows))
+        self.worker = Worker(self.search_setup.context, "cpu")
+        weights = load_weights(self.spec.model, self.search_setup.model_info.config, 0, False)
         self.parent = Snapshot("parent", weights, teacher=weights if distill else None)
-        self.candidates = propose(resolve(self.spec), 1)
-        with isolated(self.spec, self.worker.device):
+        self.candidates = propose_candidates(resolve(self.spec), 1)
+        with isolated_torch_state(self.spec, self.worker.device):
             self.mask, _ = self.worker.reset(self.parent, self.candidates[1])
 
     def ours(self, mask: Mask) -> None:
         """The candidate stage's own loop."""
-        with isolated(self.spec, self.worker.device):
-            load(self.parent.weights, self.worker.live)
+        with isolated_torch_state(self.spec, self.worker.device):
+            copy_into(self.parent.weights, self.worker.named_tensors)
             optimizer = self.worker.optimizer(self.parent)
             self.worker.train(self.parent, self.stage, mask, 0, [], lambda step: None, optimizer)
 
@@ -75,7 +78,7 @@ class Bench:
             logging_strategy="no",
             disable_tqdm=True,
         )
-        collator = DataCollatorWithPadding(self.plan.source.tokenizer)
+        collator = DataCollatorWithPadding(self.search_setup.model_info.tokenizer)
         trainer = Trainer(self.reset(module), arguments, train_dataset=self.examples, data_collator=collator)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -99,7 +102,7 @@ class Bench:
         reference.train(
             self.reset(module),
             self.rows,
-            padding=self.plan.job.data.padding,
+            padding=self.search_setup.context.data.padding,
             steps=self.steps,
             batch_size=self.stage.batch_size,
             learning_rate=self.stage.learning_rate,
@@ -113,10 +116,10 @@ class Bench:
 
 def throughput(bench: Bench, times: int) -> None:
     """Examples a second: ours, Trainer's, the plain loop's, and ours without a mask."""
-    from raymask.train.model import build
+    from raymask.train.model import build_model
 
-    sdpa = build(bench.plan.job.config)
-    eager = build(bench.plan.job.config, show_attention=True)
+    sdpa = build_model(bench.search_setup.context.config)
+    eager = build_model(bench.search_setup.context.config, show_attention=True)
     assert bench.examples, "made before anything is timed: a user's data are there already"
     with tempfile.TemporaryDirectory() as folder:
         sides: list[Callable[[], None]] = [
@@ -145,7 +148,7 @@ def teaching(bench: Bench) -> None:
     """Seconds of a distilled candidate: the worker's first of a level, and its next."""
     found = []
     for candidate in bench.candidates[1:3]:
-        with isolated(bench.spec, bench.worker.device):
+        with isolated_torch_state(bench.spec, bench.worker.device):
             mask, _ = bench.worker.reset(bench.parent, candidate)
             optimizer = bench.worker.optimizer(bench.parent)
             started = time.perf_counter()

@@ -18,22 +18,22 @@ from harness import Finding, options, task, tell
 from torch import Tensor, nn
 
 import raymask
-from raymask.core import masks
-from raymask.core.recipe import dense_stage, finetune_stage, probe_stage, propose, resolve
-from raymask.core.records import Stage
+from raymask.core.masking import masks
+from raymask.core.recipe import dense_config, early_eval_config, finetune_config, propose_candidates, resolve
+from raymask.core.records import TrainConfig
 from raymask.core.spec import Spec
-from raymask.driver.search import prepare
+from raymask.driver.setup import prepare
+from raymask.report.text import duration
 from raymask.report.timeline import timeline
-from raymask.report.words import duration
-from raymask.train.model import build, load_weights
-from raymask.train.worker import autocasting, computes_bf16
+from raymask.train.device import autocast_factory, computes_bf16
+from raymask.train.model import build_model, load_weights
 
 THREADS = 2
 FULL = {
     "levels": [0.9375],
     "candidates": {"count": 3},
     "dense": {"epochs": 0.5, "learning_rate": 1e-4, "batch_size": 64},
-    "probe": {"epochs": 0.5, "eval_every": 8, "last": 3},
+    "early_eval": {"epochs": 0.5, "eval_steps": 8, "score_window": 3},
     "finetune": {"epochs": 1.0, "learning_rate": 1e-4},
     "imp": {"epochs": 1.0},
     "distill": False,
@@ -41,7 +41,7 @@ FULL = {
 QUICK = FULL | {
     "candidates": {"count": 1},
     "dense": {"epochs": 0.02, "batch_size": 16},
-    "probe": {"epochs": 0.02, "eval_every": 1, "batch_size": 16},
+    "early_eval": {"epochs": 0.02, "eval_steps": 1, "batch_size": 16},
     "finetune": {"epochs": 0.02, "batch_size": 16},
     "imp": {"epochs": 0.02},
 }
@@ -52,11 +52,11 @@ class Plain:
 
     def __init__(self, spec: Spec) -> None:
         self.spec, self.recipe = spec, resolve(spec)
-        self.plan = prepare(spec)
-        self.data = self.plan.job.data
-        self.autocast = autocasting(spec.precision, torch.device("cpu"))
-        self.module = build(self.plan.source.config, show_attention=True)
-        weights = load_weights(spec.model, self.plan.source.config, 0, False).views()
+        self.search_setup = prepare(spec)
+        self.data = self.search_setup.context.data
+        self.autocast = autocast_factory(spec.precision, torch.device("cpu"))
+        self.module = build_model(self.search_setup.model_info.config, show_attention=True)
+        weights = load_weights(spec.model, self.search_setup.model_info.config, 0, False).views()
         self.module.load_state_dict(weights, strict=False)
         self.seconds: Counter[str] = Counter()
 
@@ -66,8 +66,10 @@ class Plain:
         yield
         self.seconds[purpose] += time.perf_counter() - started
 
-    def train(self, module: nn.Module, stage: Stage, mask: dict[str, Tensor], looks: int) -> list[tuple[float, float]]:
-        """Train in place, evaluating on select every so many steps, and once where there are fewer."""
+    def train(
+        self, module: nn.Module, stage: TrainConfig, mask: dict[str, Tensor], looks: int
+    ) -> list[tuple[float, float]]:
+        """Train in place, evaluating on validation every so many steps, and once where there are fewer."""
         per_epoch = -(-len(self.data.train) // stage.batch_size)
         steps = max(1, round(stage.epochs * per_epoch))
         curve: list[tuple[float, float]] = []
@@ -75,7 +77,7 @@ class Plain:
         def look(step: int) -> None:
             if step % looks == 0 or (step == steps and not curve):
                 with self.timed("looks"):
-                    found = reference.evaluate(module, self.data.select, self.data.padding, self.autocast)
+                    found = reference.evaluate(module, self.data.validation, self.data.padding, self.autocast)
                 curve.append(found)
 
         reference.train(
@@ -96,14 +98,14 @@ class Plain:
 
     def draw(self, level: int, index: int, parent: nn.Module) -> dict[str, Tensor]:
         """A candidate's mask; index 0 is the magnitude mask."""
-        candidate = propose(self.recipe, level)[index]
-        weights = {name: parent.get_parameter(name).detach() for name in self.plan.source.prunable}
+        candidate = propose_candidates(self.recipe, level)[index]
+        weights = {name: parent.get_parameter(name).detach() for name in self.search_setup.model_info.prunable}
         if candidate.noise is None:
-            return masks.draw(weights, candidate)
+            return masks.draw_mask(weights, candidate)
         rng = torch.Generator().manual_seed(candidate.seed)
         noise = candidate.noise
         return {
-            name: reference.voted(weight, candidate.density, noise.exponent, noise.ratio, rng)
+            name: reference.voted(weight, candidate.density, noise.exponent, noise.sampling_ratio, rng)
             for name, weight in weights.items()
         }
 
@@ -116,19 +118,19 @@ class Plain:
                 with self.timed("masks"):
                     mask = self.draw(level, index, module)
                 if len(pool) > 1:
-                    probe = self.spec.probe
+                    early_eval = self.spec.early_eval
                     with self.timed("early evaluation"):
-                        curve = self.train(deepcopy(module), probe_stage(self.spec), mask, probe.eval_every)
-                    scores.append((-float(np.mean([loss for loss, _ in curve[-probe.last :]])), mask))
+                        curve = self.train(deepcopy(module), early_eval_config(self.spec), mask, early_eval.eval_steps)
+                    scores.append((-float(np.mean([loss for loss, _ in curve[-early_eval.score_window :]])), mask))
             winner = max(scores, key=lambda scored: scored[0])[1] if scores else mask
-            stage = finetune_stage(self.recipe, level).model_copy(update={"epochs": epochs})
+            stage = finetune_config(self.recipe, level).model_copy(update={"epochs": epochs})
             with self.timed("fine-tuning"):
                 self.train(module, stage, winner, -(-len(self.data.train) // stage.batch_size))
 
     def search(self) -> float:
         """Seconds for the dense model, the search, and the baseline."""
         started = time.perf_counter()
-        stage = dense_stage(self.spec)
+        stage = dense_config(self.spec)
         with self.timed("dense"):
             self.train(self.module, stage, {}, -(-len(self.data.train) // stage.batch_size))
         self.prune(list(range(self.spec.candidates.count + 1)), self.spec.finetune.epochs)
@@ -155,9 +157,8 @@ if __name__ == "__main__":
     slow = plain.search()
     print("the plain procedure: " + ", ".join(f"{what} {duration(spent)}" for what, spent in plain.seconds.items()))
     precision = "bf16" if computes_bf16(spec.precision, torch.device("cpu")) else "fp32"
-    note = (
-        f"{len(resolve(spec).densities)} levels, control + {spec.candidates.count}, the same epochs and evaluations, "
-    )
+    note = f"{len(resolve(spec).densities)} levels, magnitude mask + {spec.candidates.count}, the same epochs and "
+    note += "evaluations, "
     note += f"{precision} on both sides; 2 workers of one thread against {THREADS} threads; Ray's start is in ours"
     what = "a whole search, MiniLM-L6 on MRPC"
     ratio = slow / fast

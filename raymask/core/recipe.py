@@ -1,75 +1,108 @@
-"""What does a spec mean? The one place where its names become functions and its numbers become work."""
+"""Recipes: the one place where a spec's names become functions and its numbers become tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raymask.core import patterns, seeds
-from raymask.core.allocations import ALLOCATIONS, Allocation
-from raymask.core.patterns import Pattern
-from raymask.core.records import Candidate, Noise, Stage
-from raymask.core.rules import RULES, Rule
-from raymask.core.rungs import climbs, cost
-from raymask.core.samplers import SAMPLERS, Sampler
-from raymask.core.scorers import SCORERS, Scorer
+from raymask.core import seeds
+from raymask.core.masking import patterns
+from raymask.core.masking.allocations import ALLOCATIONS, AllocationFn
+from raymask.core.masking.patterns import Pattern
+from raymask.core.masking.samplers import SAMPLERS, Sampler
+from raymask.core.masking.scorers import SCORERS, ScoreFn
+from raymask.core.records import Candidate, Noise, TrainConfig
 from raymask.core.seeds import derive
-from raymask.core.spec import Dense, Finetune, Probe, Spec
+from raymask.core.selection import SELECTIONS, SelectFn
+from raymask.core.spec import Dense, EarlyEval, Finetune, Spec
+from raymask.core.successive_halving import num_evaluations, num_full_evaluations
 
-IMP_EPOCHS = 1.5  # the reference fine-tunes its baseline for 15 epochs a level, its search for 10
+IMP_EPOCHS = (
+    1.5  # times finetune.epochs: the reference fine-tunes its baseline for 15 epochs a level, its search for 10
+)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A spec with its verbs resolved; `densities` of level 1, 2, ... are strictly decreasing."""
+    """A spec with its names resolved to functions.
+
+    Attributes:
+        spec: The spec.
+        densities: Share of the prunable weights that levels 1, 2, ... keep, in (0, 1), strictly decreasing.
+        allocation: Distributes the density over the matrices.
+        scorer: Scores the weights.
+        sampler: Draws random masks.
+        pattern: Which shapes a mask may have.
+        select: Selects the winners of a level.
+    """
 
     spec: Spec
     densities: tuple[float, ...]
-    allocation: Allocation
-    scorer: Scorer
+    allocation: AllocationFn
+    scorer: ScoreFn
     sampler: Sampler
     pattern: Pattern
-    rule: Rule
+    select: SelectFn
 
 
 def resolve(spec: Spec) -> Recipe:
-    """The verbs that a spec names."""
+    """Look up the functions that a spec names."""
     return Recipe(
         spec=spec,
         densities=spec.levels.densities(),
         allocation=ALLOCATIONS[spec.mask.allocation],
         scorer=SCORERS[spec.mask.score],
         sampler=SAMPLERS[spec.candidates.sampler],
-        pattern=patterns.named(spec.mask.pattern),
-        rule=RULES[spec.select.rule],
+        pattern=patterns.parse_pattern(spec.mask.pattern),
+        select=SELECTIONS[spec.select.rule],
     )
 
 
-def control(recipe: Recipe, level: int) -> Candidate:
-    """The magnitude mask of a level, counted from 1; level 0 is the dense model, which nothing masks."""
+def deterministic_candidate(recipe: Recipe, level: int) -> Candidate:
+    """The magnitude mask of a level, counted from 1. Level 0 is the dense model, which has no mask: density 1."""
     density = recipe.densities[level - 1] if level else 1.0
     return Candidate(level=level, index=0, seed=derive(recipe.spec.seed, seeds.CANDIDATE, level, 0), density=density)
 
 
-def propose(recipe: Recipe, level: int, parents: Sequence[int] = (1,)) -> tuple[Candidate, ...]:
-    """The level's pool, for each of its `parents`, branches of the level before: the control, then as many random masks
-    as asked for, sampling ratios in turn."""
-    first, asked = control(recipe, level), recipe.spec.candidates
-    found = []
-    for index in range(len(parents) * (asked.count + 1)):
-        turn, drawn = divmod(index, asked.count + 1)
-        noise = Noise(exponent=asked.exponent, ratio=asked.ratios[(drawn - 1) % len(asked.ratios)]) if drawn else None
+def propose_candidates(recipe: Recipe, level: int, parents: Sequence[int] = (1,)) -> tuple[Candidate, ...]:
+    """Propose the candidates of a level.
+
+    Args:
+        recipe: The recipe.
+        level: Level, counted from 1.
+        parents: Branches of the level before, counted from 1.
+
+    Returns:
+        For each parent the magnitude mask, then `candidates.count` random masks with the sampling ratios in turn. The
+        index counts on over the parents.
+    """
+    deterministic, section = deterministic_candidate(recipe, level), recipe.spec.candidates
+    candidates = []
+    for index in range(len(parents) * (section.count + 1)):
+        parent_index, number = divmod(index, section.count + 1)  # number 0 is the magnitude mask
+        ratios = section.sampling_ratios
+        noise = Noise(exponent=section.exponent, sampling_ratio=ratios[(number - 1) % len(ratios)]) if number else None
         seed = derive(recipe.spec.seed, seeds.CANDIDATE, level, index)
-        found.append(first.model_copy(update={"index": index, "seed": seed, "noise": noise, "parent": parents[turn]}))
-    return tuple(found)
+        update = {"index": index, "seed": seed, "noise": noise, "parent_branch": parents[parent_index]}
+        candidates.append(deterministic.model_copy(update=update))
+    return tuple(candidates)
 
 
-def stage(section: Dense | Probe | Finetune, *, schedule: str = "linear", distill: bool) -> Stage:
-    """A section of the spec as a training."""
-    return Stage(
+def train_config(section: Dense | EarlyEval | Finetune, *, schedule: str = "linear", distill: bool) -> TrainConfig:
+    """The hyper-parameters that a section of the spec gives.
+
+    Args:
+        section: Section of the spec.
+        schedule: "linear" or "constant" learning rate after the warm-up.
+        distill: Whether to distil from the dense model.
+
+    Returns:
+        The configuration. An early evaluation never splits its batches.
+    """
+    return TrainConfig(
         epochs=section.epochs,
         batch_size=section.batch_size,
-        shards=1 if isinstance(section, Probe) else section.shards,
+        data_parallel=1 if isinstance(section, EarlyEval) else section.data_parallel,
         learning_rate=section.learning_rate,
         schedule=schedule,
         warmup=section.warmup,
@@ -77,63 +110,76 @@ def stage(section: Dense | Probe | Finetune, *, schedule: str = "linear", distil
     )
 
 
-def dense_stage(spec: Spec) -> Stage:
+def dense_config(spec: Spec) -> TrainConfig:
     """Fine-tuning of the dense model on the labels."""
-    return stage(spec.dense, distill=False)
+    return train_config(spec.dense, distill=False)
 
 
-def warm_stage(spec: Spec) -> Stage | None:
-    """Dense distillation, from which level 1 starts; None when nothing is distilled."""
+def dense_distillation_config(spec: Spec) -> TrainConfig | None:
+    """Dense distillation, from whose result level 1 starts; None when the spec asks for none."""
     if not spec.distill or spec.dense.distill_epochs == 0:
         return None
-    return stage(spec.dense, distill=True).model_copy(update={"epochs": spec.dense.distill_epochs})
+    return train_config(spec.dense, distill=True).model_copy(update={"epochs": spec.dense.distill_epochs})
 
 
-def probe_stage(spec: Spec) -> Stage:
+def early_eval_config(spec: Spec) -> TrainConfig:
     """The early evaluation: linear decay after the warm-up."""
-    return stage(spec.probe, distill=spec.distill)
+    return train_config(spec.early_eval, distill=spec.distill)
 
 
-def finetune_stage(recipe: Recipe, level: int, *, imp: bool = False) -> Stage:
-    """Fine-tuning of a level's mask, for the search or for its baseline: the rate decays at the last level only."""
+def finetune_config(recipe: Recipe, level: int, *, imp: bool = False) -> TrainConfig:
+    """Fine-tuning of a level's mask: the learning rate decays at the last level only.
+
+    Args:
+        recipe: The recipe.
+        level: Level, counted from 1.
+        imp: Whether it is the IMP baseline's, which may have another number of epochs.
+
+    Returns:
+        The configuration.
+    """
     spec = recipe.spec
     schedule = "linear" if level == len(recipe.densities) else "constant"
-    found = stage(spec.finetune, schedule=schedule, distill=spec.distill)
-    return found.model_copy(update={"epochs": spec.imp.epochs or IMP_EPOCHS * found.epochs}) if imp else found
+    config = train_config(spec.finetune, schedule=schedule, distill=spec.distill)
+    return config.model_copy(update={"epochs": spec.imp.epochs or IMP_EPOCHS * config.epochs}) if imp else config
 
 
-def runs_imp(spec: Spec) -> bool:
-    """Whether there is a baseline to run: without random candidates the search itself is one."""
+def has_baseline(spec: Spec) -> bool:
+    """Whether the IMP baseline runs beside the search. Without random candidates the search itself is IMP."""
     return spec.imp.run and spec.candidates.count > 0
 
 
-def parents_of(spec: Spec, level: int) -> int:
+def num_parents(spec: Spec, level: int) -> int:
     """How many parents a level's candidates are drawn from, at most."""
     return spec.select.keep if spec.select.beam and level > 1 else 1
 
 
-def probe_epochs(recipe: Recipe, level: int) -> float:
-    """Epochs of a level's early evaluations."""
-    spec, parents = recipe.spec, parents_of(recipe.spec, level)
+def early_eval_epochs(recipe: Recipe, level: int) -> float:
+    """Epochs that a level's early evaluations train at most, repeats not counted."""
+    spec, parents = recipe.spec, num_parents(recipe.spec, level)
     if spec.candidates.count == 0:
         return 0.0
-    return spec.probe.epochs * cost(parents * spec.candidates.count, parents, spec.probe.rungs)
+    return spec.early_eval.epochs * num_full_evaluations(
+        parents * spec.candidates.count, parents, spec.early_eval.rungs
+    )
 
 
-def climbs_of(recipe: Recipe, level: int) -> int:
-    """How many early evaluations, each from one rung to the next, a level has."""
-    spec, parents = recipe.spec, parents_of(recipe.spec, level)
-    return climbs(parents * spec.candidates.count, parents, spec.probe.rungs) if spec.candidates.count else 0
+def level_evaluations(recipe: Recipe, level: int) -> int:
+    """How many early evaluations, each from one rung to the next, a level has at most, repeats not counted."""
+    spec, parents = recipe.spec, num_parents(recipe.spec, level)
+    return (
+        num_evaluations(parents * spec.candidates.count, parents, spec.early_eval.rungs) if spec.candidates.count else 0
+    )
 
 
-def epochs(recipe: Recipe) -> dict[str, float]:
-    """Epochs by purpose that the whole search will train."""
+def planned_epochs(recipe: Recipe) -> dict[str, float]:
+    """Epochs by phase that the whole search trains, repeats and speculative evaluations not counted."""
     spec, levels = recipe.spec, len(recipe.densities)
-    warm = warm_stage(spec)
-    probes = sum(probe_epochs(recipe, level) for level in range(1, levels + 1))
+    distillation = dense_distillation_config(spec)
+    early_eval = sum(early_eval_epochs(recipe, level) for level in range(1, levels + 1))
     return {
-        "dense": spec.dense.epochs + (warm.epochs if warm else 0.0),
-        "early evaluation": probes,
-        "fine-tuning": levels * spec.select.keep * finetune_stage(recipe, 1).epochs,
-        "baseline (IMP)": levels * finetune_stage(recipe, 1, imp=True).epochs if runs_imp(spec) else 0.0,
+        "dense": spec.dense.epochs + (distillation.epochs if distillation else 0.0),
+        "early evaluation": early_eval,
+        "fine-tuning": levels * spec.select.keep * finetune_config(recipe, 1).epochs,
+        "baseline (IMP)": levels * finetune_config(recipe, 1, imp=True).epochs if has_baseline(spec) else 0.0,
     }

@@ -1,15 +1,11 @@
-"""What crosses a boundary: the frozen records that driver, workers, journal and report share."""
+"""Frozen records that driver, workers, journal and report share. Their field names are the on-disk format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
-
-from raymask.core.tensors import Packed
 
 
 class Record(BaseModel):
@@ -20,23 +16,33 @@ class Record(BaseModel):
     )
 
 
-Place = tuple[int, int, int]
-"""Which early evaluation of a level: a candidate's index, a rung, an order of rows."""
+EvalKey = tuple[int, int, int]
+"""Key of an early evaluation within a level: (candidate index, rung, repeat)."""
 
 
 class Noise(Record):
-    """How far a random mask may stray: `exponent` a > 0 (1/temperature), `ratio` r > 0 of votes (method 2)."""
+    """How far a random mask may differ from the magnitude mask.
+
+    Attributes:
+        exponent: Exponent a > 0 of the scores, 1/temperature. Larger is nearer to the magnitude mask.
+        sampling_ratio: Sampling ratio r > 0, which gives the number of votes V = max(1, floor((N - k) r)).
+    """
 
     exponent: float
-    ratio: float
+    sampling_ratio: float
 
 
 class Candidate(Record):
-    """Everything about one mask, given a snapshot: never the mask itself.
+    """Everything that determines one mask, given a snapshot; never the mask itself.
 
-    `level` counts from 1 (0 is dense), `density` in (0, 1] is the share of the prunable weights that is kept.
-    Without `noise` it is the control: the deterministic mask of the largest scores, by default magnitudes. `parent`:
-    the branch of the level before that it is drawn from, counted from 1.
+    Attributes:
+        level: Level, counted from 1; 0 is the dense model.
+        index: Index within the level, from 0.
+        seed: Seed of the mask's random draws, in [0, 2^63).
+        density: Share of the prunable weights that is kept, in (0, 1].
+        noise: Randomness of the mask. None for the deterministic mask, the one of the largest scores; by default the
+            scores are magnitudes.
+        parent_branch: Branch of the level before whose snapshot the mask is drawn from, counted from 1.
     """
 
     level: int
@@ -44,46 +50,30 @@ class Candidate(Record):
     seed: int
     density: float
     noise: Noise | None = None
-    parent: int = 1
+    parent_branch: int = 1
 
     @property
-    def is_control(self) -> bool:
+    def is_magnitude(self) -> bool:
+        """Whether the mask is deterministic."""
         return self.noise is None
 
     @property
     def name(self) -> str:
-        name = "control" if self.is_control else f"candidate {self.index}"
-        return name if self.parent == 1 else f"{name} of branch {self.parent}"
+        """Name for people, unique within the level."""
+        name = "magnitude mask" if self.is_magnitude else f"candidate {self.index}"
+        return name if self.parent_branch == 1 else f"{name} of branch {self.parent_branch}"
 
 
-@dataclass(frozen=True)
-class Climb:
-    """A candidate's early evaluation from one rung to the next; to rung 0 it starts from its parent.
+class EvalPoint(Record):
+    """One evaluation on the `validation` split during training.
 
-    With an `order` above 0 it is a repeat from the parent to the last rung, in another order of rows.
-    """
-
-    candidate: Candidate
-    rung: int = 0
-    order: int = 0
-
-    @property
-    def place(self) -> Place:
-        return self.candidate.index, self.rung, self.order
-
-    @property
-    def below(self) -> Place:
-        """Where it goes on from, when it got there."""
-        return self.candidate.index, self.rung - 1, self.order
-
-
-class Point(Record):
-    """One look at the `select` split after `step` optimizer steps: mean `loss`, mean of the task's metrics.
-
-    Of a perplexity the `metric` is minus its logarithm, so that larger is always better.
-
-    `agreement` with the dense model, where that is known to the worker: minus the mean Kullback-Leibler divergence of
-    its class probabilities from the dense model's, for a regression minus the mean squared difference.
+    Attributes:
+        step: Optimizer steps so far.
+        loss: Mean loss.
+        metric: Mean of the task's metrics, larger is better. Perplexity counts as -log(perplexity).
+        agreement: Agreement with the dense model, larger is better: minus the mean Kullback-Leibler divergence of the
+            class probabilities from the dense model's; for a regression minus the mean squared difference. None where
+            the worker does not know the dense model's predictions.
     """
 
     step: int
@@ -92,26 +82,37 @@ class Point(Record):
     agreement: float | None = None
 
     @property
-    def rank(self) -> tuple[float, float]:
-        """By which fine-tuned models are compared, the larger the better: the metric, on a tie the loss."""
+    def sort_key(self) -> tuple[float, float]:
+        """Key for comparing fine-tuned models, larger is better: the metric, then the lower loss."""
         return self.metric, -self.loss
 
 
 class Evaluation(Record):
-    """What the early evaluation of one candidate found at a `rung`, in an `order`, or the `error` that ended it.
+    """Result of one early evaluation, or the error that ended it.
 
-    `score`: larger is better (the negative loss, the metric, or the agreement), the mean of the looks on the `curve`.
-    `row_losses`: float32 bytes, one loss a row that was looked at, averaged over the same looks.
-    `distance`: share in [0, 1] of kept entries that the control prunes. `digest`: the mask's. `started`: Unix time,
-    seconds; 0 when no worker lived to tell. `machine`: the error was the machine's, not the candidate's, so a
-    continued search tries again.
+    Attributes:
+        candidate: The candidate that was evaluated.
+        rung: Rung that the evaluation ran to, from 0.
+        repeat: Which order of the training rows; 0 is the first evaluation, larger ones repeat it.
+        score: Score, larger is better: the negative loss, the metric, or the agreement, averaged over `curve`. None
+            after an error.
+        curve: The evaluations on `validation` that count for the score.
+        row_losses: float32 bytes, the loss of each evaluated row, averaged over the same evaluations.
+        distance: Share in [0, 1] of the mask's kept weights that the magnitude mask prunes.
+        digest: The mask's digest.
+        started: Start in Unix time, seconds; 0 when the worker was lost before it could report it.
+        seconds: Duration in seconds.
+        worker: Name of the worker.
+        error: Text of the error that ended the evaluation, None when it succeeded.
+        system_failure: Whether the machine caused the error, not the candidate. A resumed search evaluates such a
+            candidate again.
     """
 
     candidate: Candidate
     rung: int = 0
-    order: int = 0
+    repeat: int = 0
     score: float | None = None
-    curve: tuple[Point, ...] = ()
+    curve: tuple[EvalPoint, ...] = ()
     row_losses: bytes = b""
     distance: float | None = None
     digest: str | None = None
@@ -119,56 +120,78 @@ class Evaluation(Record):
     seconds: float = 0.0
     worker: str = ""
     error: str | None = None
-    machine: bool = False
+    system_failure: bool = False
 
     @property
     def ok(self) -> bool:
+        """Whether the evaluation succeeded."""
         return self.error is None
 
     @property
-    def place(self) -> Place:
-        return self.candidate.index, self.rung, self.order
+    def key(self) -> EvalKey:
+        """Key of the evaluation within its level."""
+        return self.candidate.index, self.rung, self.repeat
 
     def losses(self) -> np.ndarray:
-        """float32, one a row of `select` that was looked at."""
+        """Loss of each evaluated row of `validation`, float32 `[n_rows]`; empty after an error."""
         return np.frombuffer(self.row_losses, np.float32)
 
 
-class Stage(Record):
-    """One training: as many `epochs` as asked, at a peak `learning_rate` reached after the `warmup` share of steps.
+class TrainConfig(Record):
+    """Hyper-parameters of one training.
 
-    `shards`: parts of a batch, each of which may be another worker's.
+    Attributes:
+        epochs: Number of epochs; may be a fraction.
+        batch_size: Rows of one batch.
+        data_parallel: Number of shards that each batch is split into; different workers may train them.
+        learning_rate: Peak learning rate, reached after the warm-up.
+        schedule: "linear" decay after the warm-up, or "constant".
+        warmup: Share of the steps, in [0, 1], over which the learning rate rises.
+        distill: Whether the loss is distillation from the dense model; else it is the loss on the labels.
     """
 
     epochs: float
     batch_size: int
-    shards: int = 1
+    data_parallel: int = 1
     learning_rate: float
     schedule: str
     warmup: float
     distill: bool
 
 
-class FineTuned(Record):
-    """How a fine-tuning went: every look at `select`, and which one (`best`, an index) was kept.
+class FinetuneResult(Record):
+    """How one fine-tuning went.
 
-    `started`: Unix time, seconds. `helpers`: workers who trained it together with `worker`.
+    Attributes:
+        curve: All evaluations on `validation`.
+        best: Index into `curve` of the evaluation whose weights are kept.
+        started: Start in Unix time, seconds.
+        seconds: Duration in seconds.
+        worker: Name of the worker.
+        helper_workers: Workers that trained shards of its batches.
     """
 
-    curve: tuple[Point, ...]
+    curve: tuple[EvalPoint, ...]
     best: int
     started: float
     seconds: float
     worker: str
-    helpers: tuple[str, ...] = ()
+    helper_workers: tuple[str, ...] = ()
 
     @property
-    def kept(self) -> Point:
+    def best_eval(self) -> EvalPoint:
+        """The evaluation whose weights are kept."""
         return self.curve[self.best]
 
 
-class Interval(Record):
-    """A mean with the bounds of its 95 % bootstrap interval; within noise when it contains zero."""
+class ConfidenceInterval(Record):
+    """A mean with its 95 % bootstrap interval.
+
+    Attributes:
+        mean: The mean over all rows.
+        low: Lower bound of the interval.
+        high: Upper bound of the interval.
+    """
 
     mean: float
     low: float
@@ -176,81 +199,120 @@ class Interval(Record):
 
     @property
     def within_noise(self) -> bool:
+        """Whether the interval contains zero."""
         return self.low <= 0.0 <= self.high
 
 
-class Level(Record):
-    """A finished level of one lineage; written last, so its existence means that the level is done.
+class LevelRecord(Record):
+    """A finished level of one lineage. It is written last: its existence means that the level is done.
 
-    `winner` has no score when it was the only candidate. `gain`: by how much the winner's loss on `select`
-    undercuts the control's, positive is better. `confidence`: the probability that no other candidate's is lower, by
-    the bootstrap over rows. `report`: the task's metrics on the split that no choice ever sees. `parent`: key of the
-    snapshot that it was made from. `data`: digest of the rows that it all rests on. `files`: SHA-256 by file name.
+    Attributes:
+        level: Level, counted from 1; 0 is the dense model.
+        density: Requested share of kept weights, in (0, 1].
+        num_kept: Number of prunable weights that are kept.
+        num_prunable: Number of prunable weights.
+        winner: Early evaluation of the selected mask; without a score when it was the only candidate.
+        num_evaluated: Number of candidates.
+        num_failed: How many of them failed.
+        gain: By how much the winner's loss on `validation` is below the magnitude mask's; positive is better. None
+            where there is nothing to compare.
+        confidence: Probability, by the bootstrap over rows, that no other candidate's loss is below the winner's. None
+            where there is nothing to compare.
+        finetuned: Result of the fine-tuning.
+        test_metrics: The task's metrics on `test`, which no choice ever sees.
+        digest: The mask's digest.
+        parent_key: Key of the snapshot that the level started from.
+        data_fingerprint: Digest of the rows that the level was trained and evaluated on.
+        files: SHA-256 by file name.
     """
 
     level: int
     density: float
-    kept: int
-    total: int
+    num_kept: int
+    num_prunable: int
     winner: Evaluation
-    evaluated: int
-    failed: int
-    gain: Interval | None
-    confidence: float | None = None
-    finetuned: FineTuned
-    report: dict[str, float]
+    num_evaluated: int
+    num_failed: int
+    gain: ConfidenceInterval | None
+    win_probability: float | None = None
+    finetune_result: FinetuneResult
+    test_metrics: dict[str, float]
     digest: str
-    parent: str
-    data: str
+    parent_key: str
+    data_fingerprint: str
     files: dict[str, str] = {}
 
     @property
     def sparsity(self) -> float:
-        """Share of the prunable weights that are gone."""
-        return 1 - self.kept / self.total if self.total else 0.0
+        """Share in [0, 1] of the prunable weights that are pruned."""
+        return 1 - self.num_kept / self.num_prunable if self.num_prunable else 0.0
 
 
-SELECTED, CONTROL = "selected", "control (IMP)"
-"""What a search's model and its baseline's are called."""
+RAYMASK, BASELINE = "raymask", "IMP"
+"""Names of the search's model and of the IMP baseline's, in the final table."""
 
 
-class Row(Record):
-    """One model of the final table: metrics on `report` with their intervals, sparsity in [0, 1] in three denominators.
+class ModelMetrics(Record):
+    """One model of the final table.
 
-    `always`: of a classification the class that is the answer to all of its rows, None where there are several.
+    Attributes:
+        name: "dense", BASELINE or RAYMASK.
+        test_metrics: The task's metrics on `test`.
+        intervals: Their confidence intervals.
+        sparsity: Sparsity in [0, 1] by denominator: prunable, encoder, whole model.
+        constant_prediction: The class that a classifier predicts for every row, None where it predicts several.
     """
 
     name: str
-    report: dict[str, float]
-    intervals: dict[str, Interval]
+    test_metrics: dict[str, float]
+    intervals: dict[str, ConfidenceInterval]
     sparsity: dict[str, float]
-    always: str | None = None
+    constant_prediction: str | None = None
 
 
-Purpose = Literal["dense", "early evaluation", "fine-tuning", "baseline (IMP)"]
-"""What workers' time goes into; what is dense, distilled or not, is "dense"."""
+Phase = Literal["dense", "early evaluation", "fine-tuning", "baseline (IMP)"]
+"""What a worker spends its time on. Training the dense model, distilled or not, is "dense"."""
 
 
-class Piece(Record):
-    """One piece of work, and when it took which worker's time. `started`: Unix time by the worker's clock, seconds."""
+class Span(Record):
+    """One finished task on the timeline of a worker.
+
+    Attributes:
+        worker: Name of the worker.
+        phase: Kind of task.
+        level: Level of the task; 0 is the dense model.
+        started: Start in Unix time by the worker's clock, seconds.
+        seconds: Duration in seconds.
+    """
 
     worker: str
-    kind: Purpose
+    phase: Phase
     level: int
     started: float
     seconds: float
 
 
 class Result(Record):
-    """What a finished search found. `rows`: dense, the baseline where it ran, selected.
+    """Result of a finished search.
 
-    `kind`: the spec's task.kind. `sizes`: the dense model's parameters in the three denominators. `gain`: by how much
-    the selected model's mean metric on `report` exceeds the baseline's, paired over rows; of a perplexity, by how much
-    its logarithm falls short. `levels`: from the dense model
-    to the selected one. `others`: masks that were fine-tuned too, and led elsewhere. `scored`: how many rows of
-    `select` scored the candidates, and how many it has. `seconds`: by purpose, summed over workers, and the `wall`
-    clock of the last start. `timeline`: all work that was finished, in any of its starts. `files`: SHA-256 by name of
-    the tensors in `export`.
+    Attributes:
+        run: Path or URI of the run directory.
+        model: The spec's `model.name`.
+        task: The spec's `task.name`, or `task.train` for own files.
+        kind: The spec's `task.kind`.
+        metrics: Names of the task's metrics.
+        models: Rows of the final table: dense, IMP where the baseline ran, raymask.
+        sizes: Parameters of the dense model by denominator: prunable, encoder, whole model.
+        gain: By how much the selected model's mean metric on `test` exceeds the baseline's, paired over rows; of a
+            perplexity, by how much its logarithm is lower. None without a baseline.
+        levels: Records of the levels that lead to the selected model, level 1 first.
+        other_levels: Records of the masks that were fine-tuned and that do not lead to the selected model.
+        baseline_levels: Records of the IMP baseline's levels, level 1 first; empty where it did not run.
+        rows_scored: How many rows of `validation` score the candidates, and how many rows it has.
+        seconds: Seconds by phase, summed over workers, and under "wall" the wall-clock time of the last start.
+        timeline: All finished tasks, of all starts.
+        export: Path or URI of the exported model.
+        files: SHA-256 by name of the tensor files in `export`.
     """
 
     run: str
@@ -258,90 +320,14 @@ class Result(Record):
     task: str
     kind: str = "classification"
     metrics: tuple[str, ...]
-    rows: tuple[Row, ...]
+    models: tuple[ModelMetrics, ...]
     sizes: dict[str, int]
-    gain: Interval | None
-    levels: tuple[Level, ...]
-    others: tuple[Level, ...] = ()
-    imp: tuple[Level, ...]
-    scored: tuple[int, int]
+    gain: ConfidenceInterval | None
+    levels: tuple[LevelRecord, ...]
+    other_levels: tuple[LevelRecord, ...] = ()
+    baseline_levels: tuple[LevelRecord, ...]
+    rows_scored: tuple[int, int]
     seconds: dict[str, float]
-    timeline: tuple[Piece, ...]
+    timeline: tuple[Span, ...]
     export: str
     files: dict[str, str] = {}
-
-
-class Watch(Protocol):
-    """Who is told what happens while it happens: a terminal, a log, or nobody."""
-
-    def begins(self, stage: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
-        """A stage of a level starts, with `total` pieces of work.
-
-        Early evaluation: `known` are the evaluations that the journal has already. Fine-tuning: None.
-        """
-
-    def running(self, shares: Mapping[str, float]) -> None:
-        """What is being worked on, and which share in [0, 1] of each is done."""
-
-    def evaluated(self, evaluation: Evaluation) -> None:
-        """A candidate's early evaluation ended."""
-
-    def settled(self, lineage: str, level: Level) -> None:
-        """A level of a lineage is done."""
-
-    def sent(self, size: int) -> None:
-        """So many bytes were put where all workers can read them."""
-
-    def note(self, text: str) -> None:
-        """Anything else that deserves a line."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Weights and optimizer state that training starts from, with the teacher's weights when it distils.
-
-    `key` names the contents: equal keys, equal tensors. `optimizer` is None for a fresh start.
-    """
-
-    key: str
-    weights: Packed
-    optimizer: Packed | None = None
-    teacher: Packed | None = None
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a fine-tuning returns: tensors by name, packed mask bits, logits of `report` (float32).
-
-    Of a language model, in place of logits, each row's summed cost and how many predicted tokens it has, (rows, 2).
-    """
-
-    weights: Packed
-    optimizer: Packed
-    mask: Packed
-    digest: str
-    kept: int
-    total: int
-    finetuned: FineTuned
-    logits: np.ndarray
-
-
-@dataclass(frozen=True)
-class Settling:
-    """One fine-tuning to be done: `candidate`'s mask, redrawn from its parent, must have `digest` when given.
-
-    `name` is shown while it runs. The search and its baseline share the seeds, so the mask is the difference.
-    """
-
-    name: str
-    candidate: Candidate
-    stage: Stage
-    digest: str | None = None
-
-
-Evaluate = Callable[[Mapping[int, Snapshot], Callable[[], Iterable[Climb]]], Iterator[Evaluation]]
-"""The first seam: (parents by branch, what is worth doing now, best first) -> evaluations in the order in which they
-finish. It asks again whenever one has been taken from it, and ends when there is nothing worth doing."""
-
-FineTune = Callable[[Sequence[tuple[Snapshot, Settling]]], Iterator[tuple[int, Checkpoint]]]
-"""The second seam: fine-tunings from their parents, yielded with their index in the order in which they finish."""

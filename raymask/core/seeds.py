@@ -1,8 +1,8 @@
-"""Named seeds: every random choice derives its own from the spec's."""
+"""Named seeds: every random choice derives its own seed from the spec's."""
 
 from hashlib import blake2b
 
-# What a seed is for. The texts are frozen: another text is another seed, and changes masks and figures.
+# Purposes of seeds. The texts are frozen: another text gives another seed, and so other masks and results.
 AUDIT = "audit"
 BOOTSTRAP = "bootstrap"
 CALIBRATION = "calibration"
@@ -21,11 +21,11 @@ VALIDATION = "select"
 
 
 def derive(seed: int, *names: str | int) -> int:
-    """The seed of one named purpose; other names give independent seeds.
+    """Derive the seed for one named purpose; different names give independent seeds.
 
     Args:
         seed: The spec's seed, or another derived one, in [0, 2^63).
-        names: What it is for. Their texts are hashed with a separator, so that ("a", 12) and ("a1", 2) differ.
+        names: The purpose. The texts are hashed with a separator, so that ("a", 12) and ("a1", 2) differ.
 
     Returns:
         A seed in [0, 2^63).

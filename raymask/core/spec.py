@@ -1,8 +1,7 @@
-"""What did the user ask for?
+"""The spec: what the user asks for, as pure data.
 
-A spec is pure data; every default is the reference's, except that the probe's score is the loss, and that bf16
-is used where it is fast.
-Mistakes inside it are pydantic's to find; `config` turns them into one message.
+Every default is the reference implementation's, with two exceptions: the early evaluation's score is the loss, and bf16
+is used where it is fast. Pydantic finds the mistakes in a spec; `config` turns them into one message.
 """
 
 from __future__ import annotations
@@ -26,15 +25,23 @@ from pydantic import (
 from raymask.core.schedules import SCHEDULES
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
+
 QUICKSTART = "quickstart"
+
 DATASET = r"hub/([^:]+)(?::(.+))?"
-"""How a task names a dataset of the hub: its id, and its configuration where it has several."""
+"""Regular expression of a hub dataset in `task.name`: its id, and its configuration where it has several."""
+
 WIKITEXT = "hub/Salesforce/wikitext:wikitext-2-raw-v1"
+
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]
+
 Kind = Literal["classification", "regression", "causal-lm"]
+
 Score = Literal["loss", "metric", "agreement"]
+
 METRICS: tuple[Metric, ...] = get_args(Metric)
-MEASURES: dict[Kind, tuple[Metric, ...]] = {
+
+METRICS_BY_KIND: dict[Kind, tuple[Metric, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman"),
     "causal-lm": ("perplexity",),
@@ -42,64 +49,85 @@ MEASURES: dict[Kind, tuple[Metric, ...]] = {
 
 
 def power_of_two(value: int) -> int:
-    """The value, if it is 1, 2, 4, 8, ..."""
+    """Return the value if it is 1, 2, 4, 8, ...; raise ValueError otherwise."""
     if value & (value - 1):
         raise ValueError(f"must be 1, 2, 4, 8 or a higher power of two, not {value}")
     return value
 
 
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
-# Strict numbers: YAML tells 1, true and "1" apart, and so do we.
-Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
+
+# Strict numbers: 1, true and "1" are different, as in YAML.
+Fraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
+
 Positive = Annotated[float, Field(gt=0, strict=True)]
+
 Count = Annotated[int, Field(ge=1, strict=True)]
+
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
-Shards = Annotated[Count, AfterValidator(power_of_two)]
+
+PowerOfTwo = Annotated[Count, AfterValidator(power_of_two)]
 
 
 class Section(BaseModel):
-    """One mapping of the spec: frozen, and an unknown key is a mistake."""
+    """One mapping of the spec: frozen; an unknown key is a mistake."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def named(value: Any) -> Any:
-    """`model: NAME` is short for `model: {name: NAME}`; so for `task`."""
+def expand_name(value: Any) -> Any:
+    """Expand `model: NAME` to `model: {name: NAME}`; the same for `task`."""
     return {"name": value} if isinstance(value, str) else value
 
 
-def listed(value: Any) -> Any:
-    """`text: COLUMN` is short for `text: [COLUMN]`."""
+def expand_text(value: Any) -> Any:
+    """Expand `text: COLUMN` to `text: [COLUMN]`."""
     return (value,) if isinstance(value, str) else value
 
 
-def sparsities(value: Any) -> Any:
-    """`levels: [0.5, 0.9]` is short for `levels: {sparsities: [0.5, 0.9]}`, `levels: 0.9` for one of them."""
+def expand_levels(value: Any) -> Any:
+    """Expand `levels: [0.5, 0.9]` to `levels: {sparsities: [0.5, 0.9]}`; `levels: 0.9` is one level."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = [value]
     return {"sparsities": value} if isinstance(value, (list, tuple)) else value
 
 
-def unclocked(value: Any) -> Any:
-    """YAML reads 2:4 as two minutes and four seconds."""
-    clock = isinstance(value, int) and not isinstance(value, bool) and value >= 60
-    return ":".join(map(str, divmod(value, 60))) if clock else value
+def undo_sexagesimal(value: Any) -> Any:
+    """Turn 124 back into "2:4", which YAML reads as a sexagesimal number: two minutes and four seconds."""
+    is_sexagesimal = isinstance(value, int) and not isinstance(value, bool) and value >= 60
+    return ":".join(map(str, divmod(value, 60))) if is_sexagesimal else value
 
 
-def one_of(table: Iterable[str], name: str, kind: str) -> str:
-    """The name, if the table has it."""
+def require_known(table: Iterable[str], name: str, kind: str) -> str:
+    """Return a name if it is known.
+
+    Args:
+        table: The known names.
+        name: The name to check.
+        kind: What it names, for the error.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: The table does not have it.
+    """
     if name not in table:
         raise ValueError(f"no {kind} is called {name!r}; known are {', '.join(table)}")
     return name
 
 
 class Model(Section):
-    """A hub id or a folder that `AutoModelForSequenceClassification` loads, for a causal-lm `AutoModelForCausalLM`.
+    """The model to prune. By default the linear weights inside the repeated blocks are pruned.
 
-    Its linear weights inside the repeated blocks are pruned; `include` replaces that choice by shell-style patterns on
-    parameter names, `exclude` takes away from either. `dtype`: what the weights are kept in everywhere. In bf16 what a
-    step adds to a weight is lost where it is less than about 1/256 of it, so that bf16 is for models that do not fit in
-    fp32.
+    Attributes:
+        name: Hub id or folder that `AutoModelForSequenceClassification` loads, for a causal-lm `AutoModelForCausalLM`.
+        revision: Revision on the hub, None for the default one.
+        trust_remote_code: Whether to run model code from the hub.
+        dtype: In what the weights are stored everywhere. In bf16 an update is lost where it is less than about 1/256 of
+            its weight, so bf16 is for models that do not fit in fp32.
+        include: Shell-style patterns on parameter names that replace the default choice.
+        exclude: Shell-style patterns on parameter names to leave dense.
     """
 
     name: Text
@@ -111,28 +139,43 @@ class Model(Section):
 
 
 class Task(Section):
-    """`glue/<name>` (from the hub, or from `<folder>/<name>/<split>.parquet`), the quickstart's own, or own files.
+    """The task: its data, splits and metrics. Give either a name or your own files.
 
-    A `causal-lm` has texts without labels: own files, .txt among them, or `hub/<id>:<configuration>`.
-    `select_share` of `train`, at most `select_rows` rows, is carved out for every choice that the search makes.
+    Every choice of the search is made on `validation`: an own file, or else rows that are split off from `train`.
+
+    Attributes:
+        name: `glue/<name>`, `quickstart`, or for a causal-lm `hub/<id>:<configuration>`. None for own files.
+        folder: Folder with `<name>/<split>.parquet` of a GLUE task, None to load it from the hub.
+        train: Own file of training rows. A causal-lm has texts without labels, which may be a .txt file.
+        validation: Own file of validation rows; None to split them off from `train`.
+        test: Own file of test rows.
+        text: Columns of text, one or two.
+        label: Column of labels.
+        kind: Kind of task.
+        metrics: Metrics to report, empty for the task's usual ones.
+        max_length: Longest input in tokens, None for the task's usual length.
+        validation_share: Share of `train` for `validation`, in (0, 0.5].
+        validation_rows: Most rows of `validation`.
     """
 
     name: Text | None = None
     folder: Text | None = None
     train: Text | None = None
-    report: Text | None = None
-    text: Annotated[tuple[Text, ...], BeforeValidator(listed), Field(max_length=2)] = ()
+    validation: Text | None = None
+    test: Text | None = None
+    text: Annotated[tuple[Text, ...], BeforeValidator(expand_text), Field(max_length=2)] = ()
     label: Text = "label"
     kind: Kind = "classification"
     metrics: tuple[Metric, ...] = ()
     max_length: Annotated[int, Field(ge=4, strict=True)] | None = None
-    select_share: Annotated[float, Field(gt=0, le=0.5, strict=True)] = 0.1
-    select_rows: Annotated[int, Field(ge=2, strict=True)] = 2000
+    validation_share: Annotated[float, Field(gt=0, le=0.5, strict=True)] = 0.1
+    validation_rows: Annotated[int, Field(ge=2, strict=True)] = 2000
 
     @model_validator(mode="after")
-    def one_source(self) -> Task:
-        mistakes = self.wrong_files() if self.name is None else self.wrong_name(self.name)
-        known = MEASURES[self.kind]
+    def check_source(self) -> Task:
+        """Require a known name or own files, and metrics of the task's kind."""
+        mistakes = self.check_files() if self.name is None else self.check_name(self.name)
+        known = METRICS_BY_KIND[self.kind]
         if set(self.metrics) - set(known):
             listed = " and ".join(filter(None, [", ".join(known[:-1]), known[-1]]))
             mistakes.append(f"a {self.kind} is measured by {listed}")
@@ -140,22 +183,23 @@ class Task(Section):
             raise ValueError("; ".join(mistakes))
         return self
 
-    def wrong_files(self) -> list[str]:
-        """What is wrong with a task without a name."""
-        given = None not in (self.train, self.report)
+    def check_files(self) -> list[str]:
+        """Mistakes in a task without a name."""
+        has_files = None not in (self.train, self.test)
         if self.kind == "causal-lm":
-            missing = f"a causal-lm is either a dataset ({WIKITEXT}) or has the keys train and report"
-            return [missing] * (not given) + ["a causal-lm reads one column of text"] * (len(self.text) > 1)
-        if given and self.text:
+            missing = f"a causal-lm is either a dataset ({WIKITEXT}) or has the keys train and test"
+            return [missing] * (not has_files) + ["a causal-lm reads one column of text"] * (len(self.text) > 1)
+        if has_files and self.text:
             return []
-        return ["a task is either a name (glue/mrpc) or has the keys train, report and text"]
+        return ["a task is either a name (glue/mrpc) or has the keys train, test and text"]
 
-    def wrong_name(self, name: str) -> list[str]:
-        """What is wrong with a task of this name."""
+    def check_name(self, name: str) -> list[str]:
+        """Mistakes in a task of this name."""
         mistakes = []
-        if self.train or self.report or self.text or self.metrics:
+        if self.train or self.validation or self.test or self.text or self.metrics:
             mistakes.append(
-                "a task with a name brings its own files and columns: take out train, report, text and metrics"
+                "a task with a name brings its own files and columns: take out train, validation, test, text and "
+                "metrics"
             )
         known = (*(f"glue/{task}" for task in GLUE), QUICKSTART)
         dataset = re.fullmatch(DATASET, name)
@@ -168,25 +212,34 @@ class Task(Section):
         if self.folder is not None and name == QUICKSTART:
             mistakes.append("the quickstart's task is generated: take out folder")
         if self.folder is not None and dataset:
-            mistakes.append("a dataset comes from the hub: take out folder, or give files as train and report")
+            mistakes.append("a dataset comes from the hub: take out folder, or give files as train and test")
         return mistakes
 
 
 class Levels(Section):
-    """Either the `sparsities` themselves, or a final `sparsity` reached in `steps` along a `schedule`."""
+    """The levels' sparsities: either `sparsities`, or a final `sparsity` reached in `steps` along a `schedule`.
 
-    sparsities: tuple[Share, ...] | None = None
-    sparsity: Share | None = None
+    Attributes:
+        sparsities: Sparsity of each level, in (0, 1), increasing.
+        sparsity: Sparsity of the last level, in (0, 1).
+        steps: Number of levels.
+        schedule: Name of the schedule.
+    """
+
+    sparsities: tuple[Fraction, ...] | None = None
+    sparsity: Fraction | None = None
     steps: Count = 4
     schedule: Text = "cubic"
 
     @field_validator("schedule")
     @classmethod
-    def a_known_schedule(cls, name: str) -> str:
-        return one_of(SCHEDULES, name, "schedule")
+    def check_schedule(cls, name: str) -> str:
+        """Require a known schedule."""
+        return require_known(SCHEDULES, name, "schedule")
 
     @model_validator(mode="after")
-    def one_way(self) -> Levels:
+    def check_sparsities(self) -> Levels:
+        """Require one way of giving the sparsities, increasing."""
         if (self.sparsities is None) == (self.sparsity is None):
             raise ValueError("give either sparsities, or sparsity (with steps and schedule)")
         if self.sparsities is not None:
@@ -199,58 +252,68 @@ class Levels(Section):
     def densities(self) -> tuple[float, ...]:
         """Share of the prunable weights that each level keeps, strictly decreasing."""
         if self.sparsities is not None:
-            found = self.sparsities
+            sparsities = self.sparsities
         else:
             assert self.sparsity is not None
-            found = SCHEDULES[self.schedule](self.sparsity, self.steps)
-        return tuple(1.0 - sparsity for sparsity in found)
+            sparsities = SCHEDULES[self.schedule](self.sparsity, self.steps)
+        return tuple(1.0 - sparsity for sparsity in sparsities)
 
 
 class Mask(Section):
-    """Where sparsity goes: `allocation` among matrices, the `pattern` inside one, by which `score` of a weight.
+    """Which weights a mask keeps.
 
-    The pattern is `unstructured`, `n:M` (n of each M neighbours along the input dimension, n as the level says), or
-    `RxC` (blocks). `wanda` and `saliency` look at a sample of the training rows.
+    Attributes:
+        allocation: How the density is distributed over the matrices.
+        pattern: Which shapes a mask may have: `unstructured`, `n:M` (n of each M neighbours along the input dimension;
+            the level gives n), or `RxC` (blocks).
+        score: How important a weight is. `wanda` and `saliency` need a sample of the training rows.
     """
 
     allocation: Text = "uniform"
-    pattern: Annotated[Text, BeforeValidator(unclocked)] = "unstructured"
+    pattern: Annotated[Text, BeforeValidator(undo_sexagesimal)] = "unstructured"
     score: Text = "magnitude"
 
-    # What is known is said by the tables, here and below, which are read when somebody asks: they import torch.
+    # The tables of known names, here and below, are imported late because they import torch.
     @field_validator("allocation")
     @classmethod
-    def a_known_allocation(cls, name: str) -> str:
-        from raymask.core.allocations import ALLOCATIONS
+    def check_allocation(cls, name: str) -> str:
+        """Require a known allocation."""
+        from raymask.core.masking.allocations import ALLOCATIONS
 
-        return one_of(ALLOCATIONS, name, "allocation")
+        return require_known(ALLOCATIONS, name, "allocation")
 
     @field_validator("pattern")
     @classmethod
-    def a_known_pattern(cls, name: str) -> str:
-        from raymask.core.patterns import named
+    def check_pattern(cls, name: str) -> str:
+        """Require a known pattern."""
+        from raymask.core.masking.patterns import parse_pattern
 
-        named(name)
+        parse_pattern(name)
         return name
 
     @field_validator("score")
     @classmethod
-    def a_known_score(cls, name: str) -> str:
-        from raymask.core.scorers import SCORERS
+    def check_score(cls, name: str) -> str:
+        """Require a known score."""
+        from raymask.core.masking.scorers import SCORERS
 
-        return one_of(SCORERS, name, "score")
+        return require_known(SCORERS, name, "score")
 
 
 class Candidates(Section):
-    """How many random masks a level draws beside the control, and how: exponent a, sampling ratios r in turn.
+    """The random masks of a level. The magnitude mask is a candidate besides them.
 
-    The `sampler` `uniform` heeds neither, and keeps any weights.
+    Attributes:
+        sampler: How a mask is drawn. `random` keeps any weights, and ignores exponent and sampling ratios.
+        count: Number of random masks for each parent.
+        exponent: Exponent a of the scores.
+        sampling_ratios: Sampling ratios r, used in turn.
     """
 
-    sampler: Text = "votes"
+    sampler: Text = "voting"
     count: Annotated[int, Field(ge=0, strict=True)] = 8
     exponent: Annotated[float, Field(gt=0, le=1000, strict=True)] = 5.0
-    ratios: Annotated[tuple[Annotated[float, Field(gt=0, le=1, strict=True)], ...], Field(min_length=1)] = (
+    sampling_ratios: Annotated[tuple[Annotated[float, Field(gt=0, le=1, strict=True)], ...], Field(min_length=1)] = (
         5e-5,
         1e-4,
         8e-5,
@@ -259,16 +322,23 @@ class Candidates(Section):
 
     @field_validator("sampler")
     @classmethod
-    def a_known_sampler(cls, name: str) -> str:
-        from raymask.core.samplers import SAMPLERS
+    def check_sampler(cls, name: str) -> str:
+        """Require a known sampler."""
+        from raymask.core.masking.samplers import SAMPLERS
 
-        return one_of(SAMPLERS, name, "sampler")
+        return require_known(SAMPLERS, name, "sampler")
 
 
 class Dense(Section):
-    """Fine-tuning of the dense model (`epochs: 0` when it is already fine-tuned), then dense distillation.
+    """Fine-tuning of the dense model on the labels, then dense distillation.
 
-    `shards`: as in `finetune`.
+    Attributes:
+        epochs: Epochs on the labels; 0 when the model is already fine-tuned.
+        distill_epochs: Epochs of dense distillation.
+        batch_size: Rows of one batch.
+        learning_rate: Peak learning rate.
+        warmup: Share of the steps, in [0, 1], over which the learning rate rises.
+        data_parallel: As in `finetune`.
     """
 
     epochs: Annotated[float, Field(ge=0, strict=True)] = 3.0
@@ -276,44 +346,55 @@ class Dense(Section):
     batch_size: Count = 32
     learning_rate: Positive = 5e-5
     warmup: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.1
-    shards: Shards = 1
+    data_parallel: PowerOfTwo = 1
 
 
-class Probe(Section):
-    """The early evaluation (EMEP). The score is the mean of the `last` looks, one every `eval_every` steps.
+class EarlyEval(Section):
+    """The early evaluation (EMEP): a short training that scores each candidate.
 
-    A look is at `rows` rows of `select` at most, the same for all candidates. `rungs`: shares of the epochs at which
-    the best go on and the others end (successive halving), as many that every rung costs about the same. `repeats`: how
-    often at most those at the top are evaluated that may well be the best, each time in another order of rows.
+    Attributes:
+        epochs: Epochs of a full early evaluation.
+        batch_size: Rows of one batch.
+        learning_rate: Peak learning rate.
+        warmup: Share of the steps, in [0, 1], over which the learning rate rises.
+        eval_steps: Optimizer steps between two evaluations on `validation`.
+        score_window: Number of last evaluations whose mean is the score.
+        max_rows: Most rows of `validation` that are evaluated, the same for all candidates.
+        rungs: Shares of the epochs in (0, 1], increasing to 1, at which the best candidates continue and the others end
+            (successive halving). So many continue that every rung costs about the same.
+        repeats: Most evaluations of a candidate at the last rung. Candidates that may be the best are evaluated again,
+            each time in another order of rows.
+        score: What ranks the candidates.
     """
 
     epochs: Positive = 1.0
     batch_size: Count = 64
     learning_rate: Positive = 2e-4
     warmup: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.1
-    eval_every: Count = 50
-    last: Count = 10
-    rows: Annotated[int, Field(ge=2, strict=True)] = 1000
+    eval_steps: Count = 50
+    score_window: Count = 10
+    max_rows: Annotated[int, Field(ge=2, strict=True)] = 1000
     rungs: Annotated[tuple[Annotated[float, Field(gt=0, le=1, strict=True)], ...], Field(min_length=1)] = (1.0,)
     repeats: Count = 1
     score: Score = "loss"
 
     @model_validator(mode="after")
-    def rungs_rise_to_one(self) -> Probe:
+    def check_rungs(self) -> EarlyEval:
+        """Require rungs that increase to 1, and repeats only with the loss as score."""
         if self.repeats > 1 and self.score != "loss":
-            raise ValueError(
-                f"repeats go where the losses on select leave a doubt: score must be loss, not {self.score}"
-            )
+            raise ValueError(f"repeats compares the losses on validation: set score to loss, not {self.score}")
         if self.rungs[-1] != 1.0 or any(b <= a for a, b in pairwise(self.rungs)):
             raise ValueError(f"rungs must increase and end at 1.0, not {list(self.rungs)}")
         return self
 
 
 class Select(Section):
-    """How many of a level's masks are fine-tuned side by side, and what comes of them.
+    """Which of a level's masks are fine-tuned, and which are the next level's parents.
 
-    The best of the `keep` after fine-tuning is the parent of the next level's candidates; with `beam` each of them is.
-    The `rule` `first` takes the random masks that were drawn first, whatever their scores.
+    Attributes:
+        rule: Selection rule. `first` takes the random masks that were drawn first, whatever their scores.
+        keep: How many masks are fine-tuned side by side.
+        beam: Whether each of them is a parent of the next level's candidates; else only the best after fine-tuning is.
     """
 
     rule: Text = "best"
@@ -322,30 +403,39 @@ class Select(Section):
 
     @field_validator("rule")
     @classmethod
-    def a_known_rule(cls, name: str) -> str:
-        from raymask.core.rules import RULES
+    def check_rule(cls, name: str) -> str:
+        """Require a known rule."""
+        from raymask.core.selection import SELECTIONS
 
-        return one_of(RULES, name, "rule")
+        return require_known(SELECTIONS, name, "rule")
 
 
 class Finetune(Section):
-    """Training of the winner's mask from the parent: constant rate after warm-up, linear decay at the last level.
+    """Fine-tuning of the winner's mask from its parent: constant rate after warm-up, linear decay at the last level.
 
-    `shards`: parts of each batch, a power of two. As many workers as there are shards, or fewer, train one model
-    together where they would stand idle; how many do changes no bit of the result, the number of shards does.
+    Attributes:
+        epochs: Epochs of a level.
+        batch_size: Rows of one batch.
+        learning_rate: Peak learning rate.
+        warmup: Share of the steps, in [0, 1], over which the learning rate rises.
+        data_parallel: Number of shards, a power of two, that each batch is split into. Idle workers join as
+            data-parallel replicas, at most one a shard. The number of shards changes the result, the number of workers
+            does not.
     """
 
     epochs: Positive = 10.0
     batch_size: Count = 64
     learning_rate: Positive = 5e-5
     warmup: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.1
-    shards: Shards = 1
+    data_parallel: PowerOfTwo = 1
 
 
 class Imp(Section):
-    """The baseline: iterative magnitude pruning, the same loop with the control alone.
+    """The IMP baseline: iterative magnitude pruning, the same loop with the magnitude mask alone.
 
-    `epochs` of fine-tuning a level; by default half as many again as `finetune.epochs`, as in the reference.
+    Attributes:
+        run: Whether it runs beside the search.
+        epochs: Epochs of fine-tuning a level; None for 1.5 times `finetune.epochs`, as in the reference.
     """
 
     run: bool = True
@@ -353,9 +443,13 @@ class Imp(Section):
 
 
 class Optimizer(Section):
-    """The same in every stage. `adafactor` keeps a row and a column of second moments of a matrix, and no first ones.
+    """The optimizer of every training.
 
-    Its learning rate is relative: a step is at most that share of a tensor's root mean square.
+    Attributes:
+        name: `adafactor` stores factored second moments (a row and a column a matrix) and no momentum. Its learning
+            rate is relative: a step is at most that share of a tensor's root mean square.
+        weight_decay: Decoupled weight decay.
+        max_grad_norm: Largest norm of the gradient; larger gradients are scaled down.
     """
 
     name: Literal["adamw", "adafactor"] = "adamw"
@@ -364,66 +458,91 @@ class Optimizer(Section):
 
 
 class Workers(Section):
-    """What one worker holds, how many there are (as many as fit, when not said), and when to give up.
+    """Resources of the workers, and limits for failures (on Ray).
 
-    `gpus` may be a fraction; when not said, one a worker where there are any. `deadline`: seconds for one candidate's
-    probe, and for each epoch of a fine-tuning (on Ray); `retries`: how often a job is tried again when its machine
-    failed. `wait`: seconds for which a cluster that grows by itself may stay without room for any worker. `gang`:
-    processes of one worker, a power of two, each with these CPUs and GPUs, among which a model is cut (FSDP).
+    Attributes:
+        count: Number of workers, None for as many as fit.
+        cpus: CPUs of one process.
+        gpus: GPUs of one process, may be a fraction. None for 1 where there are GPUs.
+        timeout: Seconds for one early evaluation, and for each epoch of a fine-tuning.
+        max_retries: How often a task is tried again after a system failure.
+        scale_up_timeout: Seconds for which an autoscaling cluster may have no room for any worker.
+        fsdp: Processes of one worker, a power of two, over which the model is sharded. Each has `cpus` and `gpus`.
     """
 
     count: Count | None = None
     cpus: Positive = 1.0
     gpus: Annotated[float, Field(ge=0, strict=True)] | None = None
-    deadline: Positive = 3600.0
-    retries: Annotated[int, Field(ge=0, strict=True)] = 3
-    wait: Annotated[float, Field(ge=0, strict=True)] = 0.0
-    gang: Shards = 1
+    timeout: Positive = 3600.0
+    max_retries: Annotated[int, Field(ge=0, strict=True)] = 3
+    scale_up_timeout: Annotated[float, Field(ge=0, strict=True)] = 0.0
+    fsdp: PowerOfTwo = 1
 
     @property
     def threads(self) -> int:
-        """Threads of one worker: its CPUs, rounded down, at least one."""
+        """Threads of one process: its CPUs, rounded down, at least one."""
         return max(1, int(self.cpus))
 
 
 class Spec(Section):
-    """The whole request. `model` and `task` are all that must be given."""
+    """A whole spec. Only `model` and `task` must be given.
 
-    model: Annotated[Model, BeforeValidator(named)]
-    task: Annotated[Task, BeforeValidator(named)]
-    levels: Annotated[Levels, BeforeValidator(sparsities)] = Levels(sparsities=(0.54, 0.83, 0.92, 0.9375))
+    Attributes:
+        model: The model to prune.
+        task: The task.
+        levels: The levels' sparsities.
+        mask: Which weights a mask keeps.
+        candidates: The random masks of a level.
+        dense: Training of the dense model.
+        early_eval: The early evaluation of the candidates.
+        select: Selection of the winners.
+        finetune: Fine-tuning of the winners.
+        imp: The IMP baseline.
+        distill: Whether masks are trained by distillation from the dense model; else on the labels.
+        optimizer: The optimizer.
+        precision: Precision of the computations; "auto" is bf16 where that is fast.
+        gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory.
+        workers: Resources of the workers.
+        seed: Seed of all random choices, in [0, 2^63).
+    """
+
+    model: Annotated[Model, BeforeValidator(expand_name)]
+    task: Annotated[Task, BeforeValidator(expand_name)]
+    levels: Annotated[Levels, BeforeValidator(expand_levels)] = Levels(sparsities=(0.54, 0.83, 0.92, 0.9375))
     mask: Mask = Mask()
     candidates: Candidates = Candidates()
     dense: Dense = Dense()
-    probe: Probe = Probe()
+    early_eval: EarlyEval = EarlyEval()
     select: Select = Select()
     finetune: Finetune = Finetune()
     imp: Imp = Imp()
     distill: bool = True
     optimizer: Optimizer = Optimizer()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     workers: Workers = Workers()
     seed: Seed = 0
 
     @property
-    def taught(self) -> bool:
-        """Whether candidates are held against the dense model."""
-        return self.distill or self.probe.score == "agreement"
+    def uses_teacher(self) -> bool:
+        """Whether training or scoring needs the dense model's predictions."""
+        return self.distill or self.early_eval.score == "agreement"
 
     @model_validator(mode="after")
-    def there_are_as_many_as_are_kept(self) -> Spec:
+    def check_keep(self) -> Spec:
+        """Require that a level has enough masks for select.keep, and a beam more than one."""
         if self.select.keep > self.candidates.count + 1:
             raise ValueError(
                 f"select.keep: {self.select.keep} is more than the {self.candidates.count + 1} masks of a level "
-                "(candidates.count and the control)"
+                "(candidates.count and the magnitude mask)"
             )
         if self.select.beam and self.select.keep == 1:
             raise ValueError("select.beam: one mask makes no beam, set select.keep to 2 or more")
         return self
 
     @model_validator(mode="after")
-    def quickstart_is_whole(self) -> Spec:
+    def check_quickstart(self) -> Spec:
+        """Require that the quickstart's model and task go together, and that the model is trained."""
         if (self.model.name == QUICKSTART) != (self.task.name == QUICKSTART):
             raise ValueError("the quickstart's model and task go together: set both to 'quickstart', or neither")
         if self.model.name == QUICKSTART and self.dense.epochs == 0:
@@ -431,110 +550,79 @@ class Spec(Section):
         return self
 
     @model_validator(mode="after")
-    def the_score_is_known(self) -> Spec:
-        if self.probe.score == "agreement" and self.task.kind == "causal-lm":
+    def check_score(self) -> Spec:
+        """Require that the agreement is not the score of a causal-lm."""
+        if self.early_eval.score == "agreement" and self.task.kind == "causal-lm":
             raise ValueError(
-                "probe.score: agreement compares the probabilities of classes, a causal-lm has none: set it to loss or "
-                "metric"
+                "early_eval.score: agreement compares the probabilities of classes, a causal-lm has none: "
+                "set it to loss or metric"
             )
         return self
 
     @model_validator(mode="after")
-    def precision_suits_the_weights(self) -> Spec:
+    def check_precision(self) -> Spec:
+        """Require a precision that the weights have."""
         if self.model.dtype == "bf16" and self.precision == "fp32":
             raise ValueError(
-                "precision: fp32 is not to be had from weights in bf16: take it out, or set model.dtype to fp32"
+                "precision: fp32 needs weights in fp32, and model.dtype is bf16: "
+                "take precision out, or set model.dtype to fp32"
             )
         return self
 
     @model_validator(mode="after")
-    def what_a_gang_can_do(self) -> Spec:
-        if self.workers.gang == 1:
+    def check_fsdp(self) -> Spec:
+        """Require settings that work with FSDP."""
+        if self.workers.fsdp == 1:
             return self
         mistakes = []
         if self.mask.score != "magnitude":
             mistakes.append(f"mask.score: {self.mask.score} needs a model that lies on one device")
         if self.optimizer.name != "adamw":
-            mistakes.append("optimizer.name: adamw is the one whose state a gang can cut")
-        if self.dense.shards > 1 or self.finetune.shards > 1:
-            mistakes.append("dense.shards and finetune.shards: a gang cuts batches by itself, leave them at 1")
+            mistakes.append("optimizer.name: only the state of adamw can be sharded")
+        if self.dense.data_parallel > 1 or self.finetune.data_parallel > 1:
+            mistakes.append(
+                "dense.data_parallel and finetune.data_parallel: FSDP splits each batch itself, leave them at 1"
+            )
         if 0 < (self.workers.gpus or 0) < 1:
-            mistakes.append("workers.gpus: each process of a gang has a GPU, or none has")
+            mistakes.append("workers.gpus: give each FSDP process whole GPUs, or 0")
         if mistakes:
             raise ValueError(
-                f"workers.gang: {self.workers.gang} does not go with other settings; {'; '.join(mistakes)}"
+                f"workers.fsdp: {self.workers.fsdp} does not go with other settings; {'; '.join(mistakes)}"
             )
         return self
 
     @model_validator(mode="after")
-    def levels_suit_the_pattern(self) -> Spec:
+    def check_pattern(self) -> Spec:
+        """Require that the pattern, the allocation and all densities go together."""
         require_whole_groups(self.mask.pattern, self.mask.allocation, self.levels.densities())
         return self
 
 
 def require_whole_groups(pattern: str, allocation: str, densities: Iterable[float]) -> None:
-    """Raise ValueError when a pattern n:M meets an allocation or a density in (0, 1] that leaves no whole n."""
+    """Check that a pattern n:M gives a whole n >= 1 at every density.
+
+    Args:
+        pattern: The pattern as a spec writes it.
+        allocation: Name of the allocation.
+        densities: Densities of the levels, in (0, 1].
+
+    Raises:
+        ValueError: The allocation is not uniform, or a density gives no whole n.
+    """
     if ":" not in pattern:
         return
-    from raymask.core.patterns import named
+    from raymask.core.masking.patterns import parse_pattern
 
-    group = named(pattern).group
+    group = parse_pattern(pattern).group
     assert group is not None, "a colon stands before M"
     if allocation != "uniform":
         raise ValueError(
             f"mask.allocation: {pattern} keeps the same share everywhere: it goes with uniform, not with {allocation}"
         )
     for density in densities:
-        places = density * group
-        if round(places) < 1 or abs(places - round(places)) > 1e-9:
+        num_kept = density * group
+        if round(num_kept) < 1 or abs(num_kept - round(num_kept)) > 1e-9:
             raise ValueError(
-                f"levels: a sparsity of {1 - density:g} keeps {places:g} of each {group}, and {pattern} needs a whole "
-                f"number, 1 at least: write every level as a multiple of 1/{group}"
+                f"levels: a sparsity of {1 - density:g} keeps {num_kept:g} of each {group}, and {pattern} needs a "
+                f"whole number, 1 at least: write every level as a multiple of 1/{group}"
             )
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "levels": {"sparsities": [0.54, 0.83, 0.92, 0.9375]},
-        "mask": {"allocation": "uniform", "pattern": "unstructured", "score": "magnitude"},
-        "candidates": {"count": 8, "exponent": 5.0, "ratios": [5e-5, 1e-4, 8e-5, 3e-4]},
-        "probe": {
-            "epochs": 1.0,
-            "batch_size": 64,
-            "learning_rate": 2e-4,
-            "warmup": 0.1,
-            "eval_every": 50,
-            "last": 10,
-            "rows": 2000,
-            "rungs": [1.0],
-            "repeats": 1,
-            "score": "metric",
-        },
-        "select": {"keep": 1, "beam": False},
-        "finetune": {"epochs": 10.0, "batch_size": 64, "learning_rate": 5e-5, "warmup": 0.1},
-        "imp": {"run": True, "epochs": 15.0},
-        "dense": {"distill_epochs": 1.0},
-        "distill": True,
-        "precision": "fp32",
-    },
-}
-"""Settings by name, under a spec's own. `paper`: the reference's to the letter, the task metric as score included;
-raymask's control is in the pool beside its 8 masks all the same, and `select` is carved out of train."""
-
-FREE = tuple(("workers", key) for key in ("count", "deadline", "retries", "wait"))
-"""Keys that a resumed search may change: they decide how long it takes, never what it finds."""
-
-
-def identity(spec: Spec) -> dict[str, Any]:
-    """The spec as flat `section.key` -> JSON value, without the keys that cannot change the result."""
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, path: tuple[str, ...]) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(inner, (*path, key))
-        elif path not in FREE:
-            flat[".".join(path)] = value
-
-    walk(spec.model_dump(mode="json"), ())
-    return flat

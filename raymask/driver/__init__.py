@@ -1,1 +1,1 @@
-"""What the driver does: the method, and the two seams in this process and on Ray."""
+"""Driver: the method, level by level."""

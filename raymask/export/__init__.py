@@ -1,1 +1,1 @@
-"""What leaves a search? The checkpoint that every search ends with, and the forms that `raymask export` makes of it."""
+"""Exports of a finished search: the checkpoint that every search writes, and the formats of `raymask export`."""

@@ -1,4 +1,4 @@
-"""How does a model become a file of ONNX, and what does int8 cost it?"""
+"""Export to ONNX, in fp32 and int8."""
 
 from __future__ import annotations
 
@@ -16,88 +16,116 @@ import torch
 from torch import Tensor, nn
 
 from raymask.core.errors import UserError, first_line
-from raymask.export.selected import Selected, compared, logits, megabytes, sizes
+from raymask.data.hf_config import max_seq_length
+from raymask.data.task import load_dataset, tokenize_dataset
+from raymask.data.types import TaskData
+from raymask.export.selected import SelectedModel, logits, megabytes, outputs_allclose, sizes
 from raymask.export.shrink import shrink as shrunk
-from raymask.train.data import Data
-from raymask.train.loop import predict
-from raymask.train.model import positions
-from raymask.train.objectives import OBJECTIVES
-from raymask.train.task import read_texts, to_tokens
+from raymask.train.losses import TASK_LOSSES
+from raymask.train.trainer import predict
 
 ONNX, INT8 = "model.onnx", "model-int8.onnx"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-LIMIT = 2**31 - 2**24  # bytes of weights: a message of protobuf ends at 2**31
-SHAPES = ((1, 1), (3, 7), (8, 32))  # rows and tokens of the batches on which outputs are compared
+LIMIT = 2**31 - 2**24  # bytes of weights: a protobuf message holds less than 2**31
+SHAPES = ((1, 1), (3, 7), (8, 32))  # rows and tokens of the batches that outputs are compared on
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_onnx(selected: Selected, folder: Path, *, int8: bool = False, shrink: bool = False) -> list[str]:
-    """The model in fp32 by torch's own exporter, for batches of any size and length, compared with torch's outputs.
+def write_onnx(selected: SelectedModel, folder: Path, *, int8: bool = False, shrink: bool = False) -> list[str]:
+    """Write the model in fp32 with torch's exporter, for batches of any size and length, and compare its outputs.
 
-    `int8`: another file with weights in int8, whose metrics on `report` are held against fp32's. `shrink`: without dead
-    neurons and heads. Raises UserError for packages that are missing and models that cannot be exported.
+    Args:
+        selected: The selected model.
+        folder: The folder to fill.
+        int8: Also write a file with int8 weights, and compare its metrics on `test` with fp32's.
+        shrink: Remove dead neurons and attention heads first.
+
+    Returns:
+        Lines about what was written and checked.
+
+    Raises:
+        UserError: When a package is missing, the model cannot be exported, or its outputs differ.
     """
     missing = missing_packages()
     if missing:
         raise UserError(f"--to onnx: needs {', '.join(missing)}: pip install 'raymask[onnx]'")
-    data = report_rows(selected) if int8 else None
+    data = load_test_rows(selected) if int8 else None
     module, lines = selected.module, []
     if shrink:
         module, removed = shrunk(module)
-        lines.append(f"Dead, and gone without a change to any output: {removed}")
+        lines.append(f"Dead units removed, which changes no output: {removed}")
     batches = samples(selected)
     to_onnx(module, batches[-1], folder / ONNX)
-    strayed = difference(OnnxModel(folder / ONNX, module.config), selected.module, batches)
+    max_error = require_close(OnnxModel(folder / ONNX, module.config), selected.module, batches)
     lines += [
         sizes({ONNX: folder / ONNX}, selected),
-        f"Checked: ONNX Runtime's outputs differ from torch's by {strayed:.1g} at most, in batches of "
+        f"Checked: ONNX Runtime's outputs differ from torch's by {max_error:.1g} at most, in batches of "
         f"{', '.join(' x '.join(map(str, batch['input_ids'].shape)) for batch in batches)} random tokens",
     ]
     if data is not None:
         quantize(folder / ONNX, folder / INT8)
         lines.append(sizes({INT8: folder / INT8}, selected))
-        fp32, low = (metrics(OnnxModel(folder / name, module.config), data) for name in (ONNX, INT8))
+        fp32, int8_metrics = (
+            compute_test_metrics(OnnxModel(folder / name, module.config), data) for name in (ONNX, INT8)
+        )
         lines.append(
-            f"On `report`: {', '.join(f'{name} fp32 {fp32[name]:.4f} -> int8 {low[name]:.4f}' for name in fp32)}"
+            f"On `test`: {', '.join(f'{name} fp32 {fp32[name]:.4f} -> int8 {int8_metrics[name]:.4f}' for name in fp32)}"
         )
     selected.write_files(folder)
     return lines
 
 
 def missing_packages() -> list[str]:
-    """Those that are needed and not installed."""
+    """The packages that ONNX export needs and that are not installed."""
     return [name for name in PACKAGES if find_spec(name) is None]
 
 
 class Logits(nn.Module):
-    """A model of transformers that returns a tensor, and takes no cache."""
+    """A transformers model that returns only its logits and takes no cache.
+
+    Attributes:
+        module: The transformers model.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Logits of a batch, `[rows, classes]` or `[rows, tokens, vocabulary]`.
+
+        Args:
+            input_ids: Token ids, int64 `[rows, tokens]`.
+            attention_mask: 1 for tokens, 0 for padding, int64 `[rows, tokens]`.
+            token_type_ids: Segment ids, int64 `[rows, tokens]`; None for models without them.
+        """
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        found = self.module(input_ids=input_ids, attention_mask=attention_mask, **types)
-        return found.logits  # type: ignore[no-any-return]
+        outputs = self.module(input_ids=input_ids, attention_mask=attention_mask, **types)
+        return outputs.logits  # type: ignore[no-any-return]
 
 
 def to_onnx(module: Any, batch: dict[str, Tensor], path: Path) -> None:
-    """Write a module in fp32; its inputs are called as `batch`'s, int64 (rows, tokens), both at least 2.
+    """Write a module as ONNX in fp32.
 
-    Raises UserError.
+    Args:
+        module: A transformers model.
+        batch: Example inputs by name, int64 `[rows, tokens]` with at least 2 of both; the file's inputs have its names.
+        path: The file to write.
+
+    Raises:
+        UserError: When the weights do not fit into a file, or torch cannot export the model.
     """
     size = 4 * sum(parameter.numel() for parameter in module.parameters())
     if size > LIMIT:
-        raise UserError(f"--to onnx: a file of ONNX holds 2 GB, and the weights take {megabytes(size)} in fp32")
+        raise UserError(f"--to onnx: an ONNX file holds 2 GB, and the weights take {megabytes(size)} in fp32")
     module = copy.deepcopy(module).float()
     module.config.use_cache = False
-    module.set_attn_implementation("eager")  # plain products, which runtimes know how to fuse
+    module.set_attn_implementation("eager")  # plain matrix products, which runtimes can fuse
     axes = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens")}
     try:
-        with without_remarks():
+        with silenced():
             program = torch.onnx.export(
                 Logits(module),
                 kwargs=batch,
@@ -108,25 +136,25 @@ def to_onnx(module: Any, batch: dict[str, Tensor], path: Path) -> None:
             )
             assert program is not None
             for node in program.model.graph.all_nodes():
-                node.metadata_props.clear()  # whose stack traces name folders of this machine
+                node.metadata_props.clear()  # they hold stack traces with paths of this machine
             program.save(path, external_data=False)
-    except Exception as error:  # noqa: BLE001 - torch's exporter raises its own kinds
+    except Exception as error:  # noqa: BLE001 - torch's exporter raises its own exceptions
         raise UserError(
             f"--to onnx: torch cannot export {module.config.model_type}: {first_line(error.__cause__ or error)}"
         ) from None
 
 
 def quantize(source: Path, target: Path) -> None:
-    """Weights in int8, a scale for each output; activations are rounded as they come."""
+    """Write an ONNX file with int8 weights, one scale per output unit; activations are quantized dynamically."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with without_remarks():
+    with silenced():
         quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8)
 
 
 @contextmanager
-def without_remarks() -> Iterator[None]:
-    """Neither warnings nor logs: what torch and onnxruntime say is of their own insides."""
+def silenced() -> Iterator[None]:
+    """Suppress warnings and logs of torch and onnxruntime, which concern their internals only."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -141,7 +169,13 @@ def without_remarks() -> Iterator[None]:
 
 
 class OnnxModel(nn.Module):
-    """A file of ONNX, run by ONNX Runtime on as many threads as torch has, and called as the model itself is."""
+    """An ONNX file run by ONNX Runtime on as many threads as torch has, with the call of a transformers model.
+
+    Attributes:
+        session: The runtime's session.
+        config: The transformers configuration.
+        device_anchor: An empty parameter; code that asks for a model's device finds the CPU.
+    """
 
     def __init__(self, path: Path, config: Any) -> None:
         import onnxruntime
@@ -152,50 +186,57 @@ class OnnxModel(nn.Module):
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.config = config
-        self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # says that tensors are wanted on the CPU
+        self.device_anchor = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def forward(self, **batch: Tensor) -> SimpleNamespace:
-        [found] = self.session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
-        return SimpleNamespace(logits=torch.from_numpy(found))
+        """An object with the batch's `logits`, float32."""
+        [outputs] = self.session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
+        return SimpleNamespace(logits=torch.from_numpy(outputs))
 
 
-def samples(selected: Selected) -> list[dict[str, Tensor]]:
-    """Batches of random tokens with the tokenizer's names: rows of several lengths, of two texts each, padded."""
-    longest = positions(selected.module.config, selected.result.kind)
+def samples(selected: SelectedModel) -> list[dict[str, Tensor]]:
+    """Batches of random tokens, one per entry of SHAPES; their rows have several lengths and are padded."""
+    longest = max_seq_length(selected.module.config, selected.result.kind)
     return [sample(selected, count, min(length, longest)) for count, length in SHAPES]
 
 
-def sample(selected: Selected, count: int, length: int) -> dict[str, Tensor]:
-    """One batch, int64 (count, length)."""
-    batch, places = selected.rows(count, length), torch.arange(length)
-    batch["attention_mask"] = (places < torch.linspace(length, 1, count).long()[:, None]).long()
+def sample(selected: SelectedModel, count: int, length: int) -> dict[str, Tensor]:
+    """One batch of random tokens by input name, int64 `[count, length]`.
+
+    Args:
+        selected: The model and its tokenizer.
+        count: Number of rows; they get shorter from the first to the last.
+        length: Number of tokens; with token types, the second half belongs to a second text.
+    """
+    batch, positions = selected.rows(count, length), torch.arange(length)
+    batch["attention_mask"] = (positions < torch.linspace(length, 1, count).long()[:, None]).long()
     if "token_type_ids" in selected.tokenizer.model_input_names:
-        batch["token_type_ids"] = (places >= length // 2).long().repeat(count, 1)
+        batch["token_type_ids"] = (positions >= length // 2).long().repeat(count, 1)
     return batch
 
 
-def difference(model: nn.Module, original: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
-    """By how much two models' outputs differ at most. Raises UserError when it is more than rounding."""
-    original, strayed = copy.deepcopy(original).float(), 0.0
+def require_close(model: nn.Module, original: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
+    """The largest difference of two models' outputs. Raises UserError when it is more than rounding."""
+    original, max_error = copy.deepcopy(original).float(), 0.0
     for batch in batches:
-        alike, apart = compared(logits(model, batch), logits(original, batch))
-        strayed = max(strayed, apart)
-        if not alike:
-            raise UserError(f"--to onnx: ONNX Runtime's outputs differ from torch's by {strayed:.1e}")
-    return strayed
+        close, error = outputs_allclose(logits(model, batch), logits(original, batch))
+        max_error = max(max_error, error)
+        if not close:
+            raise UserError(f"--to onnx: ONNX Runtime's outputs differ from torch's by {max_error:.1e}")
+    return max_error
 
 
-def report_rows(selected: Selected) -> Data:
-    """The task's rows. Raises UserError when they are not those of the search."""
+def load_test_rows(selected: SelectedModel) -> TaskData:
+    """The task's tokenized data. Raises UserError when its files have changed since the search."""
     config = selected.module.config
-    data = to_tokens(read_texts(selected.spec, config), selected.tokenizer, config)
-    if data.digest() != selected.result.levels[-1].data:
-        raise UserError("--int8: the task's files have changed since the search: put them back, or leave it out")
+    data = tokenize_dataset(load_dataset(selected.spec, config), selected.tokenizer, config)
+    if data.fingerprint() != selected.result.levels[-1].data_fingerprint:
+        raise UserError("--int8: the task's files have changed since the search: restore them, or leave out --int8")
     return data
 
 
-def metrics(model: nn.Module, data: Data) -> dict[str, float]:
-    """A model's metrics on `report`."""
-    objective = OBJECTIVES[data.kind]
-    answers = predict(model, data.report, padding=data.padding, autocast=nullcontext, objective=objective)
-    return data.measure_report(answers.numpy())
+def compute_test_metrics(model: nn.Module, data: TaskData) -> dict[str, float]:
+    """A model's metrics on `test`."""
+    objective = TASK_LOSSES[data.kind]
+    outputs = predict(model, data.test, padding=data.padding, autocast=nullcontext, objective=objective)
+    return data.test_metrics(outputs.numpy())

@@ -1,4 +1,4 @@
-"""Which neurons and attention heads are dead, and what is the same model without them?"""
+"""Removal of dead neurons and attention heads."""
 
 from __future__ import annotations
 
@@ -12,47 +12,65 @@ import torch
 from torch import Tensor, nn
 
 from raymask.core.errors import UserError
-from raymask.train.model import blocks
+from raymask.train.prunable import transformer_blocks
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Dotted names of what can become narrower in a block; its attention finds out by itself how many heads it has."""
+    """Dotted names of the layers of a block that can become narrower.
+
+    The number of heads is not stored: the attention derives it from the width of its layers.
+
+    Attributes:
+        queries: Attention's query projection.
+        keys: Attention's key projection.
+        values: Attention's value projection.
+        attn_out: Attention's output projection.
+        ffn_up: First layer of the feed-forward network.
+        activation: Its activation function.
+        ffn_down: Second layer of the feed-forward network.
+    """
 
     queries: str
     keys: str
     values: str
-    mixed: str
-    rising: str
+    attn_out: str
+    ffn_up: str
     activation: str
-    falling: str
+    ffn_down: str
 
 
 BERT = Layout(
     queries="attention.self.query",
     keys="attention.self.key",
     values="attention.self.value",
-    mixed="attention.output.dense",
-    rising="intermediate.dense",
+    attn_out="attention.output.dense",
+    ffn_up="intermediate.dense",
     activation="intermediate.intermediate_act_fn",
-    falling="output.dense",
+    ffn_down="output.dense",
 )
 DISTILBERT = Layout(
     queries="attention.q_lin",
     keys="attention.k_lin",
     values="attention.v_lin",
-    mixed="attention.out_lin",
-    rising="ffn.lin1",
+    attn_out="attention.out_lin",
+    ffn_up="ffn.lin1",
     activation="ffn.activation",
-    falling="ffn.lin2",
+    ffn_down="ffn.lin2",
 )
 LAYOUTS = {"bert": BERT, "roberta": BERT, "xlm-roberta": BERT, "electra": BERT, "distilbert": DISTILBERT}
-"""By a configuration's model_type."""
+"""Layouts by a configuration's `model_type`."""
 
 
 @dataclass(frozen=True)
 class Removed:
-    """How many neurons, attention heads and parameters are gone, each of how many."""
+    """What was removed: pairs of the number removed and the number there was.
+
+    Attributes:
+        neurons: Neurons of the feed-forward networks.
+        heads: Attention heads.
+        parameters: Parameters of the model.
+    """
 
     neurons: tuple[int, int]
     heads: tuple[int, int]
@@ -60,54 +78,70 @@ class Removed:
 
     def __str__(self) -> str:
         named = (("neurons", self.neurons), ("attention heads", self.heads), ("parameters", self.parameters))
-        return ", ".join(f"{gone:,} of {there:,} {name}" for name, (gone, there) in named)
+        return ", ".join(f"{removed:,} of {count:,} {name}" for name, (removed, count) in named)
 
 
 @torch.no_grad()
 def shrink(module: Any) -> tuple[Any, Removed]:
-    """A copy without dead neurons and heads, whose outputs are the same but for rounding, and what is gone.
+    """Copy a model without its dead neurons and attention heads; outputs stay the same up to rounding.
 
-    Dead is what says the same whatever goes in, which the next bias can say as well, or what nothing listens to. At
-    least one neuron and one head of a block stay. Widths then differ from block to block, as no configuration has
-    them. Raises UserError for a model that it does not know.
+    Dead units are those whose output is constant (it is folded into the next layer's bias) and those whose output no
+    remaining weight reads. At least one neuron and one head of a block stay. Afterwards widths differ from block to
+    block, which no transformers configuration can describe.
+
+    Args:
+        module: A transformers model of a type in LAYOUTS.
+
+    Returns:
+        The copy, and what was removed.
+
+    Raises:
+        UserError: For a model of another type.
     """
     config = module.config
     if config.model_type not in LAYOUTS:
-        raise UserError(f"--shrink: knows {', '.join(LAYOUTS)}, not {config.model_type}; leave it out")
+        raise UserError(f"--shrink: supports {', '.join(LAYOUTS)}, not {config.model_type}; leave out --shrink")
     layout, small = LAYOUTS[config.model_type], copy.deepcopy(module)
     size = config.hidden_size // config.num_attention_heads
     neurons, heads = [], []
-    for block in (block for layers in blocks(small).values() for block in layers):
-        queries, keys, values, mixed = attrgetter(layout.queries, layout.keys, layout.values, layout.mixed)(block)
-        rising, activation, falling = attrgetter(layout.rising, layout.activation, layout.falling)(block)
-        # attention weights sum to 1: of values that are all the same comes that value
-        heads.append(narrow([values, keys, queries], mixed, values.bias, size))
-        neurons.append(narrow([rising], falling, activation(rising.bias), 1))
-    before, after = (sum(each.numel() for each in model.parameters()) for model in (module, small))
+    for block in (block for layers in transformer_blocks(small).values() for block in layers):
+        queries, keys, values, attn_out = attrgetter(layout.queries, layout.keys, layout.values, layout.attn_out)(block)
+        ffn_up, activation, ffn_down = attrgetter(layout.ffn_up, layout.activation, layout.ffn_down)(block)
+        # attention weights sum to 1: a head whose values are constant returns that constant
+        heads.append(remove_units([values, keys, queries], attn_out, values.bias, size))
+        neurons.append(remove_units([ffn_up], ffn_down, activation(ffn_up.bias), 1))
+    before, after = (sum(parameter.numel() for parameter in model.parameters()) for model in (module, small))
     return small, Removed(total(neurons), total(heads), (before - after, before))
 
 
-def narrow(inner: Sequence[nn.Linear], outer: nn.Linear, constants: Tensor, size: int) -> tuple[int, int]:
-    """Take dead units of `size` out between layers, in place; returns how many of how many.
+def remove_units(inner: Sequence[nn.Linear], outer: nn.Linear, constants: Tensor, size: int) -> tuple[int, int]:
+    """Remove the dead units between layers, in place.
 
-    Units are rows of all `inner` layers and columns of `outer`. `constants` (units * size,): what `outer` gets of a row
-    that is zero in inner[0].
+    Args:
+        inner: Layers whose rows are the units' weights; a unit is constant when its rows in `inner[0]` are zero.
+        outer: The layer that reads the units: its columns.
+        constants: What `outer` reads from a constant unit, `[units * size]`.
+        size: Rows per unit.
+
+    Returns:
+        The number of removed units, and of all units.
     """
-    silent, unheard = (inner[0].weight == 0).all(1), (outer.weight == 0).all(0)
-    dead = (silent | unheard).view(-1, size).all(1)
+    constant, unread = (inner[0].weight == 0).all(1), (outer.weight == 0).all(0)
+    dead = (constant | unread).view(-1, size).all(1)
     if dead.all():
         dead[0] = False
-    gone = dead.repeat_interleave(size)
-    outer.bias.add_(outer.weight[:, gone].double() @ constants[gone].double())
+    removed = dead.repeat_interleave(size)
+    outer.bias.add_(outer.weight[:, removed].double() @ constants[removed].double())
     for layer in inner:
-        layer.weight = nn.Parameter(layer.weight[~gone])
-        layer.bias = nn.Parameter(layer.bias[~gone])
+        layer.weight = nn.Parameter(layer.weight[~removed])
+        layer.bias = nn.Parameter(layer.bias[~removed])
         layer.out_features = len(layer.weight)
-    outer.weight = nn.Parameter(outer.weight[:, ~gone])
+    outer.weight = nn.Parameter(outer.weight[:, ~removed])
     outer.in_features = outer.weight.shape[1]
     return int(dead.sum()), len(dead)
 
 
 def total(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    gone, there = zip(*counts, strict=True)
-    return sum(gone), sum(there)
+    """The sums of the first and of the second numbers."""
+    removed, existing = zip(*counts, strict=True)
+    return sum(removed), sum(existing)

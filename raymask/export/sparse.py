@@ -1,8 +1,8 @@
-"""How is a pruned model stored in little room, and loaded again?
+"""Export of a pruned model in compact form, and its loader.
 
-model.sparse.safetensors   of each pruned matrix where its kept weights are, uint8, <name>:gaps or <name>:bits,
-                           and these weights, <name>:values; all other tensors as they are
-              its metadata format, kind of task, shapes of the pruned matrices, SHA-256 over all that
+model.sparse.safetensors   for each pruned matrix the positions of its kept weights, uint8, <name>:gaps or <name>:bits,
+                           and the weights themselves, <name>:values; all other tensors as they are
+              its metadata format, kind of task, shapes of the pruned matrices, and SHA-256 over all of this
 config.json ...            as in the checkpoint
 """
 
@@ -20,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from raymask.core.errors import UserError, first_line
-from raymask.core.gaps import Code, decode, encode
-from raymask.core.masks import Mask
-from raymask.export.selected import Selected, compared, logits, sizes, sizes_of_prunable
-from raymask.store import write_tensors
-from raymask.train.model import build, matrices, persistent, quiet
-from raymask.train.sharding import without_parameters
+from raymask.core.masking.masks import Mask
+from raymask.export.delta import Code, decode, encode
+from raymask.export.selected import SelectedModel, logits, outputs_allclose, sizes, sizes_of_prunable
+from raymask.runs.run_dir import write_tensors
+from raymask.train.fsdp import init_empty_weights
+from raymask.train.model import build_model, quiet, state_tensors
+from raymask.train.prunable import matrices
 
 SPARSE = "model.sparse.safetensors"
 FORMAT = "raymask-sparse-1"
@@ -35,68 +36,90 @@ CODES: tuple[Code, ...] = ("gaps", "bits")
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_sparse(selected: Selected, folder: Path, *, values: str = "exact") -> list[str]:
-    """The model in little room, loaded again and compared with the original.
+def write_sparse(selected: SelectedModel, folder: Path, *, values: str = "exact") -> list[str]:
+    """Write the model in compact form, load it again, and compare it with the original.
 
-    `values`: "exact", in the checkpoint's dtype, or "fp16", to which then all weights are rounded. Raises UserError
-    when one of them is too large for that, or nothing is gained by it.
+    Args:
+        selected: The selected model.
+        folder: The folder to fill.
+        values: "exact" keeps the checkpoint's dtype, "fp16" rounds all weights to fp16.
+
+    Returns:
+        Lines about what was written and checked.
+
+    Raises:
+        UserError: When a weight is too large for fp16, fp16 saves nothing, or the loaded model differs.
     """
     tensors = with_plain_zeros(selected)
     stored = {name: in_fp16(name, tensor) for name, tensor in tensors.items()} if values == "fp16" else tensors
     packed = save(folder / SPARSE, stored, selected.mask, selected.result.kind)
     selected.write_files(folder)
-    again = load_sparse(folder, trust_remote_code=selected.spec.model.trust_remote_code)
-    require_same(persistent(again), {name: stored[name].to(tensors[name].dtype) for name in tensors})
+    loaded = load_sparse(folder, trust_remote_code=selected.spec.model.trust_remote_code)
+    require_same(state_tensors(loaded), {name: stored[name].to(tensors[name].dtype) for name in tensors})
     rows = selected.rows()
-    found, original = logits(again, rows), logits(selected.module, rows)
-    alike, strayed = compared(found, original)
-    if values == "exact" and not alike:  # memory lies otherwise
-        raise UserError(f"{SPARSE}: outputs of what was loaded again differ by {strayed:.1e} from the original's")
+    outputs, original = logits(loaded, rows), logits(selected.module, rows)
+    close, max_error = outputs_allclose(outputs, original)
+    if values == "exact" and not close:  # another memory alignment changes the rounding only
+        raise UserError(f"{SPARSE}: outputs of the loaded model differ by {max_error:.1e} from the original's")
     same = "bit for bit" if values == "exact" else "rounded to fp16"
     return [
         sizes({SPARSE: folder / SPARSE}, selected),
         sizes_of_prunable(packed, selected),
-        f"Checked: loaded again, its weights are the original's, {same}; its outputs on {len(original)} rows of random "
-        f"tokens differ by {strayed:.1g} at most",
+        f"Checked: the loaded model's weights are the original's, {same}; its outputs on {len(original)} rows of "
+        f"random tokens differ by {max_error:.1g} at most",
     ]
 
 
-def with_plain_zeros(selected: Selected) -> dict[str, Tensor]:
-    """The model's tensors; what is pruned from below zero is -0.0 in them, of which the sign is no weight's."""
+def with_plain_zeros(selected: SelectedModel) -> dict[str, Tensor]:
+    """The model's tensors with pruned entries set to 0.0; a negative weight that was pruned is -0.0 in them."""
     tensors = selected.tensors()
     return tensors | {name: tensors[name].masked_fill(~kept, 0) for name, kept in selected.mask.items()}
 
 
 def in_fp16(name: str, tensor: Tensor) -> Tensor:
-    """The nearest numbers in fp16. Raises UserError when there are none, or they take as much room."""
+    """A tensor rounded to fp16. Raises UserError when a value is too large, or when fp16 saves nothing."""
     if not tensor.is_floating_point():
         return tensor
     if tensor.element_size() <= 2:
-        raise UserError("--values: the model's weights take two bytes as they are: leave fp16 out")
-    found = tensor.half()
-    if not bool(torch.isfinite(found).all()):
+        raise UserError("--values: the model's weights already take two bytes each: leave out --values fp16")
+    rounded = tensor.half()
+    if not bool(torch.isfinite(rounded).all()):
         raise UserError(
-            f"--values: {name} has a weight of {float(tensor.abs().max()):.3g}, and fp16 ends at 65504: leave it out"
+            f"--values: {name} has a weight of {float(tensor.abs().max()):.3g}, and fp16 ends at 65504: leave out "
+            "--values fp16"
         )
-    return found
+    return rounded
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], mask: Mask, kind: str) -> int:
-    """Write the file; returns how many bytes the pruned matrices take in it. Raises OSError."""
+    """Write the compact file.
+
+    Args:
+        path: The file to write.
+        tensors: All tensors by name.
+        mask: Bool mask by the names of the pruned matrices.
+        kind: The kind of task.
+
+    Returns:
+        The number of bytes that the pruned matrices take in the file.
+
+    Raises:
+        OSError: When the file cannot be written.
+    """
     packed: dict[str, Tensor] = {}
     for name, kept in mask.items():
-        code, places = encode(kept)
-        packed |= {f"{name}:{code}": places, f"{name}:values": tensors[name][kept]}
+        code, codes = encode(kept)
+        packed |= {f"{name}:{code}": codes, f"{name}:values": tensors[name][kept]}
     rest = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in mask}
     shapes = {name: list(kept.shape) for name, kept in mask.items()}
-    head = {"format": FORMAT, "kind": kind, "shapes": json.dumps(shapes)}
-    write_tensors(path, packed | rest, head | {"sha256": digest(packed | rest, head)})
+    metadata = {"format": FORMAT, "kind": kind, "shapes": json.dumps(shapes)}
+    write_tensors(path, packed | rest, metadata | {"sha256": digest(packed | rest, metadata)})
     return sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
 
 
-def digest(tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> str:
-    """SHA-256 over tensors with their names, dtypes and shapes, and over what the metadata says."""
-    state = hashlib.sha256(json.dumps([head[key] for key in ("format", "kind", "shapes")]).encode())
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over tensors with their names, dtypes and shapes, and over format, kind and shapes of the metadata."""
+    state = hashlib.sha256(json.dumps([metadata[key] for key in ("format", "kind", "shapes")]).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -104,11 +127,11 @@ def digest(tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> str:
     return state.hexdigest()
 
 
-def require_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def require_same(loaded: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise UserError when tensors are not the same, bit for bit."""
-    for name in found.keys() | expected.keys():
-        if name not in found or name not in expected or not torch.equal(bits(found[name]), bits(expected[name])):
-            raise UserError(f"{SPARSE}: {name} is another one when it is loaded again")
+    for name in loaded.keys() | expected.keys():
+        if name not in loaded or name not in expected or not torch.equal(bits(loaded[name]), bits(expected[name])):
+            raise UserError(f"{SPARSE}: {name} differs from the original when it is loaded again")
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -120,73 +143,101 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def load_sparse(path: str | Path, *, csr: bool = False, trust_remote_code: bool = False) -> nn.Module:
-    """The model in a folder that `raymask export --to sparse` wrote: one of transformers', in eval mode, on the CPU.
+    """Load the model from a folder that `raymask export --to sparse` wrote.
 
-    `csr`: its pruned layers keep their weights as sparse CSR matrices and multiply with these, for latency on a CPU;
-    outputs are the same but for rounding. Such a model is for inference and cannot be saved.
-    Raises raymask.UserError when there is no such folder, it is damaged, or its weights are bf16 and `csr` is wanted.
+    Args:
+        path: The folder.
+        csr: Keep the weights of pruned layers as sparse CSR matrices and multiply by these, for latency on a CPU.
+            Outputs are the same up to rounding. Such a model is for inference only and cannot be saved.
+        trust_remote_code: Whether the model may run code of its own.
+
+    Returns:
+        A transformers model, in eval mode, on the CPU.
+
+    Raises:
+        raymask.UserError: When there is no such folder, it is damaged, or `csr` is set and its weights are not float32.
     """
     from transformers import AutoConfig
 
     folder = Path(path)
-    tensors, head = read(folder / SPARSE)
+    tensors, metadata = read(folder / SPARSE)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        with quiet(), without_parameters():
-            module = build(config, trust_remote_code, kind=head["kind"])
+        with quiet(), init_empty_weights():
+            module = build_model(config, trust_remote_code, kind=metadata["kind"])
         fill(module, tensors)
-    except Exception as error:  # noqa: BLE001 - transformers raises its own kinds
-        advice = "; trust_remote_code=True runs code of its own" if "custom code" in str(error) else ""
-        raise UserError(f"{folder}: its {SPARSE} is whole, but makes no model: {first_line(error)}{advice}") from None
+    except Exception as error:  # noqa: BLE001 - transformers raises its own exceptions
+        advice = "; trust_remote_code=True allows its own code" if "custom code" in str(error) else ""
+        raise UserError(
+            f"{folder}: {SPARSE} is undamaged, but does not load as a model: {first_line(error)}{advice}"
+        ) from None
     module.eval()
     if csr:
-        for name in json.loads(head["shapes"]):
+        for name in json.loads(metadata["shapes"]):
             make_sparse(module, name)
     return module
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors by name, pruned matrices unpacked, and the metadata. Raises UserError when they are not whole."""
+    """Read the compact file and check its hash.
+
+    Args:
+        path: The file.
+
+    Returns:
+        All tensors by name with the pruned matrices unpacked, and the metadata.
+
+    Raises:
+        UserError: When there is no such file, or it is damaged or of another format.
+    """
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; `raymask export RUN --to sparse` writes it")
     try:
         with safe_open(path, "pt") as file:
-            head = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: is damaged ({first_line(error)}); write it again with `raymask export`") from None
-    if head.get("format") != FORMAT:
-        raise UserError(f"{path}: is not what this version of raymask writes; write it again with `raymask export`")
-    if digest(tensors, head) != head.get("sha256"):
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: has a format that this version of raymask does not read; write it again with `raymask export`"
+        )
+    if digest(tensors, metadata) != metadata.get("sha256"):
         raise UserError(f"{path}: is damaged (its hash differs); write it again with `raymask export`")
-    shapes: dict[str, list[int]] = json.loads(head["shapes"])
-    return tensors_of(tensors, shapes), head
+    shapes: dict[str, list[int]] = json.loads(metadata["shapes"])
+    return tensors_of(tensors, shapes), metadata
 
 
 def tensors_of(stored: dict[str, Tensor], shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """What is stored, with the matrices of these shapes unpacked."""
-    found = dict(stored)
+    """The stored tensors with the pruned matrices, those in `shapes`, unpacked."""
+    tensors = dict(stored)
     for name, shape in shapes.items():
-        values = found.pop(f"{name}:values")
-        [code] = [code for code in CODES if f"{name}:{code}" in found]
-        places = decode(code, found.pop(f"{name}:{code}"))
-        found[name] = values.new_zeros(shape)
-        found[name].view(-1)[places] = values
-    return found
+        values = tensors.pop(f"{name}:values")
+        [code] = [code for code in CODES if f"{name}:{code}" in tensors]
+        indices = decode(code, tensors.pop(f"{name}:{code}"))
+        tensors[name] = values.new_zeros(shape)
+        tensors[name].view(-1)[indices] = values
+    return tensors
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a module without parameters these, in its own dtypes. Raises ValueError when it needs others."""
-    empty = persistent(module)
+    """Load tensors into a module on the meta device, in the module's dtypes.
+
+    Raises:
+        ValueError: When the module's tensors have other names.
+    """
+    empty = state_tensors(module)
     if empty.keys() != tensors.keys():
-        raise ValueError(f"{min(empty.keys() ^ tensors.keys())} is not in both, config.json's model and the file")
-    own = {name: tensor.to(empty[name].dtype) for name, tensor in tensors.items()}
-    module.load_state_dict(own, strict=False, assign=True)  # which names tied weights once
+        raise ValueError(
+            f"{min(empty.keys() ^ tensors.keys())} is in only one of the model of config.json and the file"
+        )
+    converted = {name: tensor.to(empty[name].dtype) for name, tensor in tensors.items()}
+    module.load_state_dict(converted, strict=False, assign=True)  # the file has tied weights under one name only
     module.tie_weights()  # type: ignore[operator]
 
 
 def make_sparse(module: nn.Module, name: str) -> None:
-    """Let the layer of this weight multiply by a CSR matrix. Raises UserError when its dtype has no such product."""
+    """Replace the layer of a weight by a SparseLinear, in place. Raises UserError when the weight is not float32."""
     path, weight = name.removesuffix(".weight"), matrices(module, [name])[name]
     if weight.dtype != torch.float32:
         raise UserError(f"csr: {name} is {str(weight.dtype).removeprefix('torch.')}; CSR weights must be float32")
@@ -195,7 +246,12 @@ def make_sparse(module: nn.Module, name: str) -> None:
 
 
 class SparseLinear(nn.Module):
-    """A linear layer that multiplies by a sparse matrix, (n_out, n_in) float32; for inference on a CPU."""
+    """A linear layer with a sparse CSR weight; for inference on a CPU.
+
+    Attributes:
+        weight: CSR matrix, float32 `[n_out, n_in]`.
+        bias: Float32 `[n_out]`, or None.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -206,7 +262,7 @@ class SparseLinear(nn.Module):
 
     @torch.no_grad()
     def forward(self, inputs: Tensor) -> Tensor:
-        """(..., n_in) -> (..., n_out)"""
+        """Outputs `[..., n_out]` of inputs `[..., n_in]`."""
         outputs = (self.weight @ inputs.reshape(-1, inputs.shape[-1]).T).T
         if self.bias is not None:
             outputs = outputs + self.bias

@@ -1,1 +1,1 @@
-"""What people look at: the terminal, and the model card."""
+"""Reports of a run: console output, progress, plots, and the HTML page."""

@@ -1,4 +1,4 @@
-"""What does a run look like? Each plot is the plain data that plotly's JavaScript draws."""
+"""Plots of a run, as the plain data that plotly's JavaScript draws."""
 
 from __future__ import annotations
 
@@ -6,51 +6,61 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from raymask.core.records import CONTROL, SELECTED, Evaluation, Purpose
-from raymask.report.figures import Figures, Stand
-from raymask.report.timeline import clock, short
-from raymask.report.words import on_select, percent
-from raymask.store import IMP, branch
+from raymask.core.lineage import IMP, branch
+from raymask.core.records import BASELINE, RAYMASK, Evaluation, Phase
+from raymask.report.summary import LevelSummary, RunSummary
+from raymask.report.text import percent, validation_metric
+from raymask.report.timeline import time_axis, worker_host
 
 Plot = dict[str, Any]
-"""Traces as `data`, and a `layout` to be laid over the page's own."""
+"""Traces as `data`, and a `layout` that is merged into the page's own."""
 
 BLUE, ORANGE, GREEN, GREY, RED = "#3b82f6", "#e8850c", "#2a9d8f", "#8b93a1", "#dc4a4a"
 CYCLE = (BLUE, ORANGE, GREEN, "#b5569b", "#8a6fd8", "#a3902f", "#5b7a99", "#4f9d4f")
-KINDS: Mapping[Purpose, str] = {
+PHASE_COLORS: Mapping[Phase, str] = {
     "dense": GREY,
     "early evaluation": GREEN,
     "fine-tuning": BLUE,
     "baseline (IMP)": ORANGE,
 }
-"""All are seen on white and on black."""
+"""Colors by phase. All of them are visible on white and on black."""
 
 
-def metric_by_sparsity(runs: Mapping[str, Figures]) -> Plot:
-    """The first metric on `report` over the levels, of every run by its name; before the end, that on `select`."""
+def metric_by_sparsity(runs: Mapping[str, RunSummary]) -> Plot:
+    """The first metric over the levels, one line per run for raymask and one for the IMP baseline.
+
+    Args:
+        runs: Summaries by the name of the run.
+
+    Returns:
+        The plot. Metrics are those on `test`; on `validation` as long as one of the runs is not finished.
+    """
     traces, ticks = [], {1.0: "dense"}
-    ended = all(figures.result for figures in runs.values())
+    ended = all(summary.result for summary in runs.values())
     title = ""
-    for color, (name, figures) in zip(colors(len(runs)), runs.items(), strict=True):
-        if figures.dense is None:
+    for color, (name, summary) in zip(colors(len(runs)), runs.items(), strict=True):
+        if summary.dense is None:
             continue
-        title = title or (next(iter(figures.dense.report)) if ended else on_select(figures.dense)[0])
-        ticks |= {1 / (1 - stand.sparsity): percent(stand.sparsity) for stand in figures.levels}
-        alone = len(runs) == 1
-        for side, levels in ((SELECTED, figures.path), (CONTROL, figures.imp)):
+        title = title or (next(iter(summary.dense.test_metrics)) if ended else validation_metric(summary.dense)[0])
+        ticks |= {1 / (1 - level_summary.sparsity): percent(level_summary.sparsity) for level_summary in summary.levels}
+        single = len(runs) == 1
+        for side, levels in ((RAYMASK, summary.path), (BASELINE, summary.imp)):
             if not levels:
                 continue
-            shown = [figures.dense, *levels]
+            shown = [summary.dense, *levels]
             traces.append(
                 {
-                    "name": side if alone else f"{name}: {side}",
+                    "name": side if single else f"{name}: {side}",
                     "x": [1 / level.density for level in shown],
-                    "y": [next(iter(level.report.values())) if ended else on_select(level)[1] for level in shown],
-                    "error_y": whiskers(figures, side, len(shown)) if ended else {},
+                    "y": [
+                        next(iter(level.test_metrics.values())) if ended else validation_metric(level)[1]
+                        for level in shown
+                    ],
+                    "error_y": whiskers(summary, side, len(shown)) if ended else {},
                     "mode": "lines+markers",
                     "line": {
-                        "color": (BLUE if side == SELECTED else ORANGE) if alone else color,
-                        "dash": "dot" if side == CONTROL else "solid",
+                        "color": (BLUE if side == RAYMASK else ORANGE) if single else color,
+                        "dash": "dot" if side == BASELINE else "solid",
                     },
                     "text": [f"{percent(level.sparsity)}, {level.winner.candidate.name}" for level in shown],
                     "hovertemplate": "%{text}<br>%{y:.4f}",
@@ -65,38 +75,45 @@ def metric_by_sparsity(runs: Mapping[str, Figures]) -> Plot:
                 "tickvals": list(ticks),
                 "ticktext": list(ticks.values()),
             },
-            "yaxis": {"title": {"text": f"{title} on {'report' if ended else 'select'}"}},
+            "yaxis": {"title": {"text": f"{title} on {'test' if ended else 'validation'}"}},
         },
     }
 
 
 def colors(count: int) -> list[str]:
-    """As many as asked for; they come again where there are many."""
+    """`count` colors; they repeat when there are more than CYCLE has."""
     return [CYCLE[index % len(CYCLE)] for index in range(count)]
 
 
-def whiskers(figures: Figures, side: str, points: int) -> Plot:
-    """The first metric's intervals at a line's ends, the dense model and the last level of a side."""
-    rows = {row.name: row for row in figures.result.rows} if figures.result else {}
+def whiskers(summary: RunSummary, side: str, points: int) -> Plot:
+    """Error bars of the first metric at both ends of a line: its 95 % intervals.
+
+    Args:
+        summary: The run; without a result all error bars are 0.
+        side: RAYMASK or BASELINE, the row whose interval stands at the last level.
+        points: Number of points on the line; the first one is the dense model.
+    """
+    rows = {row.name: row for row in summary.result.models} if summary.result else {}
     above, below = [0.0] * points, [0.0] * points
-    for place, name in ((0, "dense"), (-1, side)):
+    for index, name in ((0, "dense"), (-1, side)):
         if name in rows:
-            found = next(iter(rows[name].intervals.values()))
-            above[place], below[place] = found.high - found.mean, found.mean - found.low
+            interval = next(iter(rows[name].intervals.values()))
+            above[index], below[index] = interval.high - interval.mean, interval.mean - interval.low
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1}
 
 
-def curves(stand: Stand) -> Plot:
-    """Loss on `select` of a level's early evaluations, look by look."""
-    ways: dict[tuple[int, int], list[Evaluation]] = {}
-    for found in sorted(stand.evaluations, key=lambda found: found.rung):
-        if found.ok:
-            ways.setdefault((found.candidate.index, found.order), []).append(found)
-    ranked = sorted(ways.values(), key=lambda way: rank(way[0], stand))  # what stands out is drawn last
+def curves(level_summary: LevelSummary) -> Plot:
+    """Loss on `validation` during a level's early evaluations, one line per candidate and repeat."""
+    by_candidate: dict[tuple[int, int], list[Evaluation]] = {}
+    for evaluation in sorted(level_summary.evaluations, key=lambda evaluation: evaluation.rung):
+        if evaluation.ok:
+            by_candidate.setdefault((evaluation.candidate.index, evaluation.repeat), []).append(evaluation)
+    # what is highlighted is drawn last, on top of the others
+    ordered = sorted(by_candidate.values(), key=lambda evaluations: highlight(evaluations[0], level_summary))
     traces, named = [], set()
-    for way in ranked:
-        color, kind = appearance(way[0], stand)
-        points = [point for found in way for point in found.curve]
+    for evaluations in ordered:
+        color, kind = appearance(evaluations[0], level_summary)
+        points = [point for evaluation in evaluations for point in evaluation.curve]
         traces.append(
             {
                 "name": kind,
@@ -108,79 +125,92 @@ def curves(stand: Stand) -> Plot:
                 "line": {"color": color, "width": 1 if kind == "other candidates" else 3},
                 "marker": {"color": color},
                 "opacity": 0.6 if kind == "other candidates" else 1,
-                "hovertemplate": f"{described(way[-1])}<br>step %{{x}}, loss %{{y:.4f}}",
+                "hovertemplate": f"{described(evaluations[-1])}<br>step %{{x}}, loss %{{y:.4f}}",
             }
         )
         named.add(kind)
     return {
         "data": traces,
-        "layout": {"xaxis": {"title": {"text": "steps"}}, "yaxis": {"title": {"text": "loss on select"}}},
+        "layout": {"xaxis": {"title": {"text": "steps"}}, "yaxis": {"title": {"text": "loss on validation"}}},
     }
 
 
-def rank(found: Evaluation, stand: Stand) -> int:
-    """0, 1 or 2: others, controls, winners."""
-    return 2 if found.candidate.index in stand.winners else int(found.candidate.is_control)
+def highlight(evaluation: Evaluation, level_summary: LevelSummary) -> int:
+    """How much a candidate is highlighted: 2 for a winner, 1 for a magnitude mask, 0 for all others."""
+    return 2 if evaluation.candidate.index in level_summary.winners else int(evaluation.candidate.is_magnitude)
 
 
-def appearance(found: Evaluation, stand: Stand) -> tuple[str, str]:
-    """A candidate's colour, and what it is called in a legend."""
-    return ((GREY, "other candidates"), (ORANGE, "control"), (BLUE, "winner"))[rank(found, stand)]
+def appearance(evaluation: Evaluation, level_summary: LevelSummary) -> tuple[str, str]:
+    """A candidate's color and its name in the legend."""
+    styles = ((GREY, "other candidates"), (ORANGE, "magnitude mask"), (BLUE, "winner"))
+    return styles[highlight(evaluation, level_summary)]
 
 
-def described(found: Evaluation) -> str:
-    """A candidate in the few words that fit beside a pointer."""
-    noise = found.candidate.noise
-    ratio = f", ratio {noise.ratio:g}" if noise else ""
-    distance = f", {percent(found.distance)} from control" if found.distance else ""
-    return f"{found.candidate.name}{ratio}{distance}"
+def described(evaluation: Evaluation) -> str:
+    """A candidate's hover text: name, sampling ratio and distance."""
+    noise = evaluation.candidate.noise
+    ratio = f", sampling ratio {noise.sampling_ratio:g}" if noise else ""
+    distance = f", distance {percent(evaluation.distance)}" if evaluation.distance else ""
+    return f"{evaluation.candidate.name}{ratio}{distance}"
 
 
-def last_looks(stand: Stand) -> list[tuple[Evaluation, float]]:
-    """Every random candidate's evaluation at the highest rung that it reached, with the score that its control has
-    there."""
+def highest_rung_scores(level_summary: LevelSummary) -> list[tuple[Evaluation, float]]:
+    """Every random candidate's evaluation at the highest rung that it reached, and the magnitude mask's score there.
+
+    The magnitude mask is the one of the same parent branch. Repeats and failed evaluations are left out, and so are
+    candidates without such a score to compare with.
+    """
     scores = {
-        (found.candidate.parent, found.rung): found.score
-        for found in stand.evaluations
-        if found.candidate.is_control and found.score is not None and not found.order
+        (evaluation.candidate.parent_branch, evaluation.rung): evaluation.score
+        for evaluation in level_summary.evaluations
+        if evaluation.candidate.is_magnitude and evaluation.score is not None and not evaluation.repeat
     }
-    best: dict[int, Evaluation] = {}
-    for found in sorted(stand.evaluations, key=lambda found: found.rung):
-        if found.score is not None and not found.order and not found.candidate.is_control:
-            best[found.candidate.index] = found
-    pairs = [(found, scores.get((found.candidate.parent, found.rung))) for found in best.values()]
-    return [(found, score) for found, score in pairs if score is not None]
+    highest: dict[int, Evaluation] = {}
+    for evaluation in sorted(level_summary.evaluations, key=lambda evaluation: evaluation.rung):
+        if evaluation.score is not None and not evaluation.repeat and not evaluation.candidate.is_magnitude:
+            highest[evaluation.candidate.index] = evaluation
+    pairs = [
+        (evaluation, scores.get((evaluation.candidate.parent_branch, evaluation.rung)))
+        for evaluation in highest.values()
+    ]
+    return [(evaluation, score) for evaluation, score in pairs if score is not None]
 
 
-def scores_by(figures: Figures, what: str) -> Plot:
-    """How much better than its control every candidate scored, by its `distance` from the control or its `ratio`."""
+def scores_by(summary: RunSummary, what: str) -> Plot:
+    """By how much every random candidate's score exceeds that of the magnitude mask of its parent.
+
+    Args:
+        summary: The run.
+        what: The x axis: "distance", the distance from the magnitude mask, or "ratio", the sampling ratio.
+    """
     traces = []
-    for color, stand in zip(colors(len(figures.levels)), figures.levels, strict=True):
-        looks = [(found, found.score - score) for found, score in last_looks(stand)]  # type: ignore[operator]
-        if not looks:
+    for color, level_summary in zip(colors(len(summary.levels)), summary.levels, strict=True):
+        gains = [(evaluation, evaluation.score - score) for evaluation, score in highest_rung_scores(level_summary)]  # type: ignore[operator]
+        if not gains:
             continue
-        looks.sort(key=lambda look: look[0].candidate.index in stand.winners)  # a legend shows the first one's symbol
-        wins = [found.candidate.index in stand.winners for found, _ in looks]
+        # winners last: the legend shows the first one's symbol
+        gains.sort(key=lambda item: item[0].candidate.index in level_summary.winners)
+        wins = [evaluation.candidate.index in level_summary.winners for evaluation, _ in gains]
         traces.append(
             {
-                "name": percent(stand.sparsity),
+                "name": percent(level_summary.sparsity),
                 "x": [
-                    (found.distance or 0.0) if what == "distance" else found.candidate.noise.ratio  # type: ignore[union-attr]
-                    for found, _ in looks
+                    (evaluation.distance or 0.0) if what == "distance" else evaluation.candidate.noise.sampling_ratio  # type: ignore[union-attr]
+                    for evaluation, _ in gains
                 ],
-                "y": [gain for _, gain in looks],
+                "y": [gain for _, gain in gains],
                 "mode": "markers",
                 "marker": {
                     "color": color,
                     "size": [14 if won else 9 for won in wins],
                     "symbol": ["star" if won else "circle" for won in wins],
                 },
-                "text": [described(found) for found, _ in looks],
+                "text": [described(evaluation) for evaluation, _ in gains],
                 "hovertemplate": "%{text}<br>%{y:+.4f}",
             }
         )
-    distance = {"title": {"text": "distance from the control"}, "tickformat": ".0%", "rangemode": "tozero"}
-    ratios = sorted(set(figures.spec.candidates.ratios))
+    distance = {"title": {"text": "distance from the magnitude mask"}, "tickformat": ".0%", "rangemode": "tozero"}
+    ratios = sorted(set(summary.spec.candidates.sampling_ratios))
     ratio = {
         "title": {"text": "sampling ratio"},
         "type": "log",
@@ -188,19 +218,23 @@ def scores_by(figures: Figures, what: str) -> Plot:
         "ticktext": [f"{value:g}" for value in ratios],
     }
     axis = distance if what == "distance" else ratio
-    return {"data": traces, "layout": {"xaxis": axis, "yaxis": {"title": {"text": "score above control's"}}}}
+    return {"data": traces, "layout": {"xaxis": axis, "yaxis": {"title": {"text": "score minus magnitude mask's"}}}}
 
 
 def densities(shares: Mapping[str, float]) -> Plot:
-    """What each matrix keeps: kinds of matrices by number of the layer."""
-    places = {name: re.search(r"(?<![^.])(\d+)(?![^.])", name) for name in shares}
-    kinds = {name: kind(name, found[1] if found else "") for name, found in places.items()}
-    layers = sorted({int(found[1]) for found in places.values() if found}) or [0]
+    """Heat map of the share of weights that each matrix keeps: kinds of matrices by layer number.
+
+    Args:
+        shares: Density in [0, 1] by parameter name. A name without a layer number goes into the first column.
+    """
+    numbers = {name: re.search(r"(?<![^.])(\d+)(?![^.])", name) for name in shares}
+    kinds = {name: kind(name, number[1] if number else "") for name, number in numbers.items()}
+    layers = sorted({int(number[1]) for number in numbers.values() if number}) or [0]
     rows = list(dict.fromkeys(kinds.values()))
     table: list[list[float | None]] = [[None] * len(layers) for _ in rows]
     for name, share in shares.items():
-        found = places[name]
-        table[rows.index(kinds[name])][layers.index(int(found[1])) if found else 0] = share
+        number = numbers[name]
+        table[rows.index(kinds[name])][layers.index(int(number[1])) if number else 0] = share
     trace = {
         "type": "heatmap",
         "x": [str(layer) for layer in layers],
@@ -225,39 +259,42 @@ def densities(shares: Mapping[str, float]) -> Plot:
 
 
 def kind(name: str, layer: str) -> str:
-    """A matrix's name behind its layer's number."""
+    """The part of a matrix's name after its layer number, without `.weight`."""
     inside = name.partition(f".{layer}.")[2] if layer else name
     return (inside or name).removesuffix(".weight")
 
 
-def tree(figures: Figures) -> Plot:
-    """Which mask was made from which, from the dense model to the last level; the selected path is bold."""
-    lineages = list(dict.fromkeys(name for stand in figures.levels for name in stand.settled))
-    rows = {name: -place for place, name in enumerate(lineages)}
+def tree(summary: RunSummary) -> Plot:
+    """Which mask was made from which parent, from the dense model to the last level; the selected path is bold."""
+    lineages = list(dict.fromkeys(name for level_summary in summary.levels for name in level_summary.finetuned))
+    rows = {name: -row for row, name in enumerate(lineages)}
     traces = []
-    for stand in figures.levels:
-        for name, record in stand.settled.items():
+    for level_summary in summary.levels:
+        for name, record in level_summary.finetuned.items():
             candidate = record.winner.candidate
-            above = name if name == IMP else branch(candidate.parent)
-            bold = record in figures.path
+            parent = name if name == IMP else branch(candidate.parent_branch)
+            bold = record in summary.path
             color = ORANGE if name == IMP else BLUE if bold else GREY
-            start = rows.get(above, 0) if stand.level > 1 else 0
+            start = rows.get(parent, 0) if level_summary.level > 1 else 0
             traces.append(
                 {
-                    "x": [stand.level - 1, stand.level],
+                    "x": [level_summary.level - 1, level_summary.level],
                     "y": [start, rows[name]],
                     "mode": "lines+markers+text",
                     "line": {"color": color, "width": 4 if bold else 2, "dash": "dot" if name == IMP else "solid"},
                     "marker": {"color": color, "size": [0, 14]},
-                    "text": ["", "IMP" if name == IMP else "control" if candidate.is_control else str(candidate.index)],
+                    "text": [
+                        "",
+                        "IMP" if name == IMP else "magnitude" if candidate.is_magnitude else str(candidate.index),
+                    ],
                     "textposition": "top center",
                     "showlegend": False,
-                    "hovertemplate": f"{candidate.name}, {percent(record.sparsity)}, loss on select "
-                    f"{record.finetuned.kept.loss:.4f}<extra></extra>",
+                    "hovertemplate": f"{candidate.name}, {percent(record.sparsity)}, loss on validation "
+                    f"{record.finetune_result.best_eval.loss:.4f}<extra></extra>",
                 }
             )
-    ticks = [0, *(stand.level for stand in figures.levels)]
-    names = ["dense", *(percent(stand.sparsity) for stand in figures.levels)]
+    ticks = [0, *(level_summary.level for level_summary in summary.levels)]
+    names = ["dense", *(percent(level_summary.sparsity) for level_summary in summary.levels)]
     return {
         "data": traces,
         "layout": {
@@ -268,21 +305,21 @@ def tree(figures: Figures) -> Plot:
     }
 
 
-def workers(figures: Figures) -> Plot:
-    """Who did what when; what is empty is idle, and a cross is work that failed."""
-    time = clock(figures.timeline)
-    names = list(dict.fromkeys(short(piece.worker) for piece in figures.timeline))
+def workers(summary: RunSummary) -> Plot:
+    """What each worker did when. Empty is idle, and a cross is an early evaluation that failed."""
+    axis = time_axis(summary.timeline)
+    names = list(dict.fromkeys(worker_host(piece.worker) for piece in summary.timeline))
     traces: list[Plot] = []
-    for purpose, color in KINDS.items():
-        pieces = [piece for piece in figures.timeline if piece.kind == purpose]
+    for phase, color in PHASE_COLORS.items():
+        pieces = [piece for piece in summary.timeline if piece.phase == phase]
         if pieces:
             traces.append(
                 {
                     "type": "bar",
                     "orientation": "h",
-                    "name": purpose,
-                    "y": [short(piece.worker) for piece in pieces],
-                    "base": [time.at(piece.started) for piece in pieces],
+                    "name": phase,
+                    "y": [worker_host(piece.worker) for piece in pieces],
+                    "base": [axis.at(piece.started) for piece in pieces],
                     "x": [piece.seconds for piece in pieces],
                     "marker": {"color": color, "line": {"width": 0.5}},
                     "text": [f"level {piece.level}" for piece in pieces],
@@ -290,16 +327,21 @@ def workers(figures: Figures) -> Plot:
                     "hovertemplate": "%{text}, %{x:.1f} s",
                 }
             )
-    failed = [found for stand in figures.levels for found in stand.evaluations if not found.ok and found.started]
+    failed = [
+        evaluation
+        for level_summary in summary.levels
+        for evaluation in level_summary.evaluations
+        if not evaluation.ok and evaluation.started
+    ]
     if failed:
         traces.append(
             {
                 "name": "failed",
-                "x": [time.at(found.started + found.seconds) for found in failed],
-                "y": [short(found.worker) for found in failed],
+                "x": [axis.at(evaluation.started + evaluation.seconds) for evaluation in failed],
+                "y": [worker_host(evaluation.worker) for evaluation in failed],
                 "mode": "markers",
                 "marker": {"color": RED, "symbol": "x", "size": 12},
-                "text": [f"{found.candidate.name}: {(found.error or '')[:80]}" for found in failed],
+                "text": [f"{evaluation.candidate.name}: {(evaluation.error or '')[:80]}" for evaluation in failed],
                 "hovertemplate": "%{text}",
             }
         )
@@ -308,7 +350,7 @@ def workers(figures: Figures) -> Plot:
         "layout": {
             "height": 150 + 34 * min(len(names), 30),
             "barmode": "overlay",
-            "xaxis": {"title": {"text": "<br>".join(time.scaled("seconds"))}},
+            "xaxis": {"title": {"text": "<br>".join(axis.scaled("seconds"))}},
             "yaxis": {"type": "category", "categoryarray": names[::-1], "automargin": True},
         },
     }

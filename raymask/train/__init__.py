@@ -1,1 +1,1 @@
-"""What happens inside a worker: data, models, and the training loop. Knows nothing of Ray."""
+"""Models, masks and training inside a worker. Does not import Ray."""

@@ -1,4 +1,7 @@
-"""What does the teacher say of a batch, and for whom else is it kept?"""
+"""Teacher forward pass, with its outputs cached for the next candidates of the level.
+
+These train on the same batches in the same order.
+"""
 
 from __future__ import annotations
 
@@ -8,70 +11,102 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MEMORY = 2**31  # bytes of outputs that a worker keeps at most
+MAX_CACHE_BYTES = 2**31  # bytes of outputs that a worker caches at most
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """The teacher's outputs for a batch, by transformers' names: logits, and a tensor a layer of the others."""
+class TeacherOutputs:
+    """The teacher's outputs for a batch, by transformers' names.
+
+    Attributes:
+        logits: [rows, outputs], or [rows, tokens, vocabulary] for a language model.
+        hidden_states: Of the embeddings and of each layer, [rows, tokens, width].
+        attentions: Attention probabilities of each layer, [rows, heads, tokens, tokens].
+    """
 
     logits: Tensor
     hidden_states: tuple[Tensor, ...]
     attentions: tuple[Tensor, ...]
 
     def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
         return (self.logits, *self.hidden_states, *self.attentions)
 
 
 class Teacher:
-    """The dense model, which answers the batches of one training after another.
+    """The dense model as a teacher, with a cache.
 
-    Candidates of a level meet the same batches in the same order, so the answers are kept for the next candidate, from
-    the first batch on for as long as `memory` bytes last. Kept or not, they are the same numbers.
+    The candidates of a level train on the same batches in the same order. So the outputs are cached for the next
+    candidate, from the first batch on until the cache is full. Cached outputs are the same numbers as computed ones.
+
+    Args:
+        module: The dense model, in evaluation mode.
+        memory: Bytes of outputs to cache at most.
     """
 
-    def __init__(self, module: nn.Module, memory: int = MEMORY) -> None:
+    def __init__(self, module: nn.Module, memory: int = MAX_CACHE_BYTES) -> None:
         self.module = module
         self.memory = memory
-        self.order: object = None
-        self.kept: list[Lesson] = []
-        self.room = 0
-        self.next = 0
+        self.batch_order: object = None
+        self.kept: list[TeacherOutputs] = []
+        self.free_bytes = 0
+        self.next_batch = 0
 
-    def begin(self, order: object, first: int = 0, *, keep: bool) -> Teacher:
-        """Start after the `first` batches of an `order`, for which equal values stand for equal batches."""
-        if order != self.order:
-            self.order, self.kept, self.room = order, [], self.memory if keep else 0
-        self.next = first
+    def start(self, order: object, first: int = 0, *, keep: bool) -> Teacher:
+        """Start a training.
+
+        Args:
+            order: Identifies the sequence of batches: equal values, equal batches. Another value empties the cache.
+            first: The index of the first batch in the sequence.
+            keep: Whether to cache outputs; read when the `order` changes.
+
+        Returns:
+            The teacher itself.
+        """
+        if order != self.batch_order:
+            self.batch_order, self.kept, self.free_bytes = order, [], self.memory if keep else 0
+        self.next_batch = first
         return self
 
-    def __call__(self, **inputs: Any) -> Lesson:
-        index, self.next = self.next, self.next + 1
+    def __call__(self, **inputs: Any) -> TeacherOutputs:
+        """The outputs for the next batch; `inputs` as for the module."""
+        index, self.next_batch = self.next_batch, self.next_batch + 1
         if index < len(self.kept):
             return self.kept[index]
-        found = self.module(**inputs)
-        lesson = Lesson(
-            rounded(found.logits), tuple(map(rounded, found.hidden_states)), tuple(map(rounded, found.attentions))
+        module_outputs = self.module(**inputs)
+        outputs = TeacherOutputs(
+            to_autocast_dtype(module_outputs.logits),
+            tuple(map(to_autocast_dtype, module_outputs.hidden_states)),
+            tuple(map(to_autocast_dtype, module_outputs.attentions)),
         )
-        size = sum(tensor.nbytes for tensor in lesson.tensors())
-        if index == len(self.kept) and size <= self.room:
-            self.kept.append(lesson)
-            self.room -= size
-        return lesson
+        size = sum(tensor.nbytes for tensor in outputs.tensors())
+        if index == len(self.kept) and size <= self.free_bytes:
+            self.kept.append(outputs)
+            self.free_bytes -= size
+        return outputs
 
 
-def rounded(values: Tensor) -> Tensor:
-    """Under autocast, in its type: half the memory, and no less exact than the products that they come from."""
-    kind = values.device.type
-    return values.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else values
+def to_autocast_dtype(values: Tensor) -> Tensor:
+    """Convert to the dtype of autocast, if it is on.
+
+    It takes half the memory, and is as exact as the matrix products that the values come from.
+    """
+    device_type = values.device.type
+    return values.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else values
 
 
-def memory(rows: int, lengths: Any, config: Any, words: int = 0) -> int:
-    """Bytes that the answers to batches of `rows` rows in all take, about, at most MEMORY; `lengths` of such rows,
-    `words`: logits of a token, where each has its own."""
+def cache_bytes(rows: int, lengths: Any, config: Any, vocabulary: int = 0) -> int:
+    """Estimated bytes of cached outputs, at most MEMORY.
+
+    Args:
+        rows: The rows of all batches together.
+        lengths: int64, tokens of typical rows.
+        config: The teacher's transformers configuration. Without layers, width and heads in it, MEMORY is returned.
+        vocabulary: Logits a token; 0 if only rows have logits.
+    """
     try:
         layers, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
     except AttributeError:
-        return MEMORY
+        return MAX_CACHE_BYTES
     tokens, pairs = float(lengths.mean()), float((lengths.astype(float) ** 2).mean())
-    return min(MEMORY, int(4 * rows * (tokens * (width * (layers + 1) + words) + pairs * heads * layers)))
+    return min(MAX_CACHE_BYTES, int(4 * rows * (tokens * (width * (layers + 1) + vocabulary) + pairs * heads * layers)))

@@ -15,9 +15,9 @@ from support.fake_ray import FakeRay
 
 from raymask.cli import app
 from raymask.core import stats
-from raymask.driver import remote
+from raymask.executor import ray_executor
 
-TREE = ["--set", "probe.rungs=[0.5, 1.0]", "--set", "select={keep: 2, beam: true}"]
+TREE = ["--set", "early_eval.rungs=[0.5, 1.0]", "--set", "select={keep: 2, beam: true}"]
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,13 @@ def test_a_process_that_refuses_ends_with_code_2_and_one_message(tmp_path: Path)
 
 
 def test_all_mistakes_of_a_spec_are_said_at_once_and_nothing_is_written(tmp_path: Path) -> None:
-    path = spec_file(tmp_path, "model: m\ntask: glue/mrcp\nprobe: {epocs: 1}\nlevels: [0.9, 0.5]\n")
+    path = spec_file(tmp_path, "model: m\ntask: glue/mrcp\nearly_eval: {epocs: 1}\nlevels: [0.9, 0.5]\n")
     said = refused_command("search", path, "--run", tmp_path / "run")
-    for part in ("task: no task is called 'glue/mrcp'", "probe.epocs: there is no such key", "levels: sparsities must"):
+    for part in (
+        "task: no task is called 'glue/mrcp'",
+        "early_eval.epocs: there is no such key",
+        "levels: sparsities must",
+    ):
         assert part in said
     assert not (tmp_path / "run").exists()
 
@@ -99,7 +103,7 @@ def test_a_gpu_that_is_not_there_is_said_at_once_and_nothing_is_trained(
     spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FakeRay([2]).install(monkeypatch)
-    monkeypatch.setattr(remote, "connected", lambda job, address: nullcontext())
+    monkeypatch.setattr(ray_executor, "ray_connection", lambda context, address: nullcontext())
     said = refused_command("search", spec, "--run", tmp_path / "run", "--set", "workers.gpus=1")
     assert "no node can hold a worker: one asks for 1 CPUs, 1 GPUs" in said
     assert not (tmp_path / "run").exists()
@@ -113,10 +117,10 @@ def test_check_says_when_no_worker_fits(spec: Path) -> None:
     assert "no node can hold a worker: one asks for 1000 CPUs" in said
 
 
-def test_check_says_when_a_gang_does_not_fit(spec: Path) -> None:
-    said = refused_command("check", spec, "--set", "workers.cpus=0.25", "--set", "workers.gang=1024")
+def test_check_says_when_a_worker_of_several_processes_does_not_fit(spec: Path) -> None:
+    said = refused_command("check", spec, "--set", "workers.cpus=0.25", "--set", "workers.fsdp=1024")
     assert "no node can hold a worker: one asks for 0.25 CPUs" in said
-    assert "for each of its 1024 processes (workers.gang)" in said.replace("\n", " ")
+    assert "for each of its 1024 processes (workers.fsdp)" in said.replace("\n", " ")
 
 
 def test_check_says_what_will_be_pruned_and_what_it_costs(tmp_path: Path) -> None:
@@ -124,10 +128,10 @@ def test_check_says_what_will_be_pruned_and_what_it_costs(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     for part in (
         "matrices with",
-        "3,600 train, 400 select (400 of them score candidates), 1,000 report",
-        "control + 3",
+        "3,600 train, 400 validation (400 of them score candidates), 1,000 test",
+        "magnitude mask + 3",
         "epochs of training",
-        "GiB a worker",
+        "GiB per worker",
         "room for",
     ):
         assert part in done.stdout
@@ -137,16 +141,19 @@ def test_check_says_what_will_be_pruned_and_what_it_costs(tmp_path: Path) -> Non
 def test_check_says_how_rungs_and_a_beam_are_peopled(spec: Path) -> None:
     done = typed("check", spec, *TREE, "--set", "candidates.count=8")
     assert done.returncode == 0, done.stderr
-    assert "rungs    of 8 random masks 8 to 50%, 4 to 100% of the early evaluation, and every control\n" in done.stdout
-    for part in (" control + 8 ", " 2 x (control + 8) "):
+    assert (
+        "rungs    of 8 random masks 8 to 50%, 4 to 100% of the early evaluation, and every magnitude mask\n"
+        in done.stdout
+    )
+    for part in (" magnitude mask + 8 ", " 2 x (magnitude mask + 8) "):
         assert part in done.stdout
 
 
 def test_check_says_how_workers_that_would_stand_idle_can_be_used(spec: Path) -> None:
     quarter = ("--set", "workers.cpus=0.25", "--set", "workers.count=4", "--set", "imp.run=false")
-    said = "fine-tuning takes 1 of 4 workers: finetune.shards lets several train one model"
+    said = "fine-tuning uses 1 of 4 workers: finetune.data_parallel lets several train one model"
     assert said in typed("check", spec, *quarter).stdout.replace("\n", " ")
-    done = typed("check", spec, *quarter, "--set", "finetune.shards=4")
+    done = typed("check", spec, *quarter, "--set", "finetune.data_parallel=4")
     assert done.returncode == 0, done.stderr
     assert "idle" not in done.stdout
 
@@ -160,4 +167,4 @@ def test_an_audit_says_how_well_early_scores_agree_with_the_end(
     for part in ("all masks, fine-tuned", "candidate 2", "agreement", "with final loss", "1 is the same order"):
         assert part in " ".join(done.stdout.split())
     said = refused_command("audit", spec, "--run", tmp_path / "other", "--set", "candidates.count=1")
-    assert "candidates.count: an audit holds two or more" in said
+    assert "candidates.count: an audit needs 2 or more random masks per level, not 1" in said

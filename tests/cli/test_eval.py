@@ -7,22 +7,22 @@ from pathlib import Path
 
 from support.cli import refused_command, typed
 
-from raymask.store import RunDir
+from raymask.runs.run_dir import RunDir
 
 
 def test_it_prints_the_result_s_figures_and_where_they_lie(finished: Path) -> None:
     result = RunDir(finished).read_result()
     assert result is not None
-    selected = result.rows[-1]
+    selected = result.models[-1]
     found = selected.intervals["accuracy"]
     words = ("eval", finished / "export", "--task", finished / "spec.yaml")
     done = typed(*words)
     assert done.returncode == 0, done.stderr
-    for part in (f"{selected.report['accuracy']:.4f}", f"{found.low:.4f} to {found.high:.4f}"):
+    for part in (f"{selected.test_metrics['accuracy']:.4f}", f"{found.low:.4f} to {found.high:.4f}"):
         assert part in done.stdout
-    assert "1,000 rows of `report`. Exact zeros: 93.75% of the prunable weights, " in done.stdout
+    assert "1,000 rows of `test`. Exact zeros: 93.75% of the prunable weights, " in done.stdout
     said = json.loads(typed(*words, "--json").stdout)
-    assert (said["rows"], said["report"]) == (1000, selected.report)
+    assert (said["rows"], said["test_metrics"]) == (1000, selected.test_metrics)
     assert said["intervals"] == {"accuracy": found.model_dump()}
 
 

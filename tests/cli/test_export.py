@@ -18,7 +18,7 @@ def test_every_line_of_an_export_is_printed(finished: Path, tmp_path: Path) -> N
 def test_options_reach_the_format_that_has_them(finished: Path, tmp_path: Path) -> None:
     done = typed("export", finished, "--to", "sparse", "--out", tmp_path / "out", "--values", "fp16")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(f"All of it is in {tmp_path / 'out'}\n")
+    assert done.stdout.endswith(f"Everything is in {tmp_path / 'out'}\n")
     assert "rounded to fp16" in done.stdout
 
 

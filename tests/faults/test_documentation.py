@@ -1,4 +1,4 @@
-"""Do README's examples run as they stand, but for folders and what makes them long?"""
+"""Examples of README and docs/: they run as they stand, but for folders and what makes them long."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
+from support.cli import typed
 from support.clusters import LocalCluster, clean_environ
-from support.paths import ROOT
+from support.documents import block
 from support.projects import project_in
-
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+from transformers import AutoModelForSequenceClassification
 
 
 def replaced(text: str, changes: dict[str, str]) -> str:
@@ -28,7 +26,7 @@ def replaced(text: str, changes: dict[str, str]) -> str:
 
 def test_the_python_examples_run(tmp_path: Path) -> None:
     """In one interpreter, one after the other; the first is a whole search, on a Ray of its own."""
-    whole, pieces, _, sampler = blocks("python")
+    whole, pieces, sampler = (block(f"python-{name}", "python") for name in ("search", "pieces", "sampler"))
     kept = "assert all(int((model.get_parameter(n) != 0).sum()) == m.numel() // 16 for n, m in mask.items())"
     drawn = "assert all(int(m.sum()) == m.numel() // 16 for m in mask.values())"
     code = "\n".join((replaced(whole, {'"epochs": 24': '"epochs": 1'}), pieces, kept, sampler, drawn))
@@ -39,10 +37,26 @@ def test_the_python_examples_run(tmp_path: Path) -> None:
     assert "accuracy" in done.stdout
 
 
+def test_the_example_for_a_sparse_file_runs(finished: Path, tmp_path: Path) -> None:
+    """On the quickstart's export: both models answer as the exported checkpoint does."""
+    done = typed("export", finished, "--to", "sparse", "--out", tmp_path / "export-sparse")
+    assert done.returncode == 0, done.stderr
+    text = block("python-load-sparse", "python")
+    code = replaced(text, {"runs/quickstart/export-sparse": str(tmp_path / "export-sparse")})
+    names: dict[str, Any] = {}
+    exec(code, names)  # noqa: S102 - our own
+    plain = AutoModelForSequenceClassification.from_pretrained(finished / "export").eval()
+    ids = torch.arange(1, 9).view(1, -1)
+    with torch.no_grad():
+        expected, loaded, fast = (module(ids).logits for module in (plain, names["model"], names["fast"]))
+    assert torch.equal(loaded, expected)
+    torch.testing.assert_close(fast, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_example_for_tune_runs(tmp_path: Path) -> None:
     """On a Ray of its own, by Tune's own means."""
-    text = next(text for text in blocks("python") if "/tmp/tuning" in text)  # noqa: S108
-    quick = '"task": "quickstart", "dense": {"epochs": 1}, "candidates": {"count": 1}, "probe": {"epochs": 0.2}'
+    text = block("python-tune", "python")
+    quick = '"task": "quickstart", "dense": {"epochs": 1}, "candidates": {"count": 1}, "early_eval": {"epochs": 0.2}'
     code = replaced(text, {"/tmp/tuning": str(tmp_path / "tuning"), '"task": "quickstart"': quick})  # noqa: S108
     environ = clean_environ() | {"RAY_AUTH_MODE": "disabled"}
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=280)
@@ -59,8 +73,7 @@ def test_the_commands_for_a_cluster_run_as_they_stand(cluster: LocalCluster, tmp
     On the cluster of all tests: that `up` starts one, prints the environment, and `down` ends it is shown by
     support/clusters.py, which does so.
     """
-    [block] = [text for text in blocks("bash") if "cluster/local/up" in text]
-    first, *lines, last = block.splitlines()
+    first, *lines, last = block("cluster-commands", "bash").splitlines()
     assert (first.split("#")[0].strip(), last) == ('eval "$(cluster/local/up)"', "cluster/local/down")
     script = replaced(
         "\n".join(lines),
@@ -84,6 +97,6 @@ def test_the_commands_for_a_cluster_run_as_they_stand(cluster: LocalCluster, tmp
         timeout=280,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for part in (": submitted; its run", "ready to load, in", ": SUCCEEDED", "has ended already", "files of"):
+    for part in (": submitted; its run", "ready to load, in", ": SUCCEEDED", "has already ended", "files of"):
         assert part in done.stdout, part
     assert (tmp_path / "here" / "export" / "config.json").exists()

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.callbacks import private_ray
 from support.cli import write_search
 from support.paths import ROOT
-from support.watch import private_ray
 
 JOBS = ROOT / "jobs"
 BENCHMARKS = JOBS / "benchmarks"
@@ -25,14 +25,14 @@ def test_tune_noise_runs_and_the_same_command_prints_the_same(
 ) -> None:
     monkeypatch.syspath_prepend(str(JOBS))
     noise = import_module("tune_noise")
-    spec = write_search(tmp_path, levels=[0.5], candidates={"count": 1, "ratios": [0.02]}, imp={"run": False})
+    spec = write_search(tmp_path, levels=[0.5], candidates={"count": 1, "sampling_ratios": [0.02]}, imp={"run": False})
     words = ["--run", str(tmp_path / "noise"), "--exponents", "2", "9", "--ratios", "0.02", "--seeds", "1"]
     monkeypatch.setattr(sys, "argv", ["tune_noise.py", str(spec), *words])
     tables = []
     with private_ray():
         for _ in range(2):
             noise.main()
-            tables.append(capsys.readouterr().out.partition("loss on select at the last level")[2])
+            tables.append(capsys.readouterr().out.partition("loss on validation at the last level")[2])
     assert tables[0] == tables[1]
     assert tables[0].count("one seed only") == 1
 

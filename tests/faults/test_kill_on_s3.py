@@ -15,15 +15,15 @@ from support.paths import RAYMASK
 from support.projects import project_in
 from support.s3_server import BUCKET, S3Server
 
-from raymask import storage
 from raymask.config import load_spec
 from raymask.core.records import Result
 from raymask.driver.search import search
-from raymask.report.terminal import Silent
-from raymask.storage import Folder
-from raymask.store import RunDir
+from raymask.report.console import NullCallback
+from raymask.runs import object_storage, storage
+from raymask.runs.local_storage import LocalStorage
+from raymask.runs.run_dir import RunDir
 
-SLOW = ("probe.epochs=60", "probe.eval_every=60")
+SLOW = ("early_eval.epochs=60", "early_eval.eval_steps=60")
 """Every candidate takes about half a second."""
 
 
@@ -35,14 +35,14 @@ def test_kill_9_in_the_middle_of_a_level_on_s3_and_the_same_command_find_the_sam
     s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed as a process, continued here, where a dead driver is noticed in two seconds."""
-    monkeypatch.setattr(storage, "LOOKS", 2)
+    monkeypatch.setattr(object_storage, "MAX_HEARTBEAT_POLLS", 2)
     monkeypatch.chdir(project_in(tmp_path))
-    undisturbed = search(load_spec("spec.yaml", SLOW), tmp_path / "local", Silent(), in_process=True)
+    undisturbed = search(load_spec("spec.yaml", SLOW), tmp_path / "local", NullCallback(), in_process=True)
     uri, root, filesystem = s3.uri(tmp_path.name), f"{BUCKET}/{tmp_path.name}", s3.filesystem()
 
     def files() -> dict[str, bytes]:
         names = s3.names(tmp_path.name)
-        return {name: s3.read(f"{tmp_path.name}/{name}") for name in names if storage.counts(name)}
+        return {name: s3.read(f"{tmp_path.name}/{name}") for name in names if storage.is_run_file(name)}
 
     def fetched(name: str) -> Path:
         fs.copy_files(root, str(tmp_path / name), filesystem, fs.LocalFileSystem())
@@ -66,7 +66,7 @@ def test_kill_9_in_the_middle_of_a_level_on_s3_and_the_same_command_find_the_sam
 
     done = typed(*words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "is held by another driver: looking for 2 s whether it is alive" in done.stdout
+    assert "is held by another driver: checking for 2 s whether it is alive" in done.stdout
     assert undisturbed.levels[-1].digest in done.stdout
     after = files()
     assert all(after[name].startswith(data) for name, data in journals.items())
@@ -75,11 +75,11 @@ def test_kill_9_in_the_middle_of_a_level_on_s3_and_the_same_command_find_the_sam
     result = store.read_result()
     assert result is not None
     for level in (1, 2):
-        keys = [found.candidate for found in store.evaluations(level)]
+        keys = [evaluation.candidate for evaluation in store.evaluations(level)]
         assert len(keys) == len(set(keys)) == after[f"level-{level}/evaluations.jsonl"].count(b"\n") == 3
     assert found(result) == found(undisturbed)
-    assert result.rows == undisturbed.rows
-    assert sorted(after) == sorted(Folder(tmp_path / "local").names())
+    assert result.models == undisturbed.models
+    assert sorted(after) == sorted(LocalStorage(tmp_path / "local").names())
 
     assert undisturbed.levels[-1].digest in typed("show", uri).stdout
     finished = fetched("finished")

@@ -16,13 +16,20 @@ from support.paths import RAYMASK
 
 import raymask as library
 from raymask.core.records import Result
-from raymask.store import RunDir
+from raymask.runs.run_dir import RunDir
 
 SLOW = {
-    "candidates": {"count": 3, "ratios": [0.02]},
+    "candidates": {"count": 3, "sampling_ratios": [0.02]},
     "levels": [0.5, 0.9],
     "dense": {"epochs": 20, "batch_size": 8, "learning_rate": 0.003},
-    "probe": {"epochs": 8, "batch_size": 8, "eval_every": 5, "last": 2, "learning_rate": 0.003, "rungs": [0.5, 1.0]},
+    "early_eval": {
+        "epochs": 8,
+        "batch_size": 8,
+        "eval_steps": 5,
+        "score_window": 2,
+        "learning_rate": 0.003,
+        "rungs": [0.5, 1.0],
+    },
     "finetune": {"epochs": 8, "batch_size": 8, "learning_rate": 0.003},
     "select": {"keep": 2, "beam": True},
     "imp": {"run": True, "epochs": 8},
@@ -50,8 +57,8 @@ def test_kill_9_again_and_again_and_the_same_command_find_the_same_tree(tmp_path
     result = RunDir(run).read_result()
     assert result is not None
     undisturbed = library.search(spec, tmp_path / "undisturbed", in_process=True)
-    assert len(undisturbed.others) == 2
-    assert len(undisturbed.imp) == 2
+    assert len(undisturbed.other_levels) == 2
+    assert len(undisturbed.baseline_levels) == 2
     assert tree_of(result) == tree_of(undisturbed)
 
 
@@ -72,9 +79,9 @@ def kill_at(moment: str, words: list[str]) -> None:
 
 def tree_of(result: Result) -> list[Any]:
     """What must be the same in every search of a spec."""
-    levels = [*result.levels, *result.others, *result.imp]
+    levels = [*result.levels, *result.other_levels, *result.baseline_levels]
     winners = [level.winner.model_copy(update={"started": 0.0, "seconds": 0.0, "worker": ""}) for level in levels]
-    return [*winners, *((level.digest, level.gain, level.confidence) for level in levels), result.rows]
+    return [*winners, *((level.digest, level.gain, level.win_probability) for level in levels), result.models]
 
 
 def written(run: Path) -> dict[str, bytes]:
@@ -92,7 +99,10 @@ def require_kept(run: Path, known: dict[str, bytes]) -> None:
         assert (run / name).read_bytes().startswith(data), f"{name} was written anew"
     lines = [line for name, data in written(run).items() if name.endswith("jsonl") for line in data.splitlines()]
     records = [json.loads(line) for line in lines]
-    keys = [(*(record["candidate"][key] for key in ("level", "parent", "index")), record["rung"]) for record in records]
+    keys = [
+        (*(record["candidate"][key] for key in ("level", "parent_branch", "index")), record["rung"])
+        for record in records
+    ]
     assert len(keys) == len(set(keys))
 
 
@@ -110,4 +120,4 @@ def test_ctrl_c_or_the_end_of_a_job_ends_at_once_and_says_how_to_go_on(
     victim.send_signal(how)
     _, said = victim.communicate(timeout=60)
     assert victim.returncode == 130
-    assert said.strip() == "raymask: stopped; the same command goes on from here"
+    assert said.strip() == "raymask: stopped. Run the same command again to continue"

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from support.clusters import SCRIPTS, LocalCluster, clean_environ, local_cluster
 
-from raymask import submit
+from raymask.commands import jobs
 
 
 def ours(folder: Path) -> set[psutil.Process]:
@@ -87,9 +87,9 @@ def test_the_local_cluster_runs_jobs_with_a_folder(
         "print(ray.get([has_the_folder.options(scheduling_strategy=node).remote() for node in on]), sys.prefix)\n"
     )
     for _ in range(2):  # with a session folder in common, the second node would have deleted the first one's files
-        with submit.connected(None) as client:
+        with jobs.job_client(None) as client:
             job = client.submit_job(entrypoint="python job.py", runtime_env={"working_dir": str(tmp_path)})
-            while (state := client.get_job_status(job).value) not in submit.ENDED:
+            while (state := client.get_job_status(job).value) not in jobs.ENDED:
                 time.sleep(0.2)
             said = client.get_job_logs(job)
         assert state == "SUCCEEDED", said

@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 import ray
-from support.builders import climbed, refused, tiny_job, tiny_snapshot
-from support.watch import Ear, by_place, pid_of
+from support.builders import climbed, refused, tiny_context, tiny_snapshot
+from support.callbacks import Ear, by_place, pid_of
 
 from raymask.core.errors import UserError
-from raymask.core.recipe import propose, resolve
-from raymask.core.records import Snapshot
-from raymask.driver import cluster, local, remote
-from raymask.report.terminal import Silent
+from raymask.core.recipe import propose_candidates, resolve
+from raymask.core.tasks import Snapshot
+from raymask.executor import actor_pool, connection, local_executor, ray_executor, worker_actor
+from raymask.report.console import NullCallback
 
 import psutil  # isort: skip - Ray brings it along, so it is found once Ray is imported
 
-PROBE = {"epochs": 10.0, "eval_every": 10}
-JOB = tiny_job(probe=PROBE)
+EARLY_EVAL = {"epochs": 10.0, "eval_steps": 10}
+JOB = tiny_context(early_eval=EARLY_EVAL)
 
 
 @dataclass
@@ -66,10 +66,10 @@ def head() -> Iterator[Nodes]:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_TMPDIR", folder)
         (Path(folder) / "ray").mkdir()
-        cluster.reread_environment()
+        connection.reread_environment()
         found = Nodes(Cluster(), Path(folder))
         found.add(num_cpus=0)
-        with cluster.connected(JOB, found.cluster.address):
+        with connection.ray_connection(JOB, found.cluster.address):
             yield found
         found.cluster.shutdown()
 
@@ -89,28 +89,36 @@ def test_a_search_waits_for_a_cluster_to_grow_as_long_as_it_is_told_to(
     parent: Snapshot, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What an autoscaler would do is done here when the search says that it waits."""
-    monkeypatch.setattr(remote, "PATIENCE", 1.0)
+    monkeypatch.setattr(actor_pool, "NO_WORKER_WARNING_S", 1.0)
     demand: list[Any] = []
 
     class Grower(Ear):
-        def note(self, text: str) -> None:
-            super().note(text)
+        def on_message(self, text: str) -> None:
+            super().on_message(text)
             if text.startswith("waiting for the cluster") and not demand:
                 demand.extend(actors_in_want())
                 nodes.add(num_cpus=1)
 
-    ear, pool = Grower(), propose(resolve(JOB.spec), 1)[:2]
-    said = refused(remote.workers(JOB, Ear(), None).__enter__)
+    ear, pool = Grower(), propose_candidates(resolve(JOB.spec), 1)[:2]
+    said = refused(ray_executor.workers(JOB, Ear(), None).__enter__)
     assert "no node can hold a worker" in said
     assert "the nodes have 0 CPUs" in said
-    assert "workers.wait" in said
-    with remote.workers(tiny_job(probe=PROBE, workers={"wait": 60}), ear, None) as (evaluate, _):
+    assert "workers.scale_up_timeout" in said
+    with ray_executor.workers(tiny_context(early_eval=EARLY_EVAL, workers={"scale_up_timeout": 60}), ear, None) as (
+        evaluate,
+        _,
+    ):
         assert all(evaluation.ok for evaluation in climbed(evaluate, parent, pool))
     note, *_ = [text for text in ear.notes if text.startswith("waiting for the cluster")]
     assert "a worker asks for 1 CPUs, 0 GPUs" in note
     assert len(demand) == len(pool), "an autoscaler sees no demand"
     with (
-        remote.workers(tiny_job(probe=PROBE, workers={"wait": 2, "cpus": 8}), Ear(), None) as (evaluate, _),
+        ray_executor.workers(
+            tiny_context(early_eval=EARLY_EVAL, workers={"scale_up_timeout": 2, "cpus": 8}), Ear(), None
+        ) as (
+            evaluate,
+            _,
+        ),
         pytest.raises(UserError, match=r"no node can hold a worker: one asks for 8 CPUs"),
     ):
         list(climbed(evaluate, parent, pool))
@@ -118,10 +126,10 @@ def test_a_search_waits_for_a_cluster_to_grow_as_long_as_it_is_told_to(
 
 def test_a_late_node_gets_work_and_its_loss_is_survived(parent: Snapshot, nodes: Nodes) -> None:
     nodes.add(num_cpus=1)
-    job = tiny_job(probe=PROBE, candidates={"count": 400}, workers={"retries": 5})
-    pool, ear, found = propose(resolve(job.spec), 1), Ear(), {}
+    job = tiny_context(early_eval=EARLY_EVAL, candidates={"count": 400}, workers={"max_retries": 5})
+    pool, ear, found = propose_candidates(resolve(job.spec), 1), Ear(), {}
     first = elsewhere = late = killed = None
-    with remote.workers(job, ear, None) as (evaluate, _):
+    with ray_executor.workers(job, ear, None) as (evaluate, _):
         for evaluation in climbed(evaluate, parent, pool):
             found[evaluation.candidate.index] = evaluation
             pid = pid_of(evaluation)
@@ -150,8 +158,8 @@ def test_weights_that_are_lost_with_their_node_are_put_again(
             self.held = ray.put(value)
             return [self.held]
 
-    pool = propose(resolve(JOB.spec), 1)
-    with local.workers(JOB, Silent()) as (evaluate, _):
+    pool = propose_candidates(resolve(JOB.spec), 1)
+    with local_executor.workers(JOB, NullCallback()) as (evaluate, _):
         undisturbed = by_place(climbed(evaluate, parent, pool))
     lost = nodes.add(num_cpus=1, resources={"holder": 1})
     puts: list[Any] = []
@@ -161,7 +169,7 @@ def test_weights_that_are_lost_with_their_node_are_put_again(
         puts.append(put(value, *args, **kwargs) if puts else ray.get(holder.hold.remote(value))[0])
         return puts[-1]
 
-    with remote.workers(JOB, ear, None) as (evaluate, _):
+    with ray_executor.workers(JOB, ear, None) as (evaluate, _):
         holder = ray.remote(num_cpus=0, resources={"holder": 1})(Holder).remote()
         monkeypatch.setattr(ray, "put", elsewhere)
         for evaluation in climbed(evaluate, parent, pool):
@@ -170,7 +178,7 @@ def test_weights_that_are_lost_with_their_node_are_put_again(
                 nodes.add(num_cpus=1)
                 nodes.kill(lost)
     assert len(puts) == 2
-    assert remote.still_there([puts[0]]) is None
+    assert worker_actor.get_if_alive([puts[0]]) is None
     assert any("its worker was lost" in note for note in ear.troubles)
     assert by_place(found) == undisturbed
 

@@ -12,16 +12,17 @@ from support.builders import refused
 from support.records import evaluation
 from support.s3_server import S3Server
 
-from raymask import storage
-from raymask.storage import open_storage
-from raymask.store import RunDir
+from raymask.runs import object_storage
+from raymask.runs.open import open_storage
+from raymask.runs.run_dir import RunDir
 
 DRIVER = """
 import sys
-from raymask import storage
-storage.BEAT = 0.2
-place = storage.open_storage(sys.argv[1])
-with place.held():
+from raymask.runs import object_storage
+from raymask.runs.open import open_storage
+object_storage.HEARTBEAT_INTERVAL_S = 0.2
+place = open_storage(sys.argv[1])
+with place.lock():
     print("held", flush=True)
     for line in sys.stdin:
         place.append("journal", line.strip().encode())
@@ -36,8 +37,8 @@ def test_in_an_outage_a_line_is_written_late_and_no_driver_is_held_for_dead(
 
     That client sleeps for seconds between its own attempts, a driver's too: it may be a while until its next beat.
     """
-    monkeypatch.setattr(storage, "BEAT", 0.2)
-    monkeypatch.setattr(storage, "LOOKS", 8)
+    monkeypatch.setattr(object_storage, "HEARTBEAT_INTERVAL_S", 0.2)
+    monkeypatch.setattr(object_storage, "MAX_HEARTBEAT_POLLS", 8)
     uri = s3.uri(tmp_path.name)
     told: list[str] = []
 
@@ -54,7 +55,7 @@ def test_in_an_outage_a_line_is_written_late_and_no_driver_is_held_for_dead(
             try:
                 assert first.stdout is not None
                 assert first.stdout.readline() == "held\n"
-                assert "another raymask is working in it" in refused(open_storage(uri, note).held().__enter__)
+                assert "another raymask is working in it" in refused(open_storage(uri, note).lock().__enter__)
                 assert first.communicate("one\n")[0] == "written\n"
             finally:
                 first.kill()

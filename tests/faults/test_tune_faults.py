@@ -17,13 +17,14 @@ import pytest
 from ray import tune as ray_tune
 from ray.tune.schedulers import ASHAScheduler
 from support.builders import reviews, tiny_model, write_table
+from support.callbacks import PATIENCE, desks, private_ray, wait_until
 from support.cli import Done, raymask, refused_command
 from support.paths import RAYMASK
-from support.watch import PATIENCE, desks, private_ray, wait_until
 
-from raymask import search, tune
-from raymask.config import varied
-from raymask.store import RunDir
+from raymask import search
+from raymask.config import apply_choices
+from raymask.runs.run_dir import RunDir
+from raymask.tune import command, trial
 
 SPACE = "candidates.exponent: {uniform: [2, 10]}"
 WORDS = ("tune", "spec.yaml", "space.yaml")
@@ -38,11 +39,11 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         write_table(folder / f"{name}.csv", {"text": texts, "label": labels})
     return {
         "model": str(tiny_model(folder / "model")),
-        "task": {"train": str(folder / "train.csv"), "report": str(folder / "report.csv"), "text": "text"},
+        "task": {"train": str(folder / "train.csv"), "test": str(folder / "report.csv"), "text": "text"},
         "levels": [0.5, 0.75],
-        "candidates": {"count": 2, "ratios": [0.01]},
+        "candidates": {"count": 2, "sampling_ratios": [0.01]},
         "dense": {"epochs": 0},
-        "probe": {"epochs": 1, "batch_size": 16},
+        "early_eval": {"epochs": 1, "batch_size": 16},
         "finetune": {"epochs": 60, "batch_size": 16},
         "imp": {"run": False},
         "distill": False,
@@ -88,9 +89,9 @@ def test_trials_run_side_by_side_asha_stops_one_between_levels_and_no_worker_is_
     spec: dict[str, Any], tmp_path: Path
 ) -> None:
     """The third trial starts when one of the others has ended; by what it costs it counts as the worst."""
-    with private_ray(cpus=2), tune.quiet():
-        trials = ray_tune.Tuner(
-            tune.trainable(spec),
+    with private_ray(cpus=2), command.quiet_tune():
+        results = ray_tune.Tuner(
+            trial.trainable(spec),
             param_space={"finetune": ray_tune.grid_search([spec["finetune"] | choice for choice in FINETUNE])},
             tune_config=ray_tune.TuneConfig(
                 metric="epochs",
@@ -100,31 +101,31 @@ def test_trials_run_side_by_side_asha_stops_one_between_levels_and_no_worker_is_
             run_config=ray_tune.RunConfig(name="tuning", storage_path=str(tmp_path), verbose=0),
         ).fit()
         wait_until(lambda: not desks())
-    assert [trial.metrics["level"] for trial in trials] == [2, 2, 1]
-    good, other, bad = trials
-    began = [trial.metrics["timestamp"] - trial.metrics["time_total_s"] for trial in (good, other)]
-    ended = [trial.metrics["timestamp"] for trial in (good, other)]
-    assert max(began) < min(ended), "one trial ran after the other"
+    assert [result.metrics["level"] for result in results] == [2, 2, 1]
+    good, other, bad = results
+    started_at = [result.metrics["timestamp"] - result.metrics["time_total_s"] for result in (good, other)]
+    ended_at = [result.metrics["timestamp"] for result in (good, other)]
+    assert max(started_at) < min(ended_at), "one trial ran after the other"
     told = good.metrics_dataframe
     store = RunDir(good.metrics["run"])
     result = store.read_result()
     assert result is not None
     assert Path(good.metrics["run"]) == Path(good.path) / "run"
     assert list(told["level"]) == [1, 2]
-    assert list(told["metric"]) == [level.finetuned.kept.metric for level in result.levels]
+    assert list(told["metric"]) == [level.finetune_result.best_eval.metric for level in result.levels]
     assert list(told["sparsity"]) == [level.sparsity for level in result.levels]
     assert list(told["score"] - told["metric"]) == [-2, 0]
     assert "accuracy" not in good.metrics
-    assert len({piece.worker for piece in result.timeline}) == 1
+    assert len({span.worker for span in result.timeline}) == 1
     assert store.has_export()
     assert list(told["epochs"]) == pytest.approx([3 + 30, 2 * (3 + 30)])
     assert not RunDir(bad.metrics["run"]).has_level("", 2)
-    for number, (trial, choice) in enumerate(zip(trials, FINETUNE, strict=True)):
+    for number, (result, choice) in enumerate(zip(results, FINETUNE, strict=True)):
         chosen = {f"finetune.{key}": value for key, value in choice.items()}
-        alone = search(varied(spec, chosen), run=tmp_path / f"alone-{number}", in_process=True)
-        assert RunDir(trial.metrics["run"]).read_spec().finetune == RunDir(alone.run).read_spec().finetune
-        assert winners(trial.metrics["run"]) == winners(alone.run)[: trial.metrics["level"]]
-        assert not RunDir(trial.metrics["run"]).storage.busy()
+        alone = search(apply_choices(spec, chosen), run=tmp_path / f"alone-{number}", in_process=True)
+        assert RunDir(result.metrics["run"]).read_spec().finetune == RunDir(alone.run).read_spec().finetune
+        assert winners(result.metrics["run"]) == winners(alone.run)[: result.metrics["level"]]
+        assert not RunDir(result.metrics["run"]).storage.is_locked()
 
 
 def test_ctrl_c_and_kill_9_end_a_tuning_and_the_same_command_goes_on_with_every_trial(
@@ -140,7 +141,7 @@ def test_ctrl_c_and_kill_9_end_a_tuning_and_the_same_command_goes_on_with_every_
     first.send_signal(signal.SIGINT)
     _, said = first.communicate(timeout=2 * PATIENCE)
     assert first.returncode == 130, said
-    assert said.strip() == "raymask: stopped; the same command goes on from here"
+    assert said.strip() == "raymask: stopped. Run the same command again to continue"
 
     kill_after_a_level(subprocess.Popen([RAYMASK, *words], stdout=subprocess.DEVNULL, cwd=here), here)
     before = journals(here)
@@ -152,7 +153,7 @@ def test_ctrl_c_and_kill_9_end_a_tuning_and_the_same_command_goes_on_with_every_
     runs = {RunDir(run).read_spec().candidates.exponent: run for run in (here / "out").glob("trial-*/run")}
     assert len(tried) == len(runs) == 2
     for number, choices in enumerate(tried):
-        alone = search(varied(spec, {"seed": 3} | choices), run=here / f"alone-{number}", in_process=True)
+        alone = search(apply_choices(spec, {"seed": 3} | choices), run=here / f"alone-{number}", in_process=True)
         assert winners(runs[choices["candidates.exponent"]]) == winners(alone.run)
 
     again = raymask(*words, cwd=here)
@@ -179,12 +180,12 @@ def check_output(done: Done, here: Path) -> None:
 TUNER = """
 import json, sys
 from ray import tune
-from raymask import tune as searches
-from raymask.driver import cluster
+from raymask.executor import connection
+from raymask.tune import trial
 
 spec, folder = json.load(open(sys.argv[1])), sys.argv[2]
-with cluster.connected(searches.job_of(searches.trial_spec(spec, {})), None):
-    trainable = searches.trainable(spec)
+with connection.ray_connection(trial.worker_context(trial.trial_spec(spec, {})), None):
+    trainable = trial.trainable(spec)
     space = {"candidates.exponent": tune.grid_search([2.0])}
     tune.Tuner(trainable, param_space=space, run_config=tune.RunConfig(name="tuning", storage_path=folder)).fit()
 """
@@ -195,10 +196,10 @@ def test_a_killed_tuner_is_restored_and_its_trial_goes_on(spec: dict[str, Any], 
     command = [sys.executable, "-c", TUNER, str(here / "spec.yaml"), str(here)]
     kill_after_a_level(subprocess.Popen(command, stdout=subprocess.DEVNULL), here)
     before = journals(here)
-    with private_ray(cpus=1), tune.quiet():
-        [trial] = ray_tune.Tuner.restore(str(here / "tuning"), tune.trainable(spec), resume_unfinished=True).fit()
-    run = trial.metrics["run"]
+    with private_ray(cpus=1), command.quiet():
+        [restored] = ray_tune.Tuner.restore(str(here / "tuning"), trial.trainable(spec), resume_unfinished=True).fit()
+    run = restored.metrics["run"]
     assert list(here.glob("tuning/*/run")) == [Path(run)]
     assert all(path.read_text().startswith(text) for path, text in before.items())
-    alone = search(varied(spec, {"candidates.exponent": 2.0}), run=here / "alone", in_process=True)
+    alone = search(apply_choices(spec, {"candidates.exponent": 2.0}), run=here / "alone", in_process=True)
     assert winners(run) == winners(alone.run)

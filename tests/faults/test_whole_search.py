@@ -13,8 +13,8 @@ from support.cli import raymask, refused_command, typed, write_search
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raymask.core.records import Result
-from raymask.store import RunDir
-from raymask.train.metrics import measure
+from raymask.data.metrics import compute_metrics
+from raymask.runs.run_dir import RunDir
 
 
 def test_a_search_prints_its_table_exports_and_is_shown_again(tmp_path: Path) -> None:
@@ -23,11 +23,11 @@ def test_a_search_prints_its_table_exports_and_is_shown_again(tmp_path: Path) ->
     done = raymask("search", spec, "--run", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\x1b" not in done.stdout
-    for part in ("dense", "control (IMP)", "selected", "95 % interval", "ready to load, in run/export"):
+    for part in ("dense", "IMP", "raymask", "95 % interval", "ready to load, in run/export"):
         assert part in done.stdout
     result = RunDir(tmp_path / "run").read_result()
     assert result is not None
-    assert [row.name for row in result.rows] == ["dense", "control (IMP)", "selected"]
+    assert [row.name for row in result.models] == ["dense", "IMP", "raymask"]
     check_export(tmp_path, result)
 
     again = typed("search", spec, "--run", "run", cwd=tmp_path)
@@ -57,13 +57,13 @@ def check_export(folder: Path, result: Result) -> None:
     assert "sparsity" not in (export / "config.json").read_text()
     zeros = sum(int((weight == 0).sum()) for name, weight in module.named_parameters() if "encoder" in name)
     last = result.levels[-1]
-    assert zeros >= last.total - last.kept
+    assert zeros >= last.num_prunable - last.num_kept
     with (folder / "report.csv").open() as file:
         rows = list(csv.DictReader(file))
     with torch.no_grad():
         logits = module(**tokenizer([row["review"] for row in rows], padding=True, return_tensors="pt")).logits
-    found = measure(("accuracy",), logits.numpy(), np.array([int(row["stars"]) for row in rows]))["accuracy"]
-    assert found == pytest.approx(result.rows[-1].report["accuracy"])
+    found = compute_metrics(("accuracy",), logits.numpy(), np.array([int(row["stars"]) for row in rows]))["accuracy"]
+    assert found == pytest.approx(result.models[-1].test_metrics["accuracy"])
     card = (export / "README.md").read_text()
     assert last.digest in card
-    assert f"{result.rows[-1].report['accuracy']:.4f}" in card
+    assert f"{result.models[-1].test_metrics['accuracy']:.4f}" in card

@@ -10,21 +10,23 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from support.builders import climbed, tiny_job, tiny_snapshot
-from support.watch import Ear, Killer, assert_same, by_place, desks, pid_of, private_ray, wait_until
+from support.builders import climbed, tiny_context, tiny_snapshot
+from support.callbacks import Ear, Killer, assert_same, by_place, desks, pid_of, private_ray, wait_until
 
 from raymask.core.errors import UserError
-from raymask.core.recipe import finetune_stage, propose, resolve
-from raymask.core.records import Candidate, Evaluate, FineTune, Settling, Snapshot
-from raymask.driver import local, remote
-from raymask.report.terminal import Silent
-from raymask.train.worker import Job
+from raymask.core.protocols import Evaluate, FineTune
+from raymask.core.recipe import finetune_config, propose_candidates, resolve
+from raymask.core.records import Candidate
+from raymask.core.tasks import FinetuneTask, Snapshot
+from raymask.executor import actor_pool, local_executor, ray_executor
+from raymask.report.console import NullCallback
+from raymask.train.context import WorkerContext
 
 import psutil  # isort: skip - Ray brings it along, so it is found once Ray is imported
 
-PROBE = {"epochs": 40.0, "eval_every": 50}
-JOB = tiny_job(probe=PROBE)
-STAGE = finetune_stage(resolve(JOB.spec), 1).model_copy(update={"epochs": 40.0})
+EARLY_EVAL = {"epochs": 40.0, "eval_steps": 50}
+JOB = tiny_context(early_eval=EARLY_EVAL)
+STAGE = finetune_config(resolve(JOB.spec), 1).model_copy(update={"epochs": 40.0})
 ONE = {"cpus": 0.5, "count": 1}
 
 pytestmark = pytest.mark.usefixtures("one_cpu", "attentive")
@@ -38,8 +40,8 @@ def one_cpu() -> Iterator[None]:
 
 @pytest.fixture
 def attentive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver that looks more often, so that a short probe has a middle."""
-    monkeypatch.setattr(remote, "POLL", 0.05)
+    """A driver that looks more often, so that a short early evaluation has a middle."""
+    monkeypatch.setattr(actor_pool, "POLL_INTERVAL_S", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +51,14 @@ def parent() -> Snapshot:
 
 @pytest.fixture(scope="module")
 def pool() -> tuple[Candidate, ...]:
-    return propose(resolve(JOB.spec), 1)
+    return propose_candidates(resolve(JOB.spec), 1)
 
 
 @contextmanager
-def hired(job: Job, watch: Ear) -> Iterator[tuple[Evaluate, FineTune]]:
+def hired(job: WorkerContext, callback: Ear) -> Iterator[tuple[Evaluate, FineTune]]:
     """The seams on the Ray that runs already, when the workers of the test before are gone."""
     wait_until(lambda: not desks())
-    with remote.workers(job, watch, None) as seams:
+    with ray_executor.workers(job, callback, None) as seams:
         yield seams
 
 
@@ -64,8 +66,8 @@ def test_a_worker_killed_in_the_middle_of_an_early_evaluation_is_replaced_on_eve
     parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
     rungs = [0.5, 1.0]
-    job = tiny_job(probe=PROBE | {"rungs": rungs}, workers=ONE)
-    with local.workers(job, Silent()) as (evaluate, _):
+    job = tiny_context(early_eval=EARLY_EVAL | {"rungs": rungs}, workers=ONE)
+    with local_executor.workers(job, NullCallback()) as (evaluate, _):
         expected = by_place(climbed(evaluate, parent, pool[:2], rungs))
     killer, found = Killer(), []
     with hired(job, killer) as (evaluate, _):
@@ -83,18 +85,18 @@ def test_a_candidate_whose_workers_die_again_and_again_is_recorded_and_the_other
     parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
     killer = Killer(times=2)
-    with hired(tiny_job(probe=PROBE, workers=ONE | {"retries": 1}), killer) as (evaluate, _):
+    with hired(tiny_context(early_eval=EARLY_EVAL, workers=ONE | {"max_retries": 1}), killer) as (evaluate, _):
         found = by_place(climbed(evaluate, parent, pool[:3]))
     assert len(killer.hit) == 2
     assert [found[index, 0].ok for index in range(3)] == [True, False, True]
     assert "its workers failed 2 times; the last one: " in str(found[1, 0].error)
 
 
-def test_a_hanging_candidate_is_ended_at_its_deadline_and_the_others_get_a_fresh_worker(
+def test_a_hanging_candidate_is_ended_at_its_timeout_and_the_others_get_a_fresh_worker(
     parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
     killer = Killer(signal=signal.SIGSTOP)  # from here on the candidate makes no step any more
-    job = tiny_job(probe=PROBE, workers=ONE | {"deadline": 10})
+    job = tiny_context(early_eval=EARLY_EVAL, workers=ONE | {"timeout": 10})
     try:
         with hired(job, killer) as (evaluate, _):
             found = {evaluation.candidate.index: evaluation for evaluation in climbed(evaluate, parent, pool[:3])}
@@ -103,7 +105,7 @@ def test_a_hanging_candidate_is_ended_at_its_deadline_and_the_others_get_a_fresh
             if psutil.pid_exists(pid):
                 os.kill(pid, signal.SIGCONT)
     [stopped] = killer.hit
-    assert found[1].error == "took longer than the deadline of 10 s (workers.deadline)"
+    assert found[1].error == "took longer than the timeout of 10 s (workers.timeout)"
     assert found[0].ok
     assert found[2].ok
     assert pid_of(found[0]) == stopped != pid_of(found[2])
@@ -113,12 +115,12 @@ def test_a_hanging_candidate_is_ended_at_its_deadline_and_the_others_get_a_fresh
 def test_a_worker_killed_while_idle_is_nobody_s_fault_and_one_killed_in_a_fine_tuning_is_replaced(
     parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
-    work = [(parent, Settling("control (IMP)", pool[0], STAGE))]
-    with local.workers(JOB, Silent()) as (evaluate, fine_tune):
+    work = [(parent, FinetuneTask("IMP", pool[0], STAGE))]
+    with local_executor.workers(JOB, NullCallback()) as (evaluate, fine_tune):
         expected = by_place(climbed(evaluate, parent, pool[:1]))
         [(_, checkpoint)] = fine_tune(work)
-    killer = Killer(name="control (IMP)")
-    with hired(tiny_job(probe=PROBE, workers=ONE), killer) as (evaluate, fine_tune):
+    killer = Killer(name="IMP")
+    with hired(tiny_context(early_eval=EARLY_EVAL, workers=ONE), killer) as (evaluate, fine_tune):
         list(climbed(evaluate, parent, pool[:1]))
         [idle] = desks()
         os.kill(idle, signal.SIGKILL)
@@ -128,41 +130,41 @@ def test_a_worker_killed_while_idle_is_nobody_s_fault_and_one_killed_in_a_fine_t
         [(_, found)] = fine_tune(work)
     assert len(killer.hit) == 1
     [note] = killer.troubles
-    assert note.startswith("control (IMP): its worker was lost")
+    assert note.startswith("IMP: its worker was lost")
     assert_same(found, checkpoint)
 
 
 def test_a_shared_fine_tuning_that_loses_a_member_is_done_again_by_fresh_workers(
     parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
-    stage = STAGE.model_copy(update={"shards": 2})
-    work = [(parent, Settling("selected", pool[1], stage))]
-    with local.workers(JOB, Silent()) as (_, fine_tune):
+    stage = STAGE.model_copy(update={"data_parallel": 2})
+    work = [(parent, FinetuneTask("selected", pool[1], stage))]
+    with local_executor.workers(JOB, NullCallback()) as (_, fine_tune):
         [(_, expected)] = fine_tune(work)
     killer = Killer(name="selected", together=1)
-    with hired(tiny_job(probe=PROBE, workers={"cpus": 0.5, "count": 2}), killer) as (_, fine_tune):
+    with hired(tiny_context(early_eval=EARLY_EVAL, workers={"cpus": 0.5, "count": 2}), killer) as (_, fine_tune):
         [(_, found)] = fine_tune(work)
     assert len(killer.hit) == 1
     assert [note.partition(":")[0] for note in killer.troubles] == ["selected"]
-    assert len(found.finetuned.helpers) == 1
+    assert len(found.finetune_result.helper_workers) == 1
     assert_same(found, expected)
 
 
-def test_a_worker_that_is_a_gang_with_a_model_in_parts_is_replaced_as_a_whole(
+def test_a_worker_of_several_processes_with_a_sharded_model_is_replaced_as_a_whole(
     parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
     """The same masks, and to rounding the same scores where nothing drops out."""
-    plain = tiny_job(probe=PROBE, workers={"cpus": 0.5, "count": 1, "gang": 2})
+    plain = tiny_context(early_eval=EARLY_EVAL, workers={"cpus": 0.5, "count": 1, "fsdp": 2})
     config = copy.deepcopy(plain.config)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     job = replace(plain, config=config)
-    with local.workers(job, Silent()) as (evaluate, _):
+    with local_executor.workers(job, NullCallback()) as (evaluate, _):
         expected = by_place(climbed(evaluate, parent, pool[:2]))
     killer = Killer(together=1)
     with hired(job, killer) as (evaluate, fine_tune):
         found = by_place(climbed(evaluate, parent, pool[:2]))
         stage = STAGE.model_copy(update={"epochs": 2.0})
-        [(_, checkpoint)] = fine_tune([(parent, Settling("selected", pool[1], stage, expected[1, 0].digest))])
+        [(_, checkpoint)] = fine_tune([(parent, FinetuneTask("selected", pool[1], stage, expected[1, 0].digest))])
     assert len(killer.hit) == 1
     assert [note.partition(":")[0] for note in killer.troubles] == ["candidate 1"]
     for place, evaluation in found.items():
@@ -170,14 +172,14 @@ def test_a_worker_that_is_a_gang_with_a_model_in_parts_is_replaced_as_a_whole(
         assert evaluation.digest == expected[place].digest
         assert evaluation.score == pytest.approx(expected[place].score, rel=1e-2)
     assert checkpoint.digest == expected[1, 0].digest
-    assert checkpoint.finetuned.helpers == ()
+    assert checkpoint.finetune_result.helper_workers == ()
 
 
 def test_workers_that_cannot_start_end_the_search_with_the_last_reason(
     parent: Snapshot, pool: tuple[Candidate, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "STARTS", 1)
-    nothing_known, ear = replace(tiny_job(workers=ONE), config=dict), Ear()
+    monkeypatch.setattr(actor_pool, "MAX_FAILED_STARTS", 1)
+    nothing_known, ear = replace(tiny_context(workers=ONE), config=dict), Ear()
     with (
         hired(nothing_known, ear) as (evaluate, _),
         pytest.raises(UserError, match=r"1 workers in a row did not start; the last one said: TypeError: cannot set"),

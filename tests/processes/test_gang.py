@@ -1,4 +1,4 @@
-"""Do several processes come to the same bits as one, whoever has which shards?"""
+"""Several processes and one process: the same bits, whoever has which shards."""
 
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -8,18 +8,26 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.builders import tiny_job, tiny_snapshot
+from support.builders import tiny_context, tiny_snapshot
 from support.ranks import forks
 
-from raymask.core import masks
-from raymask.core.recipe import dense_stage, finetune_stage, propose, resolve
-from raymask.core.records import Climb, Settling
+from raymask.core.masking import masks
+from raymask.core.recipe import dense_config, finetune_config, propose_candidates, resolve
+from raymask.core.tasks import EvalTask, FinetuneTask
 from raymask.core.tensors import pack
-from raymask.train import gang, loop, sharding
-from raymask.train.gang import ALONE, Gang, gathered, opened, tree_sum
-from raymask.train.worker import MachineFault, Worker
+from raymask.train import fsdp, trainer
+from raymask.train.failures import SystemFailure
+from raymask.train.process_group import (
+    LOOPBACK,
+    SINGLE_PROCESS,
+    ProcessGroup,
+    connect_process_group,
+    open_rendezvous,
+    tree_sum,
+)
+from raymask.train.worker import Worker
 
-SHARDS = {"dense": {"epochs": 1, "batch_size": 16, "shards": 4}, "finetune": {"shards": 4}}
+SHARDS = {"dense": {"epochs": 1, "batch_size": 16, "data_parallel": 4}, "finetune": {"data_parallel": 4}}
 
 
 def balanced(parts):
@@ -47,34 +55,35 @@ def test_parts_are_summed_as_a_balanced_tree(exponent, entries, seed):
 @given(st.integers(0, 4), st.integers(0, 4))
 def test_every_shard_has_one_owner_and_neighbours_belong_together(more, exponent):
     size, shards = 2**exponent, 2 ** (exponent + more)
-    owned = [list(Gang(rank, size).mine(shards)) for rank in range(size)]
+    owned = [list(ProcessGroup(rank, size).local_shards(shards)) for rank in range(size)]
     assert np.concatenate(owned).tolist() == list(range(shards))
     assert {len(mine) for mine in owned} == {2**more}
 
 
 def test_who_is_alone_has_everything_and_adds_nothing():
     values = torch.tensor([1.0, 2.0])
-    ALONE.add_up(values)
+    SINGLE_PROCESS.all_reduce(values)
     assert values.tolist() == [1.0, 2.0]
-    assert list(ALONE.mine(4)) == [0, 1, 2, 3]
-    assert ALONE.names("me", torch.device("cpu")) == ("me",)
+    assert list(SINGLE_PROCESS.local_shards(4)) == [0, 1, 2, 3]
+    assert SINGLE_PROCESS.all_gather_names("me", torch.device("cpu")) == ("me",)
 
 
-def in_a_gang(size, function, *arguments, cut=False):
-    """What `function(gathered gang, *arguments)` returns in each of so many processes, by rank."""
-    store, meeting = opened(gang.LOOPBACK)
+def in_a_group(size, function, *arguments, sharded=False):
+    """What `function(process group, *arguments)` returns in each of so many processes, by rank."""
+    store, rendezvous = open_rendezvous(LOOPBACK)
     with ProcessPoolExecutor(size, forks()) as processes:
         ranks = [
-            processes.submit(one_of_a_gang, Gang(rank, size, cut), meeting, function, arguments) for rank in range(size)
+            processes.submit(one_of_a_group, ProcessGroup(rank, size, sharded), rendezvous, function, arguments)
+            for rank in range(size)
         ]
         found = [rank.result(timeout=120) for rank in ranks]
     del store
     return found
 
 
-def one_of_a_gang(member, meeting, function, arguments):
+def one_of_a_group(member, rendezvous, function, arguments):
     torch.set_num_threads(1)
-    return function(gathered(member, meeting, torch.device("cpu")), *arguments)
+    return function(connect_process_group(member, rendezvous, torch.device("cpu")), *arguments)
 
 
 def added_up(gathering, shards, sizes):
@@ -83,16 +92,16 @@ def added_up(gathering, shards, sizes):
         sums = []
         for entries in sizes:
             parts = noise(shards, entries)
-            total = tree_sum(parts[shard] for shard in member.mine(shards))
-            member.add_up(total)
+            total = tree_sum(parts[shard] for shard in member.local_shards(shards))
+            member.all_reduce(total)
             sums.append(total.numpy().tobytes())
-        return sums, member.names(f"worker {member.rank}", torch.device("cpu"))
+        return sums, member.all_gather_names(f"worker {member.rank}", torch.device("cpu"))
 
 
-def test_a_gang_s_sum_is_that_of_one_process_to_the_bit():
+def test_a_group_s_sum_is_that_of_one_process_to_the_bit():
     sizes = (0, 1, 2, 3, 5, 1000)
     expected = [balanced(noise(8, entries)).numpy().tobytes() for entries in sizes]
-    for sums, names in in_a_gang(4, added_up, 8, sizes):
+    for sums, names in in_a_group(4, added_up, 8, sizes):
         assert sums == expected
         assert names == tuple(f"worker {rank}" for rank in range(4))
 
@@ -100,13 +109,13 @@ def test_a_gang_s_sum_is_that_of_one_process_to_the_bit():
 # Training.
 
 
-def settlings(job):
+def finetune_tasks(job):
     recipe = resolve(job.spec)
-    candidate = propose(recipe, 1)[1]
+    candidate = propose_candidates(recipe, 1)[1]
     unmasked = candidate.model_copy(update={"level": 0, "density": 1.0, "noise": None})
     return [
-        Settling("dense", unmasked, dense_stage(job.spec)),
-        Settling("selected", candidate, finetune_stage(recipe, 1)),
+        FinetuneTask("dense", unmasked, dense_config(job.spec)),
+        FinetuneTask("selected", candidate, finetune_config(recipe, 1)),
     ]
 
 
@@ -116,48 +125,48 @@ def settled(gathering, jobs):
     with gathering as member:
         for job in jobs:
             worker, snapshot = Worker(job, "cpu"), tiny_snapshot(job)
-            for settling in settlings(job):
-                checkpoint = worker.settle(snapshot, settling, nullcontext(member))
-                model = pack(worker.live).buffer.tobytes()
-                found.append((checkpoint, model, masks.digest(worker.reset(snapshot, settling.candidate)[1])))
+            for finetune_task in finetune_tasks(job):
+                checkpoint = worker.finetune(snapshot, finetune_task, nullcontext(member))
+                model = pack(worker.named_tensors).buffer.tobytes()
+                found.append((checkpoint, model, masks.digest(worker.reset(snapshot, finetune_task.candidate)[1])))
     return found
 
 
-def test_a_gang_fine_tunes_to_the_bits_of_one_worker_and_all_draw_one_mask():
+def test_a_group_fine_tunes_to_the_bits_of_one_worker_and_all_draw_one_mask():
     """Batches of 16 rows, the last one of three; a split that is looked at in three batches."""
     jobs = [
-        tiny_job(rows=(19, 300, 12), **SHARDS),
-        tiny_job(rows=(19, 300, 12), distill=True, precision="bf16", **SHARDS),
+        tiny_context(rows=(19, 300, 12), **SHARDS),
+        tiny_context(rows=(19, 300, 12), distill=True, precision="bf16", **SHARDS),
     ]
-    alone = settled(nullcontext(ALONE), jobs)
-    first, second = in_a_gang(2, settled, jobs)
+    alone = settled(nullcontext(SINGLE_PROCESS), jobs)
+    first, second = in_a_group(2, settled, jobs)
     for (expected, *bits), (checkpoint, *leader_s), helper in zip(alone, first, second, strict=True):
         assert leader_s == bits
         assert helper == (None, *bits)
         for mine, theirs in [(checkpoint.weights, expected.weights), (checkpoint.optimizer, expected.optimizer)]:
             assert np.array_equal(mine.buffer, theirs.buffer)
-        assert np.array_equal(checkpoint.logits, expected.logits)
-        assert (checkpoint.digest, checkpoint.kept) == (expected.digest, expected.kept)
-        found = checkpoint.finetuned
-        assert (found.curve, found.best) == (expected.finetuned.curve, expected.finetuned.best)
-        [helper_s_name] = found.helpers
+        assert np.array_equal(checkpoint.test_outputs, expected.test_outputs)
+        assert (checkpoint.digest, checkpoint.num_kept) == (expected.digest, expected.num_kept)
+        found = checkpoint.finetune_result
+        assert (found.curve, found.best) == (expected.finetune_result.curve, expected.finetune_result.best)
+        [helper_s_name] = found.helper_workers
         assert helper_s_name != found.worker
 
 
 def gradients_of(shards, rows, seed=0, **settings):
     """Of one batch of so many rows cut into shards, without dropout, by one process."""
-    job = tiny_job(rows=(rows, 16, 12), **settings)
+    job = tiny_context(rows=(rows, 16, 12), **settings)
     job.config.hidden_dropout_prob = job.config.attention_probs_dropout_prob = 0.0
     worker = Worker(job, "cpu")
-    worker.reset(tiny_snapshot(job, seed), settlings(job)[0].candidate)
+    worker.reset(tiny_snapshot(job, seed), finetune_tasks(job)[0].candidate)
     seen = {}
 
     class Stop(torch.optim.SGD):
         def step(self, closure=None):
             seen.update({name: weight.grad.clone() for name, weight in worker.module.named_parameters()})
 
-    one_step = {"epochs": 0.001, "shards": shards, "batch_size": rows, "distill": job.spec.distill}
-    stage = dense_stage(job.spec).model_copy(update=one_step)
+    one_step = {"epochs": 0.001, "data_parallel": shards, "batch_size": rows, "distill": job.spec.distill}
+    stage = dense_config(job.spec).model_copy(update=one_step)
     worker.train(tiny_snapshot(job), stage, {}, 0, [], lambda step: None, Stop(worker.module.parameters()))
     return seen
 
@@ -178,7 +187,7 @@ KINDS = [
     ids=str,
 )
 def test_gradients_of_shards_add_up_to_those_of_the_batch(monkeypatch, shards, rows, settings):
-    monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", lambda *arguments: None)
+    monkeypatch.setattr(trainer.nn.utils, "clip_grad_norm_", lambda *arguments: None)
     whole, parts = (gradients_of(count, rows, **settings) for count in (1, shards))
     assert max(float(gradient.abs().max()) for gradient in whole.values()) > 1e-3
     for name, gradient in whole.items():
@@ -189,25 +198,31 @@ def test_gradients_of_shards_add_up_to_those_of_the_batch(monkeypatch, shards, r
 
 
 def in_parts(gathering, job):
-    """What a worker with a part of the model finds of a candidate, on a rung and on the next, and of its tuning."""
+    """What a worker with a shard of the model finds of a candidate, on both rungs, and of its fine-tuning."""
     with gathering as member:
-        worker, snapshot = Worker(job, "cpu", gang=member), tiny_snapshot(job)
-        candidate = propose(resolve(job.spec), 1)[1]
-        first, paused = worker.probe(snapshot, Climb(candidate, 0))
-        second, _ = worker.probe(snapshot, Climb(candidate, 1))
-        largest = max(tensor.numel() for tensor in sharding.parts(worker.live).values())
-        return first, paused, second, [worker.settle(snapshot, settling) for settling in settlings(job)], largest
+        worker, snapshot = Worker(job, "cpu", group=member), tiny_snapshot(job)
+        candidate = propose_candidates(resolve(job.spec), 1)[1]
+        first, paused = worker.evaluate(snapshot, EvalTask(candidate, 0))
+        second, _ = worker.evaluate(snapshot, EvalTask(candidate, 1))
+        largest = max(tensor.numel() for tensor in fsdp.local_tensors(worker.named_tensors).values())
+        return (
+            first,
+            paused,
+            second,
+            [worker.finetune(snapshot, finetune_task) for finetune_task in finetune_tasks(job)],
+            largest,
+        )
 
 
 @pytest.mark.parametrize(("family", "settings"), [("bert", {"distill": True}), ("llama", {}), ("gpt2", {})])
 def test_a_model_in_parts_is_scored_and_tuned_as_one_in_one_piece(family, settings):
-    job = tiny_job(
-        family, rows=(51, 300, 12), dense={"epochs": 1, "batch_size": 16}, probe={"rungs": [0.5, 1.0]}, **settings
+    job = tiny_context(
+        family, rows=(51, 300, 12), dense={"epochs": 1, "batch_size": 16}, early_eval={"rungs": [0.5, 1.0]}, **settings
     )
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
         setattr(job.config, name, 0.0)
-    expected = in_parts(nullcontext(ALONE), job)
-    first, second = in_a_gang(2, in_parts, job, cut=True)
+    expected = in_parts(nullcontext(SINGLE_PROCESS), job)
+    first, second = in_a_group(2, in_parts, job, sharded=True)
     assert second[1] is None
     assert second[3] == [None, None]
     assert first[4] <= expected[4] / 2
@@ -217,19 +232,19 @@ def test_a_model_in_parts_is_scored_and_tuned_as_one_in_one_piece(family, settin
         np.testing.assert_allclose(mine.losses(), wanted.losses(), rtol=1e-3, atol=1e-5)
     assert first[1].weights.index == expected[1].weights.index
     for mine, wanted in zip(first[3], expected[3], strict=True):
-        assert (mine.digest, mine.kept, mine.total) == (wanted.digest, wanted.kept, wanted.total)
+        assert (mine.digest, mine.num_kept, mine.num_prunable) == (wanted.digest, wanted.num_kept, wanted.num_prunable)
         for whole, other in [(mine.weights, wanted.weights), (mine.optimizer, wanted.optimizer)]:
             assert whole.index.keys() == other.index.keys()
             for name, tensor in other.views().items():
                 if not name.endswith(("key.bias", "c_attn.bias")):  # where nothing but rounding errors drives AdamW
                     torch.testing.assert_close(whole.views()[name], tensor, rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(mine.logits, wanted.logits, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(mine.test_outputs, wanted.test_outputs, rtol=1e-3, atol=1e-4)
 
 
 def test_a_candidate_s_own_failure_is_a_record_in_all_parts_and_any_other_the_machine_s(monkeypatch):
-    monkeypatch.setattr(Worker, "evaluate", lambda *_: 1 / 0)
-    job = tiny_job()
+    monkeypatch.setattr(Worker, "_evaluate", lambda *_: 1 / 0)
+    job = tiny_context()
     worker = Worker(job, "cpu")
-    worker.gang = Gang(0, 2, cut=True)
-    with pytest.raises(MachineFault, match="ZeroDivisionError: division by zero"):
-        worker.probe(tiny_snapshot(job), Climb(propose(resolve(job.spec), 1)[1]))
+    worker.group = ProcessGroup(0, 2, sharded=True)
+    with pytest.raises(SystemFailure, match="ZeroDivisionError: division by zero"):
+        worker.evaluate(tiny_snapshot(job), EvalTask(propose_candidates(resolve(job.spec), 1)[1]))

@@ -1,4 +1,4 @@
-"""What is loaded when, as only a new interpreter can show?"""
+"""Imports: what is loaded when, as only a new interpreter can show."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ with checked("pieces"):
     raymask.draw_mask(nn.Sequential(nn.Linear(4, 4)), 0.5, include=["*"])
     assert not loaded("ray")
 with checked("workers"):
-    from raymask.driver import local
+    from raymask.executor import local_executor
     assert not loaded("ray")
 with checked("search"):
     from raymask.config import load_spec
     result = raymask.search(load_spec(sys.argv[1]), sys.argv[2], in_process=True)
-    assert all(level.evaluated == 3 for level in result.levels), result.levels
+    assert all(level.num_evaluated == 3 for level in result.levels), result.levels
     assert not loaded("ray")
 """
 

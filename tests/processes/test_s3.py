@@ -1,4 +1,4 @@
-"""Does a run in an object store survive what happens to drivers and to the store, and is it the same as in a folder?"""
+"""Runs in an object store: they survive what happens to drivers and to the store, and are the same as in a folder."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from support.records import checkpoint, evaluation, write
 from support.s3_server import ACCESS_DENIED, BUCKET, S3Server
 from support.storage_contract import GO_ON, QUICKSTART, Place, StorageContract, folder_at
 
-from raymask import storage
 from raymask.config import make_spec
 from raymask.core.errors import UserError
-from raymask.storage import Bucket, open_storage
-from raymask.store import SEARCH, RunDir, check_run, open_run
+from raymask.core.lineage import SEARCH
+from raymask.runs import object_storage
+from raymask.runs.object_storage import ObjectStorage
+from raymask.runs.open import open_storage
+from raymask.runs.run_dir import RunDir, check_run, open_run
 
 
 @pytest.fixture
@@ -43,12 +45,13 @@ class TestBucket(StorageContract):
 BEAT = 0.1
 DRIVER = f"""
 import sys
-from raymask import storage
 from raymask.core.errors import UserError
-storage.BEAT = {BEAT}
-place = storage.open_storage(sys.argv[1])
+from raymask.runs import object_storage
+from raymask.runs.open import open_storage
+object_storage.HEARTBEAT_INTERVAL_S = {BEAT}
+place = open_storage(sys.argv[1])
 try:
-    with place.held():
+    with place.lock():
         print("held", flush=True)
         for line in sys.stdin:
             place.append("journal", line.strip().encode())
@@ -62,11 +65,11 @@ except UserError as error:
 def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """How often is a driver looked at before it counts as dead? In this process, which looks ten times a second."""
     hasty = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 10), monotonic=time.monotonic)
-    monkeypatch.setattr(storage, "time", hasty)
-    monkeypatch.setattr(storage, "BEAT", BEAT)
+    monkeypatch.setattr(object_storage, "time", hasty)
+    monkeypatch.setattr(object_storage, "HEARTBEAT_INTERVAL_S", BEAT)
 
     def set_looks(count: int) -> None:
-        monkeypatch.setattr(storage, "LOOKS", count)
+        monkeypatch.setattr(object_storage, "MAX_HEARTBEAT_POLLS", count)
 
     set_looks(200)  # the living have 20 s for a sign of life, on a busy machine too
     return set_looks
@@ -116,7 +119,7 @@ def test_a_second_driver_is_refused_while_the_first_lives_and_free_to_go_on_when
     told: list[str] = []
     with driver(shared) as first:
         assert first.writes("one") == "written"
-        assert shared.open().busy()
+        assert shared.open().is_locked()
         assert list(shared.open().names()) == ["journal"]
         where = shared.open().at()
         other = f"{where}: is not empty and not a run directory: choose another with --run"
@@ -125,16 +128,16 @@ def test_a_second_driver_is_refused_while_the_first_lives_and_free_to_go_on_when
         busy = f"{where}: another raymask is working in it; wait for it, or choose another with --run"
         assert refused(check_run, RunDir(shared.uri), spec) == busy
         assert refused(open_run(RunDir(shared.uri), spec).__enter__) == busy
-        said = refused(shared.open().held().__enter__)
+        said = refused(shared.open().lock().__enter__)
         assert said.startswith(f"{where}: another raymask ")
         assert "wait for it" in said
         assert first.writes("two") == "written"
         assert first.process.stdin is not None
         first.process.stdin.close()
         first.process.wait(30)
-    assert not shared.open(told.append).busy()
+    assert not shared.open(told.append).is_locked()
     there = shared.open(told.append)
-    with there.held():
+    with there.lock():
         there.append("journal", b"three")
     assert told == [], "a hold that was given back need not be watched"
     assert shared.read("journal") == b"one\ntwo\nthree\n"
@@ -147,15 +150,15 @@ def test_the_hold_of_a_killed_driver_does_not_block_for_ever(shared: Place, look
     told: list[str] = []
     there = shared.open(told.append)
     looks(3)
-    assert not there.busy()
-    with there.held():
+    assert not there.is_locked()
+    with there.lock():
         looks(200)
-        assert shared.open().busy()
+        assert shared.open().is_locked()
         there.append("journal", b"mine")
-    watched = [f"{there.at()} is held by another driver: looking for 3 s whether it is alive"]
-    expected = watched if isinstance(there, Bucket) else []
+    watched = [f"{there.at()} is held by another driver: checking for 3 s whether it is alive"]
+    expected = watched if isinstance(there, ObjectStorage) else []
     assert told == expected, "the second time it is held for dead at once"
-    assert not shared.open(told.append).busy()
+    assert not shared.open(told.append).is_locked()
     assert told == expected, "the dead driver's hold is gone"
 
 
@@ -168,11 +171,11 @@ def test_a_driver_that_was_held_for_dead_writes_no_more_and_says_so(
         assert first.writes("one") == "written"
         first.process.send_signal(signal.SIGSTOP)
         there = bucket.open()
-        with there.held():
+        with there.lock():
             there.append("journal", b"two")
             first.process.send_signal(signal.SIGCONT)
             base = bucket.uri.partition("?")[0]
-            said = f"{base}: another raymask has taken it over, since this one gave no sign of life"
+            said = f"{base}: another raymask has taken it over, since this one sent no heartbeat"
             assert first.writes("never") == said
             first.process.wait(30)
             there.append("journal", b"three")
@@ -185,7 +188,7 @@ def test_a_driver_that_was_held_for_dead_writes_no_more_and_says_so(
 def impatient(s3: S3Server, place: Place, note: Callable[[str], None] = lambda text: None) -> RunDir:
     """A run directory whose client leaves all patience to us."""
     store = RunDir(place.uri, note)
-    assert isinstance(store.storage, Bucket)
+    assert isinstance(store.storage, ObjectStorage)
     store.storage.filesystem = s3.impatient()
     return store
 
@@ -219,7 +222,7 @@ def test_what_is_written_survives_an_outage_and_it_is_told(
 def test_an_outage_that_does_not_end_is_an_error_that_says_how_to_go_on(
     bucket: Place, s3: S3Server, monkeypatch: pytest.MonkeyPatch, done: str
 ) -> None:
-    monkeypatch.setattr(storage, "OUTAGE", 0.1)
+    monkeypatch.setattr(object_storage, "MAX_OUTAGE_S", 0.1)
     store = impatient(s3, bucket)
     store.append(evaluation(0))
     with s3.outage(), pytest.raises(UserError) as raised:
@@ -241,12 +244,17 @@ def test_what_no_patience_mends_is_said_at_once(bucket: Place, s3: S3Server, ans
     told: list[str] = []
     there = bucket.open(told.append)
     with s3.outage(answer):
-        for work in (lambda: there.has("a"), lambda: list(there.names()), lambda: there.append("a", b"x"), there.busy):
+        for work in (
+            lambda: there.has("a"),
+            lambda: list(there.names()),
+            lambda: there.append("a", b"x"),
+            there.is_locked,
+        ):
             assert ": cannot be read: When " in refused(work)
     with there.writing("a") as path, ExitStack() as denied:
         path.write_text("x")
         denied.enter_context(s3.outage(answer))
-        assert ": cannot be written: When initiating " in refused(there.put, "a", path)
+        assert ": cannot be written: When initiating " in refused(there.upload, "a", path)
     assert told == []
 
 
@@ -254,5 +262,5 @@ def test_a_bucket_that_is_none_is_said_at_once(s3: S3Server) -> None:
     told: list[str] = []
     there = open_storage(s3.uri("run", bucket="missing"), told.append)
     assert not there.has("spec.yaml")
-    assert "NO_SUCH_BUCKET" in refused(there.held().__enter__)
+    assert "NO_SUCH_BUCKET" in refused(there.lock().__enter__)
     assert told == []

@@ -1,4 +1,4 @@
-"""Is a model that lies on two processes the model that lies on one?"""
+"""FSDP: a model that is sharded among two processes is the model of one process."""
 
 import os
 from collections import defaultdict
@@ -15,26 +15,37 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support.builders import FAMILIES, SIZE, refused, tiny_config, tiny_job, tiny_snapshot, tiny_tokenizer
+from support.builders import FAMILIES, SIZE, refused, tiny_config, tiny_context, tiny_snapshot, tiny_tokenizer
 from support.ranks import forks
 from torch import nn
 
-from raymask.core import masks, tensors
-from raymask.core.allocations import ALLOCATIONS
-from raymask.core.patterns import named
-from raymask.core.recipe import probe_stage, propose, resolve
-from raymask.core.records import Candidate, Climb, Noise
+from raymask.core import seeds, tensors
+from raymask.core.masking import masks
+from raymask.core.masking.allocations import ALLOCATIONS
+from raymask.core.masking.patterns import parse_pattern
+from raymask.core.recipe import early_eval_config, propose_candidates, resolve
+from raymask.core.records import Candidate, Noise
 from raymask.core.seeds import derive
 from raymask.core.spec import Model
-from raymask.train import loop
-from raymask.train.model import build, describe, persistent
-from raymask.train.sharding import beside, draw, gather, load, local, part, shard, without_parameters
+from raymask.core.tasks import EvalTask
+from raymask.train import batches, optim, trainer
+from raymask.train.fsdp import (
+    apply_fsdp,
+    copy_into_shards,
+    draw_sharded_mask,
+    gather_full,
+    init_empty_weights,
+    like_parameter,
+    local_rows,
+    local_tensor,
+)
+from raymask.train.model import build_model, inspect_model, state_tensors
 from raymask.train.worker import Worker
 
 RANKS = 2
 MINUTE = timedelta(minutes=1)
-CONTROL = Candidate(level=1, index=0, seed=5, density=0.25)
-RANDOM = Candidate(level=1, index=1, seed=5, density=0.25, noise=Noise(exponent=5.0, ratio=0.01))
+MAGNITUDE = Candidate(level=1, index=0, seed=5, density=0.25)
+RANDOM = Candidate(level=1, index=1, seed=5, density=0.25, noise=Noise(exponent=5.0, sampling_ratio=0.01))
 OPTIMIZERS = {"adamw": (torch.optim.AdamW, {"fused": True})}
 
 
@@ -87,7 +98,7 @@ def built(kind):
 
     if kind == "qwen2":
         return AutoModelForCausalLM.from_config(configured(kind), dtype=torch.float32).eval()
-    return build(configured(kind)).eval()
+    return build_model(configured(kind)).eval()
 
 
 KINDS = ("llama", "qwen2", "bert", "albert")
@@ -101,11 +112,11 @@ def whole(kind, seed=0):
 
 def on_mesh(mesh, kind, packed, computes=None):
     """The same on a mesh, with these weights."""
-    with without_parameters():
+    with init_empty_weights():
         module = built(kind)
     assert all(parameter.is_meta for parameter in module.parameters())
-    shard(module, mesh, computes)
-    load(packed, persistent(module))
+    apply_fsdp(module, mesh, computes)
+    copy_into_shards(packed, state_tensors(module))
     return module
 
 
@@ -145,7 +156,7 @@ def test_parts_are_as_torch_chunks_them(rows, ranks):
     def seen_by(rank):
         return SimpleNamespace(device_mesh=SimpleNamespace(size=lambda: ranks, get_local_rank=lambda: rank))
 
-    parts = [part(tensor, seen_by(rank)) for rank in range(ranks)]
+    parts = [local_rows(tensor, seen_by(rank)) for rank in range(ranks)]
     assert torch.equal(torch.cat(parts), tensor)
     expected = [chunk for chunk in tensor.chunk(ranks) if len(chunk)]
     assert [found.tolist() for found in parts if len(found)] == [chunk.tolist() for chunk in expected]
@@ -154,15 +165,15 @@ def test_parts_are_as_torch_chunks_them(rows, ranks):
 def test_what_is_not_cut_is_loaded_gathered_and_drawn_as_ever(gaussian):
     live = {"w": gaussian(8, 16), "b": gaussian(3), "n": torch.tensor(7)}
     packed = tensors.pack(live)
-    gathered = gather(live, here=True)
+    gathered = gather_full(live, here=True)
     assert gathered.index == packed.index
     assert gathered.buffer.tobytes() == packed.buffer.tobytes()
     target = {name: torch.zeros_like(tensor) for name, tensor in live.items()}
-    load(packed, target)
+    copy_into_shards(packed, target)
     assert all(torch.equal(target[name], live[name]) for name in live)
-    assert torch.equal(beside(live["w"], live["b"]), live["b"])
-    mask, bits = draw({"w": live["w"]}, live, RANDOM)
-    expected = masks.draw({"w": live["w"]}, RANDOM)
+    assert torch.equal(like_parameter(live["w"], live["b"]), live["b"])
+    mask, bits = draw_sharded_mask({"w": live["w"]}, live, RANDOM)
+    expected = masks.draw_mask({"w": live["w"]}, RANDOM)
     assert torch.equal(mask["w"], expected["w"])
     assert masks.digest(bits) == masks.digest(masks.pack_bits(expected))
 
@@ -173,7 +184,7 @@ def test_what_is_not_cut_is_loaded_gathered_and_drawn_as_ever(gaussian):
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_parameters_are_without_memory_and_only_there(kind):
     module = whole(kind)
-    with without_parameters():
+    with init_empty_weights():
         empty = built(kind)
     assert all(parameter.is_meta for parameter in empty.parameters())
     assert [(name, p.shape) for name, p in empty.named_parameters()] == [
@@ -186,7 +197,7 @@ def test_only_parameters_are_without_memory_and_only_there(kind):
 
 
 def test_an_error_on_the_way_leaves_nothing_behind():
-    with pytest.raises(ZeroDivisionError), without_parameters():
+    with pytest.raises(ZeroDivisionError), init_empty_weights():
         1 / 0  # noqa: B018
     assert not nn.Linear(2, 2).weight.is_meta
 
@@ -195,15 +206,15 @@ def test_an_error_on_the_way_leaves_nothing_behind():
 
 
 def there_and_back(mesh, kind, packed):
-    live = persistent(on_mesh(mesh, kind, packed))
-    gathered = gather(live, here=mesh.get_rank() == 0)
-    return gathered, {name: tuple(local(tensor).shape) for name, tensor in live.items()}
+    live = state_tensors(on_mesh(mesh, kind, packed))
+    gathered = gather_full(live, here=mesh.get_rank() == 0)
+    return gathered, {name: tuple(local_tensor(tensor).shape) for name, tensor in live.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_gathered_is_what_was_loaded_and_no_rank_has_it_all(together, kind):
     module = whole(kind)
-    packed = tensors.pack(persistent(module))
+    packed = tensors.pack(state_tensors(module))
     (gathered, first), (nothing, second) = together(there_and_back, kind, packed)
     assert gathered.index == packed.index
     assert gathered.buffer.tobytes() == packed.buffer.tobytes()
@@ -216,10 +227,10 @@ def test_what_is_gathered_is_what_was_loaded_and_no_rank_has_it_all(together, ki
 
 def outputs(mesh, kind, before, after):
     module = on_mesh(mesh, kind, before)
-    live = persistent(module)
+    live = state_tensors(module)
     with torch.no_grad():
         module(**inputs())
-        load(after, live)
+        copy_into_shards(after, live)
         return module(**inputs()).logits.numpy()
 
 
@@ -228,7 +239,7 @@ def test_outputs_are_those_of_the_weights_loaded_last(together, kind):
     before, after = whole(kind), whole(kind, seed=1)
     with torch.no_grad():
         expected = after(**inputs()).logits.numpy()
-    found = together(outputs, kind, tensors.pack(persistent(before)), tensors.pack(persistent(after)))
+    found = together(outputs, kind, tensors.pack(state_tensors(before)), tensors.pack(state_tensors(after)))
     for logits in found:
         np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
 
@@ -240,7 +251,7 @@ def gradients(mesh, kind, packed, computes, parts):
     module = on_mesh(mesh, kind, packed, computes)
     for first in range(parts):
         loss_of(module, slice(mesh.get_rank() * parts + first, None, RANKS * parts)).backward()
-    return gather({name: p.grad for name, p in module.named_parameters()}, here=mesh.get_rank() == 0)
+    return gather_full({name: p.grad for name, p in module.named_parameters()}, here=mesh.get_rank() == 0)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -249,13 +260,13 @@ def test_gradients_are_summed_over_ranks_and_over_what_each_does_one_after_the_o
     module = whole(kind)
     loss_of(module, slice(None)).backward()
     expected = tensors.pack({name: parameter.grad for name, parameter in module.named_parameters()})
-    found, _ = together(gradients, kind, tensors.pack(persistent(module)), None, parts)
+    found, _ = together(gradients, kind, tensors.pack(state_tensors(module)), None, parts)
     assert close(found, expected)
 
 
 def test_in_bf16_products_are_rounded_and_sums_of_gradients_are_not(together):
     module = whole("llama")
-    packed = tensors.pack(persistent(module))
+    packed = tensors.pack(state_tensors(module))
     loss_of(module, slice(None)).backward()
     expected = tensors.pack({name: parameter.grad for name, parameter in module.named_parameters()})
     found, _ = together(gradients, "llama", packed, torch.bfloat16, 1)
@@ -270,27 +281,27 @@ def test_in_bf16_products_are_rounded_and_sums_of_gradients_are_not(together):
 
 
 def masked(mesh, kind, packed, names, candidate, allocation, pattern):
-    live = persistent(on_mesh(mesh, kind, packed))
+    live = state_tensors(on_mesh(mesh, kind, packed))
     views = packed.views()
-    verbs = {"allocation": ALLOCATIONS[allocation], "pattern": named(pattern)}
-    mask, bits = draw({name: views[name] for name in names}, live, candidate, **verbs)
+    verbs = {"allocation": ALLOCATIONS[allocation], "pattern": parse_pattern(pattern)}
+    mask, bits = draw_sharded_mask({name: views[name] for name in names}, live, candidate, **verbs)
     assert all(rows.untyped_storage().nbytes() == rows.numel() for rows in mask.values())  # holds on to no more
-    loop.multiply([local(live[name]) for name in names], [mask[name].float() for name in names])
-    return bits, gather(live, here=mesh.get_rank() == 0)
+    trainer.apply_masks([local_tensor(live[name]) for name in names], [mask[name].float() for name in names])
+    return bits, gather_full(live, here=mesh.get_rank() == 0)
 
 
-@pytest.mark.parametrize("candidate", [CONTROL, RANDOM], ids=["control", "random"])
+@pytest.mark.parametrize("candidate", [MAGNITUDE, RANDOM], ids=["magnitude mask", "random"])
 @pytest.mark.parametrize(("allocation", "pattern"), [("uniform", "unstructured"), ("global", "4x1"), ("erk", "2x2")])
 def test_all_ranks_draw_the_mask_of_one_and_apply_their_rows_of_it(together, candidate, allocation, pattern):
     module = whole("llama")
     weights = {name: p.detach() for name, p in module.named_parameters() if p.ndim == 2 and "layers" in name}
-    packed = tensors.pack(persistent(module))
-    expected = masks.draw(weights, candidate, allocation=ALLOCATIONS[allocation], pattern=named(pattern))
+    packed = tensors.pack(state_tensors(module))
+    expected = masks.draw_mask(weights, candidate, allocation=ALLOCATIONS[allocation], pattern=parse_pattern(pattern))
     arguments = ("llama", packed, tuple(weights), candidate, allocation, pattern)
     (bits, gathered), (same, _) = together(masked, *arguments)
     assert masks.digest(bits) == masks.digest(same) == masks.digest(masks.pack_bits(expected))
     masks.apply(weights, expected)
-    assert gathered.buffer.tobytes() == tensors.pack(persistent(module)).buffer.tobytes()
+    assert gathered.buffer.tobytes() == tensors.pack(state_tensors(module)).buffer.tobytes()
 
 
 # Optimizers.
@@ -323,22 +334,24 @@ def optimized(mesh, kind, packed, name, pause):
     optimizer = cls(module.parameters(), weight_decay=0.1, **settings)
     if pause:
         stepped(module, optimizer, (1, 2), rows)
-        weights, state = (gather(kept, here=True) for kept in (persistent(module), state_of(module, optimizer)))
+        weights, state = (gather_full(kept, here=True) for kept in (state_tensors(module), state_of(module, optimizer)))
         module = on_mesh(mesh, kind, weights)
         optimizer = cls(module.parameters(), weight_decay=0.1, **settings)
         for key, value in state.views().items():
             moment, _, of = key.partition("/")
             parameter = module.get_parameter(of)
-            optimizer.state[parameter][moment] = beside(parameter, value)
+            optimizer.state[parameter][moment] = like_parameter(parameter, value)
     stepped(module, optimizer, (3, 4) if pause else (1, 2, 3, 4), rows)
-    return [gather(kept, here=mesh.get_rank() == 0) for kept in (persistent(module), state_of(module, optimizer))]
+    return [
+        gather_full(kept, here=mesh.get_rank() == 0) for kept in (state_tensors(module), state_of(module, optimizer))
+    ]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_optimizers_step_as_on_one_process_and_go_on_from_where_they_paused(together, kind, name):
     module = whole(kind)
-    packed = tensors.pack(persistent(module))
+    packed = tensors.pack(state_tensors(module))
     straight, _ = together(optimized, kind, packed, name, False)
     resumed, _ = together(optimized, kind, packed, name, True)
     for found, again in zip(straight, resumed, strict=True):
@@ -347,71 +360,73 @@ def test_optimizers_step_as_on_one_process_and_go_on_from_where_they_paused(toge
     cls, settings = OPTIMIZERS[name]
     optimizer = cls(module.parameters(), weight_decay=0.1, **settings)
     stepped(module, optimizer, (1, 2, 3, 4), slice(None))
-    assert close(straight[0], tensors.pack(persistent(module)), 1e-4)
+    assert close(straight[0], tensors.pack(state_tensors(module)), 1e-4)
     assert close(straight[1], tensors.pack(state_of(module, optimizer)), 1e-4)
 
 
-# A probe.
+# An early evaluation.
 
 
-def probed(mesh, job, parent, candidate):
+def evaluated(mesh, job, parent, candidate):
     """What Worker.evaluate does, with each rank at its rows of a batch."""
     spec, data, rank = job.spec, job.data, mesh.get_rank()
-    with without_parameters():
-        module = build(job.config).eval()
-    shard(module, mesh)
-    live = persistent(module)
-    load(parent.weights, live)
+    with init_empty_weights():
+        module = build_model(job.config).eval()
+    apply_fsdp(module, mesh)
+    live = state_tensors(module)
+    copy_into_shards(parent.weights, live)
     views, recipe = parent.weights.views(), resolve(spec)
     verbs = {"allocation": recipe.allocation, "sampler": recipe.sampler, "pattern": recipe.pattern}
     weights = {name: views[name] for name in job.prunable}
-    mask, bits = draw(weights, live, candidate, scorer=recipe.scorer, **verbs)
-    _, control = draw(weights, live, candidate.model_copy(update={"noise": None}), scorer=recipe.scorer, **verbs)
+    mask, bits = draw_sharded_mask(weights, live, candidate, scorer=recipe.scorer, **verbs)
+    _, control = draw_sharded_mask(
+        weights, live, candidate.model_copy(update={"noise": None}), scorer=recipe.scorer, **verbs
+    )
 
-    optimizer = loop.make_optimizer(module, spec.optimizer, None)
-    pruned, factors = [local(live[name]) for name in mask], [kept.float() for kept in mask.values()]
-    stage, seed = probe_stage(spec), derive(spec.seed, "probe", candidate.level)
-    total = loop.steps_in(stage, len(data.train))
-    rng = np.random.default_rng(derive(seed, "order", 0))
-    batches = loop.order(data.train.lengths, stage.batch_size, rng)
-    loop.multiply(pruned, factors)
+    optimizer = optim.make_optimizer(module, spec.optimizer, None)
+    pruned, factors = [local_tensor(live[name]) for name in mask], [kept.float() for kept in mask.values()]
+    stage, seed = early_eval_config(spec), derive(spec.seed, seeds.EARLY_EVAL, candidate.level)
+    total = trainer.num_steps(stage, len(data.train))
+    rng = np.random.default_rng(derive(seed, seeds.ORDER, 0))
+    order = batches.length_bucketed_batches(data.train.lengths, stage.batch_size, rng)
+    trainer.apply_masks(pruned, factors)
     module.train()
-    for step, chosen in enumerate(islice(batches, total), 1):
+    for step, chosen in enumerate(islice(order, total), 1):
         for group in optimizer.param_groups:
-            group["lr"] = stage.learning_rate * loop.pace(stage, step, total)
-        batch = loop.collate(data.train, chosen[rank::RANKS], data.padding)
+            group["lr"] = stage.learning_rate * optim.lr_multiplier(stage, step, total)
+        batch = batches.collate(data.train, chosen[rank::RANKS], data.padding)
         labels = batch.pop("labels")
         loss = F.cross_entropy(module(**batch).logits, labels, reduction="sum") / len(chosen)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), spec.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        loop.multiply(pruned, factors)
-    batch = loop.collate(job.scored, np.arange(len(job.scored)), data.padding)
+        trainer.apply_masks(pruned, factors)
+    batch = batches.collate(job.scored_rows, np.arange(len(job.scored_rows)), data.padding)
     labels = batch.pop("labels")
     with torch.no_grad():
         score = -float(F.cross_entropy(module.eval()(**batch).logits, labels))
-    return score, masks.digest(bits), masks.distance(bits, control), gather(live, here=rank == 0)
+    return score, masks.digest(bits), masks.distance(bits, control), gather_full(live, here=rank == 0)
 
 
-def test_a_probe_on_two_ranks_scores_as_on_one(together):
-    job, tokenizer = tiny_job("roberta", probe={"last": 1}), tiny_tokenizer("roberta")
+def test_an_early_evaluation_on_two_ranks_scores_as_on_one(together):
+    job, tokenizer = tiny_context("roberta", early_eval={"score_window": 1}), tiny_tokenizer("roberta")
     config = configured("llama", vocab_size=len(tokenizer))
-    source = describe(Model(name="llama"), config, tokenizer, ("bad", "good"))
+    source = inspect_model(Model(name="llama"), config, tokenizer, ("bad", "good"))
     job = replace(job, config=source.config, prunable=source.prunable)
-    parent, candidate = tiny_snapshot(job), propose(resolve(job.spec), 1)[1]
+    parent, candidate = tiny_snapshot(job), propose_candidates(resolve(job.spec), 1)[1]
     worker = Worker(job, "cpu")
-    expected, _ = worker.probe(parent, Climb(candidate))
+    expected, _ = worker.evaluate(parent, EvalTask(candidate))
     assert expected.ok, expected.error
-    (score, digest, distance, weights), (same, *_) = together(probed, job, parent, candidate)
+    (score, digest, distance, weights), (same, *_) = together(evaluated, job, parent, candidate)
     assert score == same == pytest.approx(expected.score, rel=1e-5)
     assert digest == expected.digest
     assert distance == expected.distance
-    assert close(weights, tensors.pack(worker.live))
+    assert close(weights, tensors.pack(worker.named_tensors))
 
 
 def test_a_torch_that_is_too_old_for_a_model_in_parts_is_named(monkeypatch):
     from torch.distributed.fsdp import FSDPModule
 
     monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms")
-    assert "use 2.9 or a newer one, or set it to 1" in refused(shard, nn.Linear(2, 2), SimpleNamespace())
+    assert "use torch 2.9 or newer, or set workers.fsdp to 1" in refused(apply_fsdp, nn.Linear(2, 2), SimpleNamespace())

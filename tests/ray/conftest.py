@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 import ray
-from support.watch import private_ray
+from support.callbacks import private_ray
 
 RUNNING = ExitStack()
 

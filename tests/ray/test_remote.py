@@ -1,4 +1,4 @@
-"""The workers on a real Ray: the same bits as in one process, and a private Ray that nobody else sees."""
+"""Workers on a real Ray: the same bits as in one process, and a private Ray that nobody else sees."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from typing import Any
 
 import pytest
 import ray
-from support.builders import climbed, refused, tiny_job, tiny_snapshot
-from support.watch import PATIENCE, Ear, assert_same, by_place, desks, family, pid_of, result, wait_until
+from support.builders import climbed, refused, tiny_context, tiny_snapshot
+from support.callbacks import PATIENCE, Ear, assert_same, by_place, desks, family, pid_of, result, wait_until
 
 from raymask.core.errors import UserError
-from raymask.core.recipe import finetune_stage, propose, resolve
-from raymask.core.records import Candidate, Checkpoint, Evaluation, Settling, Snapshot
+from raymask.core.recipe import finetune_config, propose_candidates, resolve
+from raymask.core.records import Candidate, Evaluation
+from raymask.core.tasks import Checkpoint, FinetuneTask, Snapshot
 from raymask.core.tensors import pack
-from raymask.driver import local, remote
-from raymask.report.terminal import Silent
+from raymask.executor import actor_pool, local_executor, ray_executor
+from raymask.report.console import NullCallback
 
 import psutil  # isort: skip - Ray brings it along, so it is found once Ray is imported
 
 RUNGS = [0.75, 1.0]  # by which all of so small a pool go on
-JOB = tiny_job(probe={"epochs": 4.0, "last": 2, "rungs": RUNGS}, workers={"cpus": 0.5})
-STAGE = finetune_stage(resolve(JOB.spec), 1)
+JOB = tiny_context(early_eval={"epochs": 4.0, "score_window": 2, "rungs": RUNGS}, workers={"cpus": 0.5})
+STAGE = finetune_config(resolve(JOB.spec), 1)
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +40,16 @@ def parent() -> Snapshot:
 
 @pytest.fixture(scope="module")
 def pool() -> tuple[Candidate, ...]:
-    return propose(resolve(JOB.spec), 1)
+    return propose_candidates(resolve(JOB.spec), 1)
 
 
 @pytest.fixture(scope="module")
-def work(parent: Snapshot, pool: tuple[Candidate, ...]) -> list[tuple[Snapshot, Settling]]:
-    """Two masks to fine-tune, by four shards of a batch: a random one and the control."""
-    stage = STAGE.model_copy(update={"shards": 4})
+def work(parent: Snapshot, pool: tuple[Candidate, ...]) -> list[tuple[Snapshot, FinetuneTask]]:
+    """Two masks to fine-tune, by four shards of a batch: a random one and the magnitude mask."""
+    stage = STAGE.model_copy(update={"data_parallel": 4})
     return [
-        (parent, Settling("selected (candidate 1)", pool[1], stage, None)),
-        (parent, Settling("control (IMP)", pool[0], stage, None)),
+        (parent, FinetuneTask("selected (candidate 1)", pool[1], stage, None)),
+        (parent, FinetuneTask("IMP", pool[0], stage, None)),
     ]
 
 
@@ -61,8 +62,8 @@ class Alone:
 
 
 @pytest.fixture(scope="module")
-def alone(parent: Snapshot, pool: tuple[Candidate, ...], work: list[tuple[Snapshot, Settling]]) -> Alone:
-    with local.workers(JOB, Silent()) as (evaluate, fine_tune):
+def alone(parent: Snapshot, pool: tuple[Candidate, ...], work: list[tuple[Snapshot, FinetuneTask]]) -> Alone:
+    with local_executor.workers(JOB, NullCallback()) as (evaluate, fine_tune):
         return Alone(by_place(climbed(evaluate, parent, pool, RUNGS)), dict(fine_tune(work)))
 
 
@@ -78,7 +79,7 @@ class Seams:
 @pytest.fixture(scope="module")
 def seams(one_cpu: None) -> Iterator[Seams]:
     ear = Ear()
-    with remote.workers(JOB, ear, None) as (evaluate, fine_tune):
+    with ray_executor.workers(JOB, ear, None) as (evaluate, fine_tune):
         yield Seams(evaluate, fine_tune, ear)
 
 
@@ -86,7 +87,7 @@ def test_two_workers_share_a_cpu_and_find_bitwise_what_one_process_finds(
     seams: Seams, parent: Snapshot, pool: tuple[Candidate, ...], alone: Alone
 ) -> None:
     forwards = list(climbed(seams.evaluate, parent, pool, RUNGS))
-    assert len(desks()) == 2, "each takes half of the only CPU"
+    wait_until(lambda: len(desks()) == 2)  # each takes half of the only CPU
     assert {pid_of(evaluation) for evaluation in forwards} <= set(desks())
     assert all(evaluation.worker.endswith("cpu 1 threads fp32") for evaluation in forwards)
     assert by_place(forwards) == alone.evaluations
@@ -96,18 +97,18 @@ def test_two_workers_share_a_cpu_and_find_bitwise_what_one_process_finds(
 
 
 def test_workers_that_would_stand_idle_share_a_fine_tuning_and_change_no_bit_of_it(
-    seams: Seams, work: list[tuple[Snapshot, Settling]], alone: Alone
+    seams: Seams, work: list[tuple[Snapshot, FinetuneTask]], alone: Alone
 ) -> None:
-    undivided = [(start, replace(settling, stage=STAGE)) for start, settling in work]
+    undivided = [(start, replace(finetune_task, config=STAGE)) for start, finetune_task in work]
     both = dict(seams.fine_tune(work))
     backwards = dict(seams.fine_tune(work[::-1]))
     one = dict(seams.fine_tune(work[:1]))
     single = dict(seams.fine_tune(undivided[:1]))
     found = [both[0], both[1], backwards[1], backwards[0], one[0]]
-    assert [len(checkpoint.finetuned.helpers) for checkpoint in (*found, single[0])] == [0, 0, 0, 0, 1, 0]
+    assert [len(checkpoint.finetune_result.helper_workers) for checkpoint in (*found, single[0])] == [0, 0, 0, 0, 1, 0]
     for checkpoint, index in zip(found, [0, 1, 0, 1, 0], strict=True):
         assert_same(checkpoint, alone.checkpoints[index])
-    with local.workers(JOB, Silent()) as (_, fine_tune):
+    with local_executor.workers(JOB, NullCallback()) as (_, fine_tune):
         assert_same(single[0], dict(fine_tune(undivided[:1]))[0])
 
 
@@ -126,10 +127,10 @@ def test_weights_are_put_once_a_snapshot_and_workers_are_kept(
     monkeypatch.setattr(ray, "put", counting)
     first = list(climbed(seams.evaluate, parent, pool, RUNGS))
     assert puts == [parent.weights]
-    checkpoints = dict(seams.fine_tune([(parent, Settling("selected", pool[1], STAGE, None))]))
+    checkpoints = dict(seams.fine_tune([(parent, FinetuneTask("selected", pool[1], STAGE, None))]))
     assert len(puts) == 1
     child = Snapshot("search-1", checkpoints[0].weights, checkpoints[0].optimizer)
-    second = list(climbed(seams.evaluate, child, propose(resolve(JOB.spec), 2), RUNGS))
+    second = list(climbed(seams.evaluate, child, propose_candidates(resolve(JOB.spec), 2), RUNGS))
     list(climbed(seams.evaluate, child, pool[:1], RUNGS))
     assert puts == [parent.weights, child.weights, child.optimizer]
     assert sorted(desks()) == sorted(before)
@@ -143,20 +144,20 @@ def test_a_candidates_own_failure_is_recorded_and_costs_no_worker(
     tensors["classifier.bias"][0] = float("nan")
     before = desks()
     broken = list(climbed(seams.evaluate, Snapshot("poisoned", pack(tensors)), pool[:1], RUNGS))
-    assert ["the loss on select is nan" in str(evaluation.error) for evaluation in broken] == [True]
-    assert not broken[0].machine
+    assert ["the loss on validation is nan" in str(evaluation.error) for evaluation in broken] == [True]
+    assert not broken[0].system_failure
     good = list(climbed(seams.evaluate, parent, pool[:1], RUNGS))
     assert result(good[0]) == alone.evaluations[0, 0]
     assert sorted(desks()) == sorted(before)
     assert seams.ear.troubles == []
 
 
-def test_the_watch_sees_progress_rise(
-    seams: Seams, work: list[tuple[Snapshot, Settling]], monkeypatch: pytest.MonkeyPatch
+def test_the_callback_sees_progress_rise(
+    seams: Seams, work: list[tuple[Snapshot, FinetuneTask]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "POLL", 0.05)
-    start, settling = work[0]
-    longer = replace(settling, name="longer", stage=STAGE.model_copy(update={"epochs": 40.0}))
+    monkeypatch.setattr(actor_pool, "POLL_INTERVAL_S", 0.05)
+    start, finetune_task = work[0]
+    longer = replace(finetune_task, name="longer", config=STAGE.model_copy(update={"epochs": 40.0}))
     list(seams.fine_tune([(start, longer)]))
     told = [shares["longer"] for shares in seams.ear.shares if "longer" in shares]
     assert told == sorted(told)
@@ -164,13 +165,13 @@ def test_the_watch_sees_progress_rise(
     assert 0.0 <= told[0] < told[-1] <= 1.0
 
 
-def test_a_mistake_that_a_gang_finds_is_told_once_and_as_it_is(
-    seams: Seams, work: list[tuple[Snapshot, Settling]]
+def test_a_mistake_that_a_group_finds_is_told_once_and_as_it_is(
+    seams: Seams, work: list[tuple[Snapshot, FinetuneTask]]
 ) -> None:
     """Here both workers end, so this is the last test that uses them."""
-    start, settling = work[0]
+    start, finetune_task = work[0]
     with pytest.raises(UserError, match=r"candidate 1 of level 1 drew mask .*, but mask 0{32} was scored") as told:
-        list(seams.fine_tune([(start, replace(settling, digest="0" * 32))]))
+        list(seams.fine_tune([(start, replace(finetune_task, digest="0" * 32))]))
     wait_until(lambda: not desks())
     assert told  # which still holds the error and all that it knows, so nothing has ended for being forgotten
 
@@ -181,7 +182,7 @@ def test_a_mistake_that_a_gang_finds_is_told_once_and_as_it_is(
 def test_more_than_any_node_has_is_refused_at_once(one_cpu: None, asked: dict[str, Any], said: str) -> None:
     if ray.cluster_resources().get("GPU", 0) and "gpus" in asked:
         pytest.skip("there is a GPU here")
-    told = refused(remote.workers(tiny_job(workers=asked), Ear(), None).__enter__)
+    told = refused(ray_executor.workers(tiny_context(workers=asked), Ear(), None).__enter__)
     assert f"no node can hold a worker: {said}" in told
     assert "the nodes have 1 CPUs, " in told
 
@@ -220,11 +221,12 @@ import json, os
 from pathlib import Path
 from types import SimpleNamespace
 import ray, psutil
-from raymask.driver import cluster
+from raymask.executor import connection
 job = SimpleNamespace(spec=SimpleNamespace(workers=SimpleNamespace(threads=1)), config=Path())
-folders = lambda: sorted(str(path) for path in Path(cluster.ROOT).glob(f"{cluster.FOLDER}{os.getpid()}-*"))
+mine = f"{connection.SESSION_PREFIX}{os.getpid()}-*"
+folders = lambda: sorted(str(path) for path in Path(connection.SESSION_ROOT).glob(mine))
 before = dict(os.environ)
-with cluster.connected(job, None):
+with connection.ray_connection(job, None):
     during = folders()
     processes = psutil.Process().children(recursive=True)
 after = dict(os.environ)

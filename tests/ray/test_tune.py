@@ -12,23 +12,23 @@ from ray import tune as ray_tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from support.builders import refused
 
-from raymask import tune
-from raymask.driver import cluster
+from raymask.executor import resources
+from raymask.tune import command, trial
 
 SPEC: dict[str, Any] = {
     "model": "quickstart",
     "task": "quickstart",
     "levels": [0.5, 0.9],
-    "candidates": {"count": 2, "ratios": [0.02]},
+    "candidates": {"count": 2, "sampling_ratios": [0.02]},
 }
 
 pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
 def fit(folder: Path, space: dict[str, Any]) -> None:
-    with tune.quiet():
+    with command.quiet_tune():
         ray_tune.Tuner(
-            tune.trainable(SPEC),
+            trial.trainable(SPEC),
             param_space=space,
             tune_config=ray_tune.TuneConfig(metric="score", mode="max"),
             run_config=ray_tune.RunConfig(name="tuning", storage_path=str(folder), verbose=0),
@@ -36,20 +36,24 @@ def fit(folder: Path, space: dict[str, Any]) -> None:
 
 
 def test_a_trial_takes_its_workers_and_nothing_else() -> None:
-    spec = tune.trial_spec(SPEC, {"workers": {"count": 2, "cpus": 0.5}})
-    asked = tune.bundles(spec)
-    memory = tune.job_of(spec).memory(on_gpu=False)
+    spec = trial.trial_spec(SPEC, {"workers": {"count": 2, "cpus": 0.5}})
+    asked = trial.placement_bundles(spec)
+    memory = trial.worker_context(spec).peak_host_memory(on_gpu=False)
     assert asked.head_bundle_is_empty
     assert asked.bundles == [{"CPU": 0.5, "memory": memory}] * 2
-    assert "no node can hold a worker" in refused(tune.bundles, tune.trial_spec(SPEC, {"workers.gpus": 1.0}))
-    assert "a trial asks for 2 workers at once" in refused(tune.bundles, tune.trial_spec(SPEC, {"workers.count": 2}))
+    assert "no node can hold a worker" in refused(
+        trial.placement_bundles, trial.trial_spec(SPEC, {"workers.gpus": 1.0})
+    )
+    assert "a trial asks for 2 workers at once" in refused(
+        trial.placement_bundles, trial.trial_spec(SPEC, {"workers.count": 2})
+    )
 
 
 def test_a_pool_inside_a_placement_group_sees_its_bundles_only() -> None:
     class Driver:
         def look(self) -> list[list[Any]]:
             with ThreadPoolExecutor(1) as elsewhere:  # Tune runs a trial in a thread
-                return [cluster.alive(), elsewhere.submit(cluster.alive).result()]
+                return [resources.node_resources(), elsewhere.submit(resources.node_resources).result()]
 
     group = ray.util.placement_group([{"CPU": 0.5}])
     inside = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
@@ -58,7 +62,7 @@ def test_a_pool_inside_a_placement_group_sees_its_bundles_only() -> None:
     ray.kill(driver)
     ray.util.remove_placement_group(group)
     assert found == [[{"CPU": 0.5}]] * 2
-    [node] = cluster.alive()
+    [node] = resources.node_resources()
     assert node["CPU"] == 1
 
 

@@ -15,17 +15,21 @@ import torch
 
 from raymask.api import apply_mask, draw_mask
 from raymask.core.errors import UserError
-from raymask.core.masks import digest, pack_bits
-from raymask.core.records import Candidate, Evaluate, Evaluation, FineTuned, Level, Point, Result, Snapshot
-from raymask.core.rungs import Ladder
+from raymask.core.masking.masks import digest, pack_bits
+from raymask.core.protocols import Evaluate
+from raymask.core.records import Candidate, EvalPoint, Evaluation, FinetuneResult, LevelRecord, Result
 from raymask.core.spec import QUICKSTART, Spec, Task
-from raymask.core.tensors import Packed, pack
-from raymask.export.selected import Selected
-from raymask.train import quickstart
-from raymask.train.data import Corpus, Texts, tokenize
-from raymask.train.documents import Documents, cut
-from raymask.train.model import build, describe, persistent, positions, vocabulary
-from raymask.train.worker import Job
+from raymask.core.successive_halving import SuccessiveHalving
+from raymask.core.tasks import Snapshot
+from raymask.core.tensors import PackedTensors, pack
+from raymask.data import quickstart
+from raymask.data.causal_lm import Documents, group_texts
+from raymask.data.hf_config import max_seq_length, vocab_size
+from raymask.data.tokenize import tokenize
+from raymask.data.types import Examples, RawDataset
+from raymask.export.selected import SelectedModel
+from raymask.train.context import WorkerContext
+from raymask.train.model import build_model, inspect_model, state_tensors
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -73,7 +77,7 @@ def tiny_model(folder: Path, family: str = "bert", *, head: bool = True, seed: i
     config = tiny_config(family, **changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        module: Any = build(config, kind=kind_of(family))
+        module: Any = build_model(config, kind=kind_of(family))
     (module if head else module.base_model).save_pretrained(folder)
     tiny_tokenizer(family).save_pretrained(folder)
     return folder
@@ -92,35 +96,35 @@ def reviews(count: int, seed: int = 0) -> tuple[list[str], list[int]]:
     return [" ".join([*map(rng.choice, parts), rng.choice(quickstart.ADJECTIVES[label])]) for label in labels], labels
 
 
-def tiny_corpus(regression: bool = False, rows: Sequence[int] = (48, 16, 12)) -> Corpus:
+def tiny_corpus(regression: bool = False, rows: Sequence[int] = (48, 16, 12)) -> RawDataset:
     """Reviews; a regression's targets count the words as well."""
 
-    def split(count: int, seed: int) -> Texts:
+    def split(count: int, seed: int) -> Examples:
         texts, labels = reviews(count, seed)
         targets = [label + len(text.split()) / 4 for label, text in zip(labels, texts, strict=True)]
-        return Texts((texts,), np.array(targets, np.float32) if regression else np.array(labels, np.int64))
+        return Examples((texts,), np.array(targets, np.float32) if regression else np.array(labels, np.int64))
 
-    train, select, report = (split(count, seed) for seed, count in enumerate(rows))
+    train, validation, test = (split(count, seed) for seed, count in enumerate(rows))
     classes, metrics = ((), ("pearson", "spearman")) if regression else (("bad", "good"), ("accuracy",))
-    return Corpus(train, select, report, {"": (0, rows[2])}, classes, metrics, 64)
+    return RawDataset(train, validation, test, {"": (0, rows[2])}, classes, metrics, 64)
 
 
 def tiny_documents(count: int = 120, **keys: Any) -> Documents:
     """Reviews, joined and cut into rows of 16 tokens."""
-    task = Task(kind="causal-lm", train="train.txt", report="report.txt", **{"max_length": 16} | keys)
+    task = Task(kind="causal-lm", train="train.txt", test="report.txt", **{"max_length": 16} | keys)
     return Documents(task, 0, reviews(count)[0], reviews(count // 4, 1)[0])
 
 
-def tiny_job(
+def tiny_context(
     family: str = "bert", *, regression: bool = False, rows: Sequence[int] = (48, 16, 12), **settings: Any
-) -> Job:
+) -> WorkerContext:
     """A worker's job of a few steps; `settings` are sections of the spec, merged into its own."""
     sections: dict[str, Any] = {
         "model": {"name": QUICKSTART},
         "task": QUICKSTART,
         "levels": [0.5, 0.75],
-        "candidates": {"count": 3, "ratios": [0.01]},
-        "probe": {"batch_size": 16, "eval_every": 1, "learning_rate": 0.01},
+        "candidates": {"count": 3, "sampling_ratios": [0.01]},
+        "early_eval": {"batch_size": 16, "eval_steps": 1, "learning_rate": 0.01},
         "finetune": {"batch_size": 16, "epochs": 2, "learning_rate": 0.01},
         "distill": False,
         "precision": "fp32",
@@ -131,23 +135,23 @@ def tiny_job(
     tokenizer = tiny_tokenizer(family)
     spec = Spec.model_validate(sections)
     model = spec.model.model_copy(update={"name": family})
-    settings = {"kind": corpus.kind, "checkpointing": spec.checkpointing}
-    source = describe(model, tiny_config(family), tokenizer, corpus.classes, **settings)
-    limits = positions(source.config, corpus.kind), vocabulary(source.config)
-    data = cut(corpus, tokenizer, *limits) if isinstance(corpus, Documents) else tokenize(corpus, tokenizer)
-    return Job(spec, source.config, data, source.prunable, source.sizes.whole)
+    settings = {"kind": corpus.kind, "gradient_checkpointing": spec.gradient_checkpointing}
+    source = inspect_model(model, tiny_config(family), tokenizer, corpus.classes, **settings)
+    limits = max_seq_length(source.config, corpus.kind), vocab_size(source.config)
+    data = group_texts(corpus, tokenizer, *limits) if isinstance(corpus, Documents) else tokenize(corpus, tokenizer)
+    return WorkerContext(spec, source.config, data, source.prunable, source.sizes.whole)
 
 
-def random_weights(config: Any, seed: int, kind: str = "classification") -> Packed:
+def random_weights(config: Any, seed: int, kind: str = "classification") -> PackedTensors:
     """Weights of a new model of this configuration."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return pack(persistent(build(config, kind=kind)))
+        return pack(state_tensors(build_model(config, kind=kind)))
 
 
-def tiny_snapshot(job: Job, seed: int = 0) -> Snapshot:
+def tiny_snapshot(job: WorkerContext, seed: int = 0) -> Snapshot:
     """Random weights to start from, and others to learn from when the job distils."""
-    teacher = random_weights(job.config, 100, job.data.kind) if job.spec.taught else None
+    teacher = random_weights(job.config, 100, job.data.kind) if job.spec.uses_teacher else None
     return Snapshot(f"random {seed}", random_weights(job.config, seed, job.data.kind), teacher=teacher)
 
 
@@ -155,7 +159,7 @@ def climbed(
     evaluate: Evaluate, parent: Snapshot, pool: Sequence[Candidate], rungs: Sequence[float] = (1.0,)
 ) -> Iterator[Evaluation]:
     """Early evaluation of a pool whose candidates have one parent."""
-    return Ladder(pool, rungs).climb(evaluate, {1: parent})
+    return SuccessiveHalving(pool, rungs).run(evaluate, {1: parent})
 
 
 def write_table(path: Path, columns: dict[str, Any]) -> Path:
@@ -178,12 +182,12 @@ def refused(call: Callable[..., object], *arguments: Any, **options: Any) -> str
     return str(raised.value)
 
 
-def tiny_selected(family: str = "bert", density: float = 0.0625, **changes: Any) -> Selected:
+def tiny_selected(family: str = "bert", density: float = 0.0625, **changes: Any) -> SelectedModel:
     """What a search of a random model would have selected, without a search: its magnitude mask."""
-    job = tiny_job(family)
+    job = tiny_context(family)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = build(tiny_config(family, **changes), kind=kind_of(family)).eval()
+        module = build_model(tiny_config(family, **changes), kind=kind_of(family)).eval()
     mask = draw_mask(module, density)
     apply_mask(module, mask)
     kept, total = (
@@ -191,21 +195,23 @@ def tiny_selected(family: str = "bert", density: float = 0.0625, **changes: Any)
         for counts in zip(*((m.sum(), m.numel()) for m in mask.values()), strict=True)
     )
     winner = Evaluation(candidate=Candidate(level=1, index=0, seed=0, density=density))
-    tuned = FineTuned(curve=(Point(step=1, loss=1.0, metric=0.0),), best=0, started=0.0, seconds=0.0, worker="")
-    level = Level(
+    tuned = FinetuneResult(
+        curve=(EvalPoint(step=1, loss=1.0, metric=0.0),), best=0, started=0.0, seconds=0.0, worker=""
+    )
+    level = LevelRecord(
         level=1,
         density=density,
-        kept=kept,
-        total=total,
+        num_kept=kept,
+        num_prunable=total,
         winner=winner,
-        evaluated=1,
-        failed=0,
+        num_evaluated=1,
+        num_failed=0,
         gain=None,
-        finetuned=tuned,
-        report={},
+        finetune_result=tuned,
+        test_metrics={},
         digest=digest(pack_bits(mask)),
-        parent="dense-0-0123456789abcdef",
-        data="",
+        parent_key="dense-0-0123456789abcdef",
+        data_fingerprint="",
     )
     result = Result(
         run="",
@@ -213,16 +219,16 @@ def tiny_selected(family: str = "bert", density: float = 0.0625, **changes: Any)
         task="",
         kind=kind_of(family),
         metrics=(),
-        rows=(),
+        models=(),
         sizes={},
         gain=None,
         levels=(level,),
-        imp=(),
-        scored=(0, 0),
+        baseline_levels=(),
+        rows_scored=(0, 0),
         seconds={},
         timeline=(),
         export="",
     )
-    return Selected(
+    return SelectedModel(
         result, job.spec, module, tiny_tokenizer(family), mask, {"config.json": module.config.to_json_string().encode()}
     )

@@ -56,14 +56,14 @@ def write_search(folder: Path, **sections: Any) -> Path:
     for name, rows in (("train", 60), ("report", 20)):
         texts, labels = reviews(rows, len(name))
         write_table(folder / f"{name}.csv", {"review": texts, "stars": labels})
-    files = {"train": str(folder / "train.csv"), "report": str(folder / "report.csv")}
+    files = {"train": str(folder / "train.csv"), "test": str(folder / "report.csv")}
     spec = {
         "model": str(tiny_model(folder / "model")),
         "task": {**files, "text": "review", "label": "stars"},
         "levels": [0.5, 0.75],
-        "candidates": {"count": 2, "ratios": [0.02]},
+        "candidates": {"count": 2, "sampling_ratios": [0.02]},
         "dense": {"epochs": 2, "batch_size": 8, "learning_rate": 0.01},
-        "probe": {"epochs": 1, "batch_size": 8, "eval_every": 1, "last": 2, "learning_rate": 0.01},
+        "early_eval": {"epochs": 1, "batch_size": 8, "eval_steps": 1, "score_window": 2, "learning_rate": 0.01},
         "finetune": {"epochs": 1, "batch_size": 8, "learning_rate": 0.01},
         "distill": False,
         "precision": "fp32",

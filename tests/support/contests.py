@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from raymask.core.patterns import Pattern, budget, winners
+from raymask.core.masking.patterns import Pattern, num_kept, topk_mask
 
 
 def largest(pattern: Pattern, scores: Tensor, density: float) -> Tensor:
     """The mask of the largest scores, of a matrix by itself."""
-    contests = pattern.fold(scores)
-    return pattern.unfold(winners(contests, budget(contests.shape[1], density)), tuple(scores.shape))
+    contests = pattern.to_groups(scores)
+    return pattern.from_groups(topk_mask(contests, num_kept(contests.shape[1], density)), tuple(scores.shape))
 
 
 def unstructured(scores: Tensor, density: float) -> Tensor:

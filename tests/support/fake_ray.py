@@ -17,10 +17,12 @@ import pytest
 from ray.exceptions import RayActorError
 
 from raymask.config import make_spec
-from raymask.core.records import Climb, Evaluate, Evaluation, FineTune, Settling
-from raymask.driver import remote
-from raymask.report.terminal import Silent
-from raymask.train.gang import Gang
+from raymask.core.protocols import Evaluate, FineTune
+from raymask.core.records import Evaluation
+from raymask.core.tasks import EvalTask, FinetuneTask
+from raymask.executor import actor_pool, ray_executor
+from raymask.report.console import NullCallback
+from raymask.train.process_group import ProcessGroup
 
 LONG = 1e4  # seconds that no test's work takes
 
@@ -87,23 +89,25 @@ class Actor:
         if name == "progress":
             asked = SimpleNamespace(remote=lambda: self.later("progress", 0.0, next(self.ray.progress)))
             return SimpleNamespace(options=lambda concurrency_group: asked)
-        if name == "probe":
-            probe = SimpleNamespace(remote=self.evaluate)
-            return SimpleNamespace(options=lambda num_returns: probe)
-        if name == "settle":
-            return SimpleNamespace(remote=self.fine_tune)
-        if name == "meet":
-            return SimpleNamespace(remote=lambda: Ref("meeting"))
+        if name == "evaluate":
+            evaluate = SimpleNamespace(remote=self.run_evaluation)
+            return SimpleNamespace(options=lambda num_returns: evaluate)
+        if name == "finetune":
+            return SimpleNamespace(remote=self.run_finetuning)
+        if name == "open_rendezvous":
+            return SimpleNamespace(remote=lambda: Ref("rendezvous"))
         raise AttributeError(name)
 
-    def evaluate(self, key: str, refs: Any, climb: Climb, paused: Sequence[Ref]) -> tuple[Ref, Ref]:
-        self.ray.order.append(climb.place)
+    def run_evaluation(self, key: str, refs: Any, eval_task: EvalTask, paused: Sequence[Ref]) -> tuple[Ref, Ref]:
+        self.ray.order.append(eval_task.key)
         self.ray.below.append([ref.kind for ref in paused])
-        return self.later(climb.place, 1.0, self.ray.scored(climb)), Ref(("pause", climb.place))
+        return self.later(eval_task.key, 1.0, self.ray.scored(eval_task)), Ref(("pause", eval_task.key))
 
-    def fine_tune(self, key: str, refs: Any, settling: Settling, member: Gang, meeting: Ref | None) -> Ref:
-        self.ray.order.append(settling.name)
-        return self.later(settling.name, self.ray.settle_seconds, self.ray.settled)
+    def run_finetuning(
+        self, key: str, refs: Any, finetune_task: FinetuneTask, member: ProcessGroup, rendezvous: Ref | None
+    ) -> Ref:
+        self.ray.order.append(finetune_task.name)
+        return self.later(finetune_task.name, self.ray.settle_seconds, self.ray.settled)
 
 
 class FakeRay:
@@ -134,35 +138,38 @@ class FakeRay:
         self.attempts, self.order, self.most = Counter[Any](), list[Any](), 0
         self.progress: Iterator[float] = repeat(0.5)
         self.below: list[list[Any]] = []
-        self.scored: Callable[[Climb], Any] = lambda climb: Evaluation(
-            candidate=climb.candidate, rung=climb.rung, order=climb.order, score=0.5
+        self.scored: Callable[[EvalTask], Any] = lambda eval_task: Evaluation(
+            candidate=eval_task.candidate, rung=eval_task.rung, repeat=eval_task.repeat, score=0.5
         )
         self.settled: Any = "checkpoint"
         self.settle_seconds = 1.0
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(remote, "ray", self)
-        patch.setattr(remote, "time", self)
-        patch.setattr(remote, "alive", self.nodes)
-        patch.setattr(remote, "hire", lambda need: SimpleNamespace(remote=self.start))
+        patch.setattr(actor_pool, "ray", self)
+        patch.setattr(actor_pool, "time", self)
+        for module in (actor_pool, ray_executor):
+            patch.setattr(module, "node_resources", self.nodes)
+        patch.setattr(actor_pool, "actor_class", lambda need: SimpleNamespace(remote=self.start))
 
-    def pool(self, watch: Silent | None = None, **workers: Any) -> remote.Pool:
+    def pool(self, callback: NullCallback | None = None, **workers: Any) -> actor_pool.WorkerPool:
         spec = make_spec({"model": "quickstart", "task": "quickstart", "workers": workers | {"gpus": 0}})
-        return remote.Pool(SimpleNamespace(spec=spec, config=None, memory=lambda on_gpu: 0.0), watch or Silent())
+        return actor_pool.WorkerPool(
+            SimpleNamespace(spec=spec, config=None, peak_host_memory=lambda on_gpu: 0.0), callback or NullCallback()
+        )
 
     @contextmanager
-    def seams(self, watch: Silent | None = None, **sections: Any) -> Iterator[tuple[Evaluate, FineTune]]:
-        """The two seams of a search, by simulated workers."""
+    def seams(self, callback: NullCallback | None = None, **sections: Any) -> Iterator[tuple[Evaluate, FineTune]]:
+        """The two functions that run a search's tasks, by simulated workers."""
         workers = sections.pop("workers", {}) | {"gpus": 0}
         spec = make_spec({"model": "quickstart", "task": "quickstart", "workers": workers, **sections})
-        job: Any = SimpleNamespace(spec=spec, config=None, memory=lambda on_gpu: 0.0)
+        job: Any = SimpleNamespace(spec=spec, config=None, peak_host_memory=lambda on_gpu: 0.0)
         with (
-            mock.patch.object(remote, "connected", return_value=nullcontext()),
-            remote.workers(job, watch or Silent(), None) as found,
+            mock.patch.object(ray_executor, "ray_connection", return_value=nullcontext()),
+            ray_executor.workers(job, callback or NullCallback(), None) as found,
         ):
             yield found
 
-    def run(self, pool: remote.Pool, tasks: Iterable[Task]) -> dict[Any, Any]:
+    def run(self, pool: actor_pool.WorkerPool, tasks: Iterable[Task]) -> dict[Any, Any]:
         """What the pool makes of the tasks, by key, in the order in which they end."""
         missing = {task.key: task for task in tasks}
         results: dict[Any, Any] = {}
@@ -172,7 +179,7 @@ class FakeRay:
             del missing[key]
         return results
 
-    def call(self, task: Task) -> remote.Call:
+    def call(self, task: Task) -> actor_pool.RemoteTask:
         def send(actors: Sequence[Actor]) -> list[Ref]:
             self.order.append(task.key)
             number = min(self.attempts[task.key], len(task.outcomes) - 1)
@@ -187,7 +194,7 @@ class FakeRay:
                 ),
             ]
 
-        return remote.Call(task.key, f"task {task.key}", task.timeout, send, task.max_workers)
+        return actor_pool.RemoteTask(task.key, f"task {task.key}", task.timeout, send, task.max_workers)
 
     # the clock
     def at(self, when: float, happens: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Fakes of the two seams, by which the level loop runs without training anything."""
+"""Fakes of the two functions that run tasks, by which the level loop runs without training anything."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import numpy as np
 import torch
 
 from raymask.config import make_spec
-from raymask.core.masks import digest, pack_bits
-from raymask.core.records import Candidate, Checkpoint, Climb, Evaluation, FineTuned, Point, Settling, Snapshot
+from raymask.core.masking.masks import digest, pack_bits
+from raymask.core.records import Candidate, EvalPoint, Evaluation, FinetuneResult
+from raymask.core.tasks import Checkpoint, EvalTask, FinetuneTask, Snapshot
 from raymask.core.tensors import pack
-from raymask.driver.search import Plan, prepare, prune
-from raymask.report.terminal import Silent
-from raymask.store import RunDir
+from raymask.driver.search import run_levels
+from raymask.driver.setup import SearchSetup, prepare
+from raymask.report.console import NullCallback
+from raymask.runs.run_dir import RunDir
 
 LEVELS = (0.5, 0.9)
 BASE = {
@@ -31,49 +33,53 @@ class Killed(BaseException):
     """The driver ends here, as by kill -9."""
 
 
-def plan_of(**changes: object) -> Plan:
+def setup_of(**changes: object) -> SearchSetup:
     return prepare(make_spec({**BASE, **changes}))
 
 
 @dataclass
 class Fakes:
-    """Both seams, in a few lines: scores are given by candidate index, and everything asked for is written down.
+    """Both functions, in a few lines: scores are given by candidate index, and everything asked for is written down.
 
     `metrics`: after fine-tuning, by the candidate's index; 0.5 where there is none.
 
     Level N starts at 10 N seconds, with candidate i at 10 N + i; fine-tunings follow from 10 N + 4. Each takes one.
     """
 
-    plan: Plan
+    search_setup: SearchSetup
     scores: Sequence[float | None] = (0.1, 0.2, 0.4, 0.3)
     machine: bool = False
     metrics: Sequence[float] = ()
     lives: int = 10**6
     evaluated: list[tuple[str, Candidate]] = field(default_factory=list)
-    tuned: list[tuple[Snapshot, Settling]] = field(default_factory=list)
+    tuned: list[tuple[Snapshot, FinetuneTask]] = field(default_factory=list)
 
     def spend_a_life(self) -> None:
         self.lives -= 1
         if self.lives < 0:
             raise Killed
 
-    def evaluate(self, parents: Mapping[int, Snapshot], wanted: Callable[[], Iterable[Climb]]) -> Iterator[Evaluation]:
+    def evaluate(
+        self, parents: Mapping[int, Snapshot], wanted: Callable[[], Iterable[EvalTask]]
+    ) -> Iterator[Evaluation]:
         """The least worthwhile first, which must make no difference."""
-        while climbs := list(wanted()):
+        while eval_tasks := list(wanted()):
             self.spend_a_life()
-            candidate, rung, order = climbs[-1].candidate, climbs[-1].rung, climbs[-1].order
-            self.evaluated.append((parents[candidate.parent].key, candidate))
+            candidate, rung, order = eval_tasks[-1].candidate, eval_tasks[-1].rung, eval_tasks[-1].repeat
+            self.evaluated.append((parents[candidate.parent_branch].key, candidate))
             score = self.scores[candidate.index]
             if score is None:
-                yield Evaluation(candidate=candidate, rung=rung, order=order, error="it broke", machine=self.machine)
+                yield Evaluation(
+                    candidate=candidate, rung=rung, repeat=order, error="it broke", system_failure=self.machine
+                )
                 continue
-            losses = np.full(len(self.plan.job.data.select), 1 - score, np.float32)
+            losses = np.full(len(self.search_setup.context.data.validation), 1 - score, np.float32)
             yield Evaluation(
                 candidate=candidate,
                 rung=rung,
-                order=order,
+                repeat=order,
                 score=score,
-                curve=(Point(step=1, loss=1 - score, metric=score),),
+                curve=(EvalPoint(step=1, loss=1 - score, metric=score),),
                 row_losses=losses.tobytes(),
                 distance=0.0,
                 digest=f"{candidate.level}-{candidate.index}",
@@ -82,13 +88,13 @@ class Fakes:
                 worker="fake/1 cpu",
             )
 
-    def fine_tune(self, work: Sequence[tuple[Snapshot, Settling]]) -> Iterator[tuple[int, Checkpoint]]:
-        for index, (parent, settling) in reversed(list(enumerate(work))):
+    def fine_tune(self, work: Sequence[tuple[Snapshot, FinetuneTask]]) -> Iterator[tuple[int, Checkpoint]]:
+        for index, (parent, finetune_task) in reversed(list(enumerate(work))):
             self.spend_a_life()
-            self.tuned.append((parent, settling))
-            index_of = settling.candidate.index
+            self.tuned.append((parent, finetune_task))
+            index_of = finetune_task.candidate.index
             metric = self.metrics[index_of] if index_of < len(self.metrics) else 0.5
-            bits = pack_bits({"w": torch.arange(8) < 8 * settling.candidate.density})
+            bits = pack_bits({"w": torch.arange(8) < 8 * finetune_task.candidate.density})
             yield (
                 index,
                 Checkpoint(
@@ -96,20 +102,20 @@ class Fakes:
                     optimizer=pack({"step": torch.tensor(float(len(self.tuned)))}),
                     mask=bits,
                     digest=digest(bits),
-                    kept=4,
-                    total=8,
-                    finetuned=FineTuned(
-                        curve=(Point(step=1, loss=0.5, metric=metric),),
+                    num_kept=4,
+                    num_prunable=8,
+                    finetune_result=FinetuneResult(
+                        curve=(EvalPoint(step=1, loss=0.5, metric=metric),),
                         best=0,
-                        started=10.0 * settling.candidate.level + 4 + index,
+                        started=10.0 * finetune_task.candidate.level + 4 + index,
                         seconds=1.0,
                         worker="fake/1 cpu",
                     ),
-                    logits=np.zeros((len(self.plan.job.data.report), 2), np.float32),
+                    test_outputs=np.zeros((len(self.search_setup.context.data.test), 2), np.float32),
                 ),
             )
 
     def run(self, store: RunDir) -> None:
-        if not store.has_work():
-            store.write_spec(self.plan.recipe.spec)
-        prune(self.plan, store, self.evaluate, self.fine_tune, Silent())
+        if not store.has_progress():
+            store.write_spec(self.search_setup.recipe.spec)
+        run_levels(self.search_setup, store, self.evaluate, self.fine_tune, NullCallback())

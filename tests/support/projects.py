@@ -8,9 +8,9 @@ from support.builders import reviews, tiny_model, write_table
 
 SPEC = """
 model: models/mine
-task: {train: data/train.csv, report: ../shared/report.csv, text: review, label: stars}
+task: {train: data/train.csv, test: ../shared/report.csv, text: review, label: stars}
 levels: [0.5, 0.75]
-candidates: {count: 2, ratios: [0.01]}
+candidates: {count: 2, sampling_ratios: [0.01]}
 dense: {epochs: 0}
 finetune: {epochs: 1}
 distill: false

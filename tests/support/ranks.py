@@ -1,4 +1,4 @@
-"""Processes of the tests of a gang: forks of one that has imported torch, so that each starts in milliseconds."""
+"""Processes of the tests of a group: forks of one that has imported torch, so that each starts in milliseconds."""
 
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
@@ -7,8 +7,8 @@ HEAVY = [
     "hypothesis",
     "pytest",
     "raymask.api",
-    "raymask.train.gang",
-    "raymask.train.sharding",
+    "raymask.train.process_group",
+    "raymask.train.fsdp",
     "raymask.train.worker",
     "torch.distributed.fsdp",
     *(f"transformers.models.{family}.modeling_{family}" for family in ("albert", "bert", "gpt2", "llama", "qwen2")),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from raymask.core.masks import digest, pack_bits
-from raymask.core.records import Candidate, Checkpoint, Evaluation, FineTuned, Level, Point
+from raymask.core.lineage import SEARCH
+from raymask.core.masking.masks import digest, pack_bits
+from raymask.core.records import Candidate, EvalPoint, Evaluation, FinetuneResult, LevelRecord
+from raymask.core.tasks import Checkpoint
 from raymask.core.tensors import pack
-from raymask.store import SEARCH, RunDir
+from raymask.runs.run_dir import RunDir
 
 
 def evaluation(index: int) -> Evaluation:
@@ -22,28 +24,30 @@ def checkpoint() -> Checkpoint:
         optimizer=pack({"step": torch.tensor(3.0), "exp_avg/a": torch.zeros(1, 3)}),
         mask=bits,
         digest=digest(bits),
-        kept=2,
-        total=4,
-        finetuned=FineTuned(curve=(Point(step=1, loss=0.5, metric=0.9),), best=0, started=0.0, seconds=1.0, worker="w"),
-        logits=np.array([[0.25, -1.0]], np.float32),
+        num_kept=2,
+        num_prunable=4,
+        finetune_result=FinetuneResult(
+            curve=(EvalPoint(step=1, loss=0.5, metric=0.9),), best=0, started=0.0, seconds=1.0, worker="w"
+        ),
+        test_outputs=np.array([[0.25, -1.0]], np.float32),
     )
 
 
-def write(store: RunDir, lineage: str = SEARCH, level: int = 1) -> Level:
+def write(store: RunDir, lineage: str = SEARCH, level: int = 1) -> LevelRecord:
     done = checkpoint()
-    record = Level(
+    record = LevelRecord(
         level=level,
         density=0.5,
-        kept=done.kept,
-        total=done.total,
+        num_kept=done.num_kept,
+        num_prunable=done.num_prunable,
         winner=evaluation(0),
-        evaluated=1,
-        failed=0,
+        num_evaluated=1,
+        num_failed=0,
         gain=None,
-        finetuned=done.finetuned,
-        report={"accuracy": 0.5},
+        finetune_result=done.finetune_result,
+        test_metrics={"accuracy": 0.5},
         digest=done.digest,
-        parent="p",
-        data="d",
+        parent_key="p",
+        data_fingerprint="d",
     )
     return store.write_level(lineage, level, done, record)

@@ -18,13 +18,15 @@ from pyarrow import fs
 from support.builders import refused
 from support.records import checkpoint, evaluation, write
 
-from raymask import storage
 from raymask.config import make_spec
-from raymask.storage import Storage, open_storage
-from raymask.store import DENSE, IMP, MODEL, SEARCH, RunDir, open_run
+from raymask.core.lineage import DENSE, IMP, SEARCH
+from raymask.runs import storage
+from raymask.runs.open import open_storage
+from raymask.runs.run_dir import MODEL, RunDir, open_run
+from raymask.runs.storage import Storage
 
 HOLDS = ("lock", "claims", "beats")  # what a driver holds a place by
-GO_ON = "Mend that and the same command goes on from here, or choose another place with"
+GO_ON = "Fix this and the same command goes on from here, or choose another location with"
 QUICKSTART = {"model": "quickstart", "task": "quickstart"}
 
 
@@ -81,7 +83,7 @@ class StorageContract:
         there = place.open()
         assert list(there.names()) == []
         assert not there.has("a")
-        assert not there.busy()
+        assert not there.is_locked()
         with pytest.raises(FileNotFoundError):
             there.read("a/b")
         with pytest.raises(FileNotFoundError), there.reading("a/b") as path:
@@ -171,7 +173,7 @@ class StorageContract:
                     time.sleep(0.01)
             now = place.read("journal")
             assert now.startswith(expected), f"interrupted after {step / 15:.0%} of a write"
-            expected = storage.whole_lines(now)
+            expected = storage.complete_lines(now)
 
     def test_a_run_is_laid_out_byte_for_byte_as_in_a_folder(self, place: Place, tmp_path: Path) -> None:
         """So that a run can be copied from one storage to another and gone on with."""
@@ -191,10 +193,10 @@ class StorageContract:
         assert not store.has_level(SEARCH, 2)
         assert store.read_level(SEARCH, 1) == store.read_level(IMP, 1)
         assert np.array_equal(store.read_weights(SEARCH, 1).buffer, checkpoint().weights.buffer)
-        assert np.array_equal(store.read_logits(IMP, 1), checkpoint().logits)
+        assert np.array_equal(store.read_logits(IMP, 1), checkpoint().test_outputs)
         assert store.read_spec() == make_spec(QUICKSTART)
-        assert store.has_work()
-        assert not [name for name in store.results() if name.endswith(".safetensors")]
+        assert store.has_progress()
+        assert not [name for name in store.downloadable_files() if name.endswith(".safetensors")]
 
     def test_what_is_damaged_or_gone_is_said_with_its_place(self, place: Place) -> None:
         """What counts as damage is shown in a folder, in test_store."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymask.core.allocations import ALLOCATIONS, erk, together, uniform
+from raymask.core.masking.allocations import ALLOCATIONS, erk, global_allocation, uniform
 
 shapes = st.dictionaries(
     st.text(max_size=3), st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=6
@@ -64,4 +64,4 @@ def test_erk_leaves_a_small_matrix_whole_and_the_others_pay_in_proportion():
 
 
 def test_global_is_one_contest():
-    assert together(BERT, 0.1) == {("query", "up", "down"): 0.1}
+    assert global_allocation(BERT, 0.1) == {("query", "up", "down"): 0.1}

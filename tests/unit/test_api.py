@@ -30,11 +30,11 @@ def test_without_a_seed_it_is_the_magnitude_mask(bert: BertModel) -> None:
 
 
 def test_a_seed_gives_a_random_mask_of_the_same_size_and_the_same_seed_the_same(bert: BertModel) -> None:
-    control, first, again, other = (raymask.draw_mask(bert, 0.25, seed=seed) for seed in (None, 7, 7, 8))
+    magnitude, first, again, other = (raymask.draw_mask(bert, 0.25, seed=seed) for seed in (None, 7, 7, 8))
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not any(torch.equal(first[name], control[name]) for name in first)
+    assert not any(torch.equal(first[name], magnitude[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
-    assert all(first[name].sum() == control[name].sum() for name in first)
+    assert all(first[name].sum() == magnitude[name].sum() for name in first)
 
 
 def test_what_was_pruned_never_comes_back(bert: BertModel) -> None:

@@ -17,11 +17,22 @@ from support.builders import refused, reviews, tiny_model, write_table
 from torch import nn
 
 import raymask
-from raymask import bench
-from raymask.bench import CSR, DENSE_FORM, OPTION, SELECTED, SHRUNK, Form, agrees, bench_table, measure, verdict
+from raymask.commands import bench
+from raymask.commands.bench import (
+    CSR,
+    OPTION,
+    SELECTED,
+    SHRUNK,
+    Variant,
+    bench_table,
+    measure,
+    outputs_match,
+    verdict,
+)
+from raymask.core.lineage import DENSE
 from raymask.export import onnx
 from raymask.export.selected import logits, read_selected
-from raymask.store import DENSE, MODEL, RunDir
+from raymask.runs.run_dir import MODEL, RunDir
 
 RUNTIMES = ("onnx", "onnxscript", "onnxruntime", "openvino")
 MISSING = [name for name in RUNTIMES if find_spec(name) is None]
@@ -34,11 +45,11 @@ def shown(*arguments: Any, **options: Any) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
-def forms_of(seconds: dict[str, float], runtime: str = "torch") -> list[Form]:
+def forms_of(seconds: dict[str, float], runtime: str = "torch") -> list[Variant]:
     """Forms that took so long for batches of one."""
     module = nn.Identity()
     return [
-        Form(name, runtime, module, module, 4, seconds={1: taken}, spread={1: (0.9 * taken, 1.1 * taken)})
+        Variant(name, runtime, module, module, 4, seconds={1: taken}, spread={1: (0.9 * taken, 1.1 * taken)})
         for name, taken in seconds.items()
     ]
 
@@ -47,14 +58,14 @@ def forms_of(seconds: dict[str, float], runtime: str = "torch") -> list[Form]:
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few repetitions, however unsteady."""
     monkeypatch.setattr(bench, "REPEATS", 2)
-    monkeypatch.setattr(bench, "FEW", 2)
+    monkeypatch.setattr(bench, "MIN_REPEATS", 2)
 
 
 @pytest.fixture
 def shallow(tmp_path: Path) -> Path:
     """The run of a search of a model of one layer, which is exported in half the time."""
     files = {}
-    for split, rows in (("train", 60), ("report", 20)):
+    for split, rows in (("train", 60), ("test", 20)):
         texts, labels = reviews(rows)
         files[split] = str(write_table(tmp_path / f"{split}.csv", {"text": texts, "label": labels}))
     spec = {
@@ -76,12 +87,12 @@ def shallow(tmp_path: Path) -> Path:
 def test_every_form_by_every_runtime_is_in_the_table(shallow: Path) -> None:
     said = shown(str(shallow), [1, 3], 12)
     rows = re.findall(r"^│ (\S.*?) +│ (\S.*?) +│ +([\d.]+) │ +(\S*) +│ +([\d.]+) │ +([\d.]+)x │", said, re.MULTILINE)
-    everywhere = [DENSE_FORM, SELECTED, SHRUNK]
+    everywhere = [DENSE, SELECTED, SHRUNK]
     assert [(runtime, model) for runtime, model, *_ in rows] == [
-        *(("torch", model) for model in (DENSE_FORM, SELECTED, CSR)),
+        *(("torch", model) for model in (DENSE, SELECTED, CSR)),
         *(("ONNX Runtime", model) for model in everywhere),
         *(("ONNX Runtime int8", model) for model in everywhere),
-        *(("OpenVINO", model) for model in (DENSE_FORM, SELECTED, OPTION, SHRUNK)),
+        *(("OpenVINO", model) for model in (DENSE, SELECTED, OPTION, SHRUNK)),
     ]
     for runtime, _, _, strayed, _, _ in rows:
         assert strayed.startswith("~") == runtime.endswith("int8")
@@ -94,24 +105,24 @@ def test_every_form_by_every_runtime_is_in_the_table(shallow: Path) -> None:
 def test_the_dense_model_is_the_one_before_the_first_mask(finished: Path) -> None:
     store = RunDir(finished)
     selected = read_selected(store)
-    models = bench.in_fp32(selected, store)
+    models = bench.load_fp32_models(selected, store)
     for name, tensor in store.read_tensors(DENSE, 0, MODEL).items():
-        assert torch.equal(models[DENSE_FORM].get_parameter(name), tensor), name
+        assert torch.equal(models[DENSE].get_parameter(name), tensor), name
     batch = selected.rows()
     with torch.no_grad():
         assert torch.equal(logits(models[SELECTED], batch), logits(selected.module, batch))
-        assert not torch.allclose(logits(models[DENSE_FORM], batch), logits(selected.module, batch))
+        assert not torch.allclose(logits(models[DENSE], batch), logits(selected.module, batch))
 
 
 def test_csr_weights_take_the_memory_of_what_is_kept(finished: Path) -> None:
     store = RunDir(finished)
     selected = read_selected(store)
-    dense, whole, sparse = bench.torch_forms(bench.in_fp32(selected, store), selected.mask)
+    dense, whole, sparse = bench.torch_variants(bench.load_fp32_models(selected, store), selected.mask)
     last = selected.result.levels[-1]
     assert dense.size == whole.size == 4 * sum(each.numel() for each in selected.module.parameters())
     rows = sum(len(kept) + 1 for kept in selected.mask.values())
     kept = sum(int(selected.module.get_parameter(name).count_nonzero()) for name in selected.mask)
-    assert sparse.size == whole.size - 4 * last.total + (4 + 8) * kept + 8 * rows
+    assert sparse.size == whole.size - 4 * last.num_prunable + (4 + 8) * kept + 8 * rows
 
 
 # --- what is said ----------------------------------------------------------------------------------------------------
@@ -119,8 +130,8 @@ def test_csr_weights_take_the_memory_of_what_is_kept(finished: Path) -> None:
 
 def test_what_sparsity_is_worth_is_said_by_runtime() -> None:
     forms = [
-        *forms_of({DENSE_FORM: 1.0, SELECTED: 1.1, CSR: 0.5}),
-        *forms_of({DENSE_FORM: 0.4, SELECTED: 0.4, SHRUNK: 0.8}, "OpenVINO"),
+        *forms_of({DENSE: 1.0, SELECTED: 1.1, CSR: 0.5}),
+        *forms_of({DENSE: 0.4, SELECTED: 0.4, SHRUNK: 0.8}, "OpenVINO"),
         *forms_of({SELECTED: 0.1}, "of which there is no dense model"),
     ]
     assert verdict(forms, 1) == (
@@ -130,7 +141,7 @@ def test_what_sparsity_is_worth_is_said_by_runtime() -> None:
 
 
 def test_that_nothing_is_faster_is_said() -> None:
-    assert verdict(forms_of({DENSE_FORM: 1.0, SELECTED: 0.9, CSR: 1.5}), 1) == (
+    assert verdict(forms_of({DENSE: 1.0, SELECTED: 0.9, CSR: 1.5}), 1) == (
         "Batch of 1, against the dense model by the same runtime. Sparsity makes nothing faster here. Within noise "
         "(20%): torch 1.11x. Slower: torch, CSR 0.67x."
     )
@@ -138,22 +149,22 @@ def test_that_nothing_is_faster_is_said() -> None:
 
 def test_what_is_not_steady_gets_no_verdict() -> None:
     forms = [
-        *forms_of({DENSE_FORM: 1.0, SELECTED: 0.3, CSR: 1.1}),
-        *forms_of({DENSE_FORM: 1.0, SHRUNK: 0.9}, "OpenVINO"),
+        *forms_of({DENSE: 1.0, SELECTED: 0.3, CSR: 1.1}),
+        *forms_of({DENSE: 1.0, SHRUNK: 0.9}, "OpenVINO"),
     ]
     forms[1].spread = {1: (0.2, 0.9)}
     assert verdict(forms, 1) == (
         "Batch of 1, against the dense model by the same runtime. Within noise (20%): torch, CSR 0.91x; OpenVINO, "
-        "shrunk 1.11x. Not steady, so not told apart: torch 3.33x."
+        "shrunk 1.11x. Not steady, so not comparable: torch 3.33x."
     )
     forms[1].spread = {1: (0.2, 0.8)}  # unsteady, and faster all the same
     assert "Faster: torch 3.33x. Within" in verdict(forms, 1)
     forms[2].seconds, forms[2].spread = {1: 1.5}, {1: (1.05, 1.6)}
-    assert verdict(forms, 1).endswith("Not steady, so not told apart: torch, CSR 0.67x.")
+    assert verdict(forms, 1).endswith("Not steady, so not comparable: torch, CSR 0.67x.")
 
 
 def test_ratios_are_to_dense_torch_and_to_dense_there() -> None:
-    forms = [*forms_of({DENSE_FORM: 0.8}), *forms_of({DENSE_FORM: 0.4, SELECTED: 0.1}, "OpenVINO")]
+    forms = [*forms_of({DENSE: 0.8}), *forms_of({DENSE: 0.4, SELECTED: 0.1}, "OpenVINO")]
     assert [list(bench.cells(form, forms)) for form in forms] == [
         ["800.0", "1.00x", ""],
         ["400.0", "2.00x", ""],
@@ -182,14 +193,14 @@ def test_times_are_medians_and_what_was_not_steady_is_said(
     clock = [0.0]
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(bench, "SECONDS", 0.0)
+    monkeypatch.setattr(bench, "MAX_SECONDS", 0.0)
     steady, busy = Slow(clock, [1, 1, 1, 9, 1]), Slow(clock, [1, 2, 3, 4, 5])
-    forms = [Form(name, "torch", module, module, 4) for name, module in (("dense", steady), ("selected", busy))]
+    forms = [Variant(name, "torch", module, module, 4) for name, module in (("dense", steady), ("raymask", busy))]
     said = measure(forms, {"input_ids": torch.zeros(7, 2)})
     assert [form.seconds for form in forms] == [{7: 1.0}, {7: 3.0}]
     assert [form.spread for form in forms] == [{7: (1.0, 1.0)}, {7: (2.0, 4.0)}]
     assert said == [
-        "Batch of 7: 1 of 2 were not steady; torch, selected took 2000.0 to 4000.0 ms (quartiles). Something else "
+        "Batch of 7: 1 of 2 were not steady; torch, raymask took 2000.0 to 4000.0 ms (quartiles). Something else "
         f"keeps this machine busy: measure again{advice}"
     ]
 
@@ -197,21 +208,21 @@ def test_times_are_medians_and_what_was_not_steady_is_said(
 def test_a_run_without_its_dense_model_is_refused(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "dense")
-    said = f"{tmp_path / 'run'}: its dense model is gone: bench takes a run as the search left it"
+    said = f"{tmp_path / 'run'}: its dense model does not exist: bench needs all files of the run"
     assert refused(shown, str(tmp_path / "run")) == said
 
 
 def test_another_model_is_not_measured(finished: Path) -> None:
     store = RunDir(finished)
     selected = read_selected(store)
-    models = bench.in_fp32(selected, store)
+    models = bench.load_fp32_models(selected, store)
     notes: list[str] = []
     with torch.no_grad():
-        right = Form(SELECTED, "torch", models[SELECTED], models[SELECTED], 4)
-        wrong = Form(SELECTED, "torch", models[DENSE_FORM], models[SELECTED], 4)
-        about = Form(SELECTED, "torch", models[DENSE_FORM], models[SELECTED], 4, exact=False)
-        assert [agrees(form, selected.rows(), notes) for form in (right, wrong, about)] == [True, False, True]
-    assert notes == [f"Not measured: selected by torch, whose outputs differ by {wrong.strayed:.1g}"]
+        right = Variant(SELECTED, "torch", models[SELECTED], models[SELECTED], 4)
+        wrong = Variant(SELECTED, "torch", models[DENSE], models[SELECTED], 4)
+        about = Variant(SELECTED, "torch", models[DENSE], models[SELECTED], 4, exact=False)
+        assert [outputs_match(form, selected.rows(), notes) for form in (right, wrong, about)] == [True, False, True]
+    assert notes == [f"Not measured: raymask by torch, whose outputs differ by {wrong.max_error:.1g}"]
 
 
 @pytest.mark.usefixtures("quickly")
@@ -234,9 +245,9 @@ def test_what_cannot_be_exported_or_shrunk_is_said(finished: Path, monkeypatch: 
     monkeypatch.setattr("raymask.export.shrink.LAYOUTS", {})
     said = shown(str(finished), [1], 4)
     assert "Not measured: OpenVINO, which is not installed: pip install openvino\n" in said
-    assert "Not measured: selected, shrunk. --shrink: knows" in said
-    assert "Not measured: ONNX Runtime, OpenVINO. --to onnx: a file of ONNX holds 2 GB" in said
+    assert "Not measured: raymask, shrunk. --shrink: supports" in said
+    assert "Not measured: ONNX Runtime, OpenVINO. --to onnx: an ONNX file holds 2 GB" in said
 
 
 def test_rows_that_are_too_long_are_refused(finished: Path) -> None:
-    assert refused(shown, str(finished), [1], 1000) == "--length: the model takes 63 tokens at most, not 1000"
+    assert refused(shown, str(finished), [1], 1000) == "--length: the model takes at most 63 tokens, not 1000"

@@ -28,10 +28,10 @@ def started(name, *arguments):
         runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
 
 
-def test_the_readme_has_the_table_of_what_was_measured_last():
+def test_the_documentation_has_the_table_of_what_was_measured_last():
     results = json.loads(run.RESULTS.read_text(encoding="utf-8"))
     assert list(results) == list(run.ORDER)
-    assert f"{run.BEGIN}\n\n{run.table(results)}\n\n{run.END}" in run.README.read_text(encoding="utf-8")
+    assert f"{run.BEGIN}\n\n{run.table(results)}\n\n{run.END}" in run.PAGE.read_text(encoding="utf-8")
 
 
 def test_every_benchmark_is_run_by_the_one_command_or_needs_a_gpu_or_much_memory():

@@ -5,22 +5,24 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from support.builders import DECODERS, FAMILIES, tiny_job, tiny_snapshot
+from support.builders import DECODERS, FAMILIES, tiny_context, tiny_snapshot
 
-from raymask.core.tensors import load
+from raymask.core.tensors import copy_into
+from raymask.data.types import TokenizedSplit
 from raymask.train import calibration
+from raymask.train.batches import collate
 from raymask.train.calibration import calibrate
-from raymask.train.data import Rows
-from raymask.train.loop import collate, task_loss
-from raymask.train.model import build, matrices, persistent, turned
-from raymask.train.objectives import OBJECTIVES, counts
+from raymask.train.losses import TASK_LOSSES, loss_denominators
+from raymask.train.model import build_model, state_tensors
+from raymask.train.prunable import matrices, transposed_weights
+from raymask.train.trainer import task_loss
 
 
 def prepared(family="bert", *, regression=False, **settings):
     """A tiny model in evaluation mode, and its job."""
-    job = tiny_job(family, regression=regression, **settings)
-    module = build(job.config, kind=job.data.kind).eval()
-    load(tiny_snapshot(job).weights, persistent(module))
+    job = tiny_context(family, regression=regression, **settings)
+    module = build_model(job.config, kind=job.data.kind).eval()
+    copy_into(tiny_snapshot(job).weights, state_tensors(module))
     return module, job
 
 
@@ -29,12 +31,12 @@ def ragged(rows):
     lengths = np.minimum(3 + np.arange(len(rows)) % 4, rows.lengths)
     kept = np.concatenate([start + np.arange(length) for start, length in zip(rows.offsets, lengths, strict=False)])
     types = None if rows.types is None else rows.types[kept]
-    return Rows(rows.ids[kept], types, np.concatenate([[0], np.cumsum(lengths)]), rows.labels)
+    return TokenizedSplit(rows.ids[kept], types, np.concatenate([[0], np.cumsum(lengths)]), rows.labels)
 
 
 def calibrated(module, job):
     rows = ragged(job.data.train)
-    return calibrate(module, job.prunable, rows, padding=job.data.padding, objective=OBJECTIVES[job.data.kind])
+    return calibrate(module, job.prunable, rows, padding=job.data.padding, objective=TASK_LOSSES[job.data.kind])
 
 
 def one_by_one(module, job):
@@ -52,11 +54,11 @@ def one_by_one(module, job):
     hooks = [layers[name].register_forward_pre_hook(hear(name)) for name in job.prunable]
     for row in range(len(rows)):
         batch = collate(rows, np.array([row]), job.data.padding)
-        task_loss(module, batch, OBJECTIVES[job.data.kind], counts(rows.lengths)).backward()
+        task_loss(module, batch, TASK_LOSSES[job.data.kind], loss_denominators(rows.lengths)).backward()
     for hook in hooks:
         hook.remove()
     gradients = {name: module.get_parameter(name).grad.clone() for name in job.prunable}
-    gradients |= {name: gradients[name].T for name in turned(module) & gradients.keys()}
+    gradients |= {name: gradients[name].T for name in transposed_weights(module) & gradients.keys()}
     module.zero_grad(set_to_none=True)
     return squares, gradients
 
@@ -79,7 +81,7 @@ def test_it_is_what_rows_without_padding_add_up_to(family, regression):
 def test_batches_change_nothing_but_the_order_of_sums(monkeypatch):
     module, job = prepared()
     whole = calibrated(module, job)
-    monkeypatch.setattr(calibration, "BATCH", 7)
+    monkeypatch.setattr(calibration, "MAX_BATCH_ROWS", 7)
     for name, seen in calibrated(module, job).items():
         torch.testing.assert_close(seen.inputs, whole[name].inputs, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(seen.gradient, whole[name].gradient, rtol=1e-3, atol=1e-6)
@@ -96,11 +98,11 @@ def test_of_weights_in_bf16_it_is_summed_in_float32():
 
 def test_it_is_the_same_to_the_bit_and_leaves_nothing_behind():
     module, job = prepared()
-    before = {name: tensor.clone() for name, tensor in persistent(module).items()}
+    before = {name: tensor.clone() for name, tensor in state_tensors(module).items()}
     first, again = calibrated(module, job), calibrated(module, job)
     assert all(torch.equal(first[name].inputs, again[name].inputs) for name in first)
     assert all(torch.equal(first[name].gradient, again[name].gradient) for name in first)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in persistent(module).items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_tensors(module).items())
     assert all(parameter.grad is None for parameter in module.parameters())
     assert not any(layer._forward_pre_hooks for layer in module.modules())
     assert not module.training

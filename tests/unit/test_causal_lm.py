@@ -15,21 +15,23 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from support.builders import DECODERS, tiny_job, tiny_snapshot
+from support.builders import DECODERS, tiny_context, tiny_snapshot
 from support.specs import decoder_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import raymask
-from raymask.check import show_check
+from raymask.commands.check import show_check
+from raymask.commands.show import show_run
 from raymask.config import make_spec
 from raymask.core import stats
-from raymask.core.masks import unpack_bits
-from raymask.core.recipe import finetune_stage, propose, resolve
-from raymask.core.records import Climb, Result, Settling
-from raymask.core.scorers import SCORERS
-from raymask.report.show import show_run
-from raymask.report.terminal import show_result
-from raymask.store import DENSE, RunDir
+from raymask.core.lineage import DENSE
+from raymask.core.masking.masks import unpack_bits
+from raymask.core.masking.scorers import SCORERS
+from raymask.core.recipe import finetune_config, propose_candidates, resolve
+from raymask.core.records import Result
+from raymask.core.tasks import EvalTask, FinetuneTask
+from raymask.report.console import show_result
+from raymask.runs.run_dir import RunDir
 from raymask.train.worker import Worker
 
 LENGTH = 16
@@ -89,17 +91,17 @@ def test_a_decoder_is_searched_and_its_export_is_what_was_reported(
     spec, folder, result = searched(family)
     run = folder / "run"
     assert (result.kind, result.metrics) == ("causal-lm", ("perplexity",))
-    dense, control, selected = (row.report["perplexity"] for row in result.rows)
+    dense, baseline, selected = (row.test_metrics["perplexity"] for row in result.models)
     text = (folder / "report.txt").read_text()
     assert plain_perplexity(run / "export", text) == pytest.approx(selected, rel=1e-5)
     if family == "gpt2":  # the dense model is the one that was given
         assert plain_perplexity(folder / family, text) == pytest.approx(dense, rel=1e-5)
     assert result.gain is not None
-    assert result.gain.mean == pytest.approx(math.log(control) - math.log(selected))
+    assert result.gain.mean == pytest.approx(math.log(baseline) - math.log(selected))
     for level in result.levels:
-        kept = level.finetuned.kept
+        kept = level.finetune_result.best_eval
         assert kept.metric == pytest.approx(-kept.loss, rel=0.05)
-        assert kept.rank == max(point.rank for point in level.finetuned.curve)
+        assert kept.sort_key == max(point.sort_key for point in level.finetune_result.curve)
 
     masks, weights = load_file(run / "export" / "mask.safetensors"), load_file(run / "export" / "model.safetensors")
     names = [name for name in masks if ":" not in name]
@@ -118,7 +120,7 @@ def test_a_decoder_is_searched_and_its_export_is_what_was_reported(
     assert f"{selected:.4f}" in card
     shown = said(result)
     assert f"{selected:.4f}" in shown
-    assert "minus the log of the perplexity" in shown
+    assert "-log(perplexity)" in shown
     assert all("encoder" not in text and "classifi" not in text for text in (card.lower(), shown))
     assert raymask.search(spec, run, in_process=True) == result
 
@@ -137,44 +139,44 @@ def test_a_check_and_an_unfinished_run_are_told_in_a_decoder_s_terms(
     (tmp_path / "run" / "result.json").unlink()
     show_run(console, str(tmp_path / "run"), False)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    kept = result.levels[-1].finetuned.kept
+    kept = result.levels[-1].finetune_result.best_eval
     assert f" {math.exp(-kept.metric):.4f} " in next(line for line in shown.splitlines() if line.startswith("  2 of 2"))
-    dense = RunDir(tmp_path / "run").read_level(DENSE, 0).finetuned.kept
-    assert f"sparsity 0.00%: select loss {dense.loss:.4f}, perplexity {math.exp(-dense.metric):.4f}, " in shown
+    dense = RunDir(tmp_path / "run").read_level(DENSE, 0).finetune_result.best_eval
+    assert f"sparsity 0.00%: validation loss {dense.loss:.4f}, perplexity {math.exp(-dense.metric):.4f}, " in shown
 
 
 @pytest.mark.parametrize(("score", "distill"), [(score, score == "wanda") for score in SCORERS])
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_worker_s_result_is_a_function_of_its_work_alone(family: str, score: str, distill: bool) -> None:
-    job = tiny_job(family, mask={"score": score}, distill=distill, finetune={"epochs": 3})
+    job = tiny_context(family, mask={"score": score}, distill=distill, finetune={"epochs": 3})
     dense = tiny_snapshot(job)
-    pool, stage = propose(resolve(job.spec), 1), finetune_stage(resolve(job.spec), 1)
+    pool, stage = propose_candidates(resolve(job.spec), 1), finetune_config(resolve(job.spec), 1)
     first, other = Worker(job, "cpu"), Worker(job, "cpu")
-    other.probe(dense, Climb(pool[2]))
-    found, again = (worker.probe(dense, Climb(pool[1]))[0] for worker in (first, other))
+    other.evaluate(dense, EvalTask(pool[2]))
+    found, again = (worker.evaluate(dense, EvalTask(pool[1]))[0] for worker in (first, other))
     assert found.ok, found.error
     assert (found.digest, found.score, found.row_losses) == (again.digest, again.score, again.row_losses)
-    assert len(found.losses()) == len(job.data.select)
+    assert len(found.losses()) == len(job.data.validation)
     assert found.curve[-1].agreement is None
-    done = other.settle(dense, Settling("search", pool[1], stage, found.digest))
+    done = other.finetune(dense, FinetuneTask("search", pool[1], stage, found.digest))
     for name, kept in unpack_bits(done.mask).items():
         assert torch.equal(done.weights.views()[name] != 0, kept)
-    losses = [point.loss for point in done.finetuned.curve]
+    losses = [point.loss for point in done.finetune_result.curve]
     assert distill or losses[-1] < losses[0]  # its teacher is a random model, which knows nothing of the texts
-    assert done.logits.shape == (len(job.data.report), 2)
-    assert done.logits[:, 1].tolist() == (job.data.report.lengths - 1).tolist()
+    assert done.test_outputs.shape == (len(job.data.test), 2)
+    assert done.test_outputs[:, 1].tolist() == (job.data.test.lengths - 1).tolist()
 
 
 def test_memory_counts_the_outputs_of_every_token() -> None:
-    job, wide = (tiny_job("llama", probe={"batch_size": size}) for size in (16, 1000))
+    job, wide = (tiny_context("llama", early_eval={"batch_size": size}) for size in (16, 1000))
     outputs = 4 * job.config.vocab_size * 16
-    assert wide.memory(on_gpu=False) - job.memory(on_gpu=False) == 4 * outputs * (1000 - 32)
-    taught = tiny_job("llama", distill=True)
-    assert taught.memory(on_gpu=False) - job.memory(on_gpu=False) > 2 * 32 * outputs
+    assert wide.peak_host_memory(on_gpu=False) - job.peak_host_memory(on_gpu=False) == 4 * outputs * (1000 - 32)
+    taught = tiny_context("llama", distill=True)
+    assert taught.peak_host_memory(on_gpu=False) - job.peak_host_memory(on_gpu=False) > 2 * 32 * outputs
 
 
 def test_nobody_generates_in_a_worker_and_everybody_may_with_the_export() -> None:
-    job = tiny_job("llama")
+    job = tiny_context("llama")
     worker = Worker(job, "cpu")
     assert worker.module.config.use_cache is False
     assert job.config.use_cache is True
@@ -185,21 +187,23 @@ def test_nobody_generates_in_a_worker_and_everybody_may_with_the_export() -> Non
 def test_activations_that_are_computed_again_change_no_bit(family: str, distill: bool) -> None:
     found = []
     for checkpointing in (False, True):
-        job = tiny_job(family, distill=distill, checkpointing=checkpointing)
-        stage = finetune_stage(resolve(job.spec), 1)
-        settling = Settling("search", propose(resolve(job.spec), 1)[1], stage, None)
-        found.append(Worker(job, "cpu").settle(tiny_snapshot(job), settling))
+        job = tiny_context(family, distill=distill, gradient_checkpointing=checkpointing)
+        stage = finetune_config(resolve(job.spec), 1)
+        finetune_task = FinetuneTask("search", propose_candidates(resolve(job.spec), 1)[1], stage, None)
+        found.append(Worker(job, "cpu").finetune(tiny_snapshot(job), finetune_task))
     assert np.array_equal(found[0].weights.buffer, found[1].weights.buffer)
-    assert np.array_equal(found[0].logits, found[1].logits)
+    assert np.array_equal(found[0].test_outputs, found[1].test_outputs)
 
 
 def test_a_decoder_s_weights_may_be_in_bf16(tmp_path: Path) -> None:
-    spec = decoder_spec(tmp_path, "gpt2", optimizer={"name": "adafactor"}, checkpointing=True, precision="auto")
+    spec = decoder_spec(
+        tmp_path, "gpt2", optimizer={"name": "adafactor"}, gradient_checkpointing=True, precision="auto"
+    )
     spec["model"] = {"name": spec["model"], "dtype": "bf16"}
     result = raymask.search(spec, tmp_path / "run", in_process=True)
     weights = load_file(tmp_path / "run" / "export" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     text = (tmp_path / "report.txt").read_text()
     assert plain_perplexity(tmp_path / "run" / "export", text) == pytest.approx(
-        result.rows[-1].report["perplexity"], rel=0.02
+        result.models[-1].test_metrics["perplexity"], rel=0.02
     )

@@ -62,15 +62,15 @@ def test_moments_lie_in_the_faults_part_of_the_search_and_get_earlier(chaos: Mod
 
 
 def test_a_difference_in_the_last_bit_is_found(chaos: ModuleType) -> None:
-    expected = {"level 1 mask": "ab", "level 1 control score": 0.1 + 0.2, "level 1 candidate 1 score": None}
+    expected = {"level 1 mask": "ab", "level 1 magnitude mask score": 0.1 + 0.2, "level 1 candidate 1 score": None}
     assert chaos.differences(expected, dict(expected)) == []
     assert chaos.differences(expected, json.loads(json.dumps(expected))) == []
-    assert chaos.differences(expected, expected | {"level 1 control score": 0.3}) == [
-        "level 1 control score: 0.3 instead of 0.30000000000000004"
+    assert chaos.differences(expected, expected | {"level 1 magnitude mask score": 0.3}) == [
+        "level 1 magnitude mask score: 0.3 instead of 0.30000000000000004"
     ]
     assert chaos.differences(expected, {}) == [
         "level 1 mask: None instead of ab",
-        "level 1 control score: None instead of 0.30000000000000004",
+        "level 1 magnitude mask score: None instead of 0.30000000000000004",
     ]
     assert chaos.differences({}, {"level 1 mask": "ab"}) == ["level 1 mask: ab instead of None"]
 
@@ -93,12 +93,12 @@ def test_the_file_that_a_refusal_says_to_delete_is_found(chaos: ModuleType, said
 
 def test_a_refusal_without_such_advice_names_no_file(chaos: ModuleType) -> None:
     assert chaos.advised("raymask: /a/run: another raymask is working in it; wait for it") is None
-    assert chaos.advised("raymask: control (IMP): its workers failed. The same command goes on from here") is None
+    assert chaos.advised("raymask: IMP: its workers failed. The same command goes on from here") is None
 
 
 def test_what_was_evaluated_twice_or_written_anew_is_found(chaos: ModuleType, tmp_path: Path) -> None:
     def line(index: int, machine: bool = False) -> str:
-        return json.dumps({"candidate": {"level": 1, "index": index}, "machine": machine}) + "\n"
+        return json.dumps({"candidate": {"level": 1, "index": index}, "system_failure": machine}) + "\n"
 
     journal = tmp_path / "level-1" / "evaluations.jsonl"
     journal.parent.mkdir()

@@ -10,17 +10,18 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from raymask.config import load_spec, make_spec, parse_spec
-from raymask.core.allocations import ALLOCATIONS
 from raymask.core.errors import UserError
-from raymask.core.rules import RULES
-from raymask.core.samplers import SAMPLERS
-from raymask.core.scorers import SCORERS
-from raymask.core.spec import FREE, GLUE, PRESETS, Candidates, Levels, Mask, Select, Spec, Workers, identity
+from raymask.core.masking.allocations import ALLOCATIONS
+from raymask.core.masking.samplers import SAMPLERS
+from raymask.core.masking.scorers import SCORERS
+from raymask.core.presets import MUTABLE_KEYS, PRESETS, fingerprint
+from raymask.core.selection import SELECTIONS
+from raymask.core.spec import GLUE, Candidates, Levels, Mask, Select, Spec, Workers
 
 TWO_LINES = "model: bert-base-uncased\ntask: glue/mrpc\n"
 FIVE_LINES = """\
 model: ./minilm
-task: {train: train.csv, report: test.csv, text: sentence}
+task: {train: train.csv, test: test.csv, text: sentence}
 levels: [0.5, 0.9]
 candidates: {count: 16}
 seed: 7
@@ -45,8 +46,8 @@ def test_two_lines_are_a_spec_with_the_method_s_defaults():
     assert spec == Spec(model={"name": "bert-base-uncased"}, task={"name": "glue/mrpc"})
     assert spec.levels.densities() == pytest.approx((0.46, 0.17, 0.08, 0.0625))
     assert (spec.candidates.count, spec.candidates.exponent) == (8, 5.0)
-    assert spec.candidates.ratios == (5e-5, 1e-4, 8e-5, 3e-4)
-    assert (spec.probe.learning_rate, spec.probe.last, spec.probe.score) == (2e-4, 10, "loss")
+    assert spec.candidates.sampling_ratios == (5e-5, 1e-4, 8e-5, 3e-4)
+    assert (spec.early_eval.learning_rate, spec.early_eval.score_window, spec.early_eval.score) == (2e-4, 10, "loss")
     assert (spec.finetune.epochs, spec.finetune.learning_rate) == (10.0, 5e-5)
     assert spec.distill
 
@@ -54,7 +55,7 @@ def test_two_lines_are_a_spec_with_the_method_s_defaults():
 def test_five_lines_set_what_they_say():
     spec = parse_spec(FIVE_LINES)
     assert (spec.model.name, spec.task.name) == ("./minilm", None)
-    assert (spec.task.train, spec.task.report, spec.task.text) == ("train.csv", "test.csv", ("sentence",))
+    assert (spec.task.train, spec.task.test, spec.task.text) == ("train.csv", "test.csv", ("sentence",))
     assert spec.levels.sparsities == (0.5, 0.9)
     assert (spec.candidates.count, spec.seed) == (16, 7)
 
@@ -75,7 +76,7 @@ def test_a_file_is_read_as_utf_8(tmp_path, path):
         ("task: glue/sst2", "task: {name: glue/sst2}"),
         ("levels: [0.5, 0.9]", "levels: {sparsities: [0.5, 0.9]}"),
         ("levels: 0.9", "levels: [0.9]"),
-        ("task: {train: a, report: b, text: col}", "task: {train: a, report: b, text: [col]}"),
+        ("task: {train: a, test: b, text: col}", "task: {train: a, test: b, text: [col]}"),
     ],
 )
 def test_a_short_form_means_its_long_form(short, long):
@@ -99,13 +100,13 @@ def test_a_mistake_is_told_of_the_file_and_of_what_was_set_over_it(tmp_path):
 
 
 def test_two_columns_are_a_pair_of_sentences():
-    assert parse_spec("model: m\ntask: {train: a, report: b, text: [s1, s2]}").task.text == ("s1", "s2")
+    assert parse_spec("model: m\ntask: {train: a, test: b, text: [s1, s2]}").task.text == ("s1", "s2")
 
 
 @pytest.mark.parametrize("text", ["2e-4", "2E-4", "2.e-4", "0.0002", ".2e-3", "+2e-4", "200e-6"])
 def test_a_number_in_scientific_notation_is_a_number(text):
-    spec = parse_spec(TWO_LINES + f"probe: {{learning_rate: {text}}}", [f"finetune.learning_rate={text}"])
-    assert spec.probe.learning_rate == pytest.approx(2e-4)
+    spec = parse_spec(TWO_LINES + f"early_eval: {{learning_rate: {text}}}", [f"finetune.learning_rate={text}"])
+    assert spec.early_eval.learning_rate == pytest.approx(2e-4)
     assert spec.finetune.learning_rate == pytest.approx(2e-4)
 
 
@@ -140,12 +141,12 @@ def test_every_preset_is_a_valid_spec_beneath_two_lines(preset):
 
 def test_the_paper_s_preset_scores_by_the_metric_at_full_precision():
     spec = parse_spec(TWO_LINES + "preset: paper")
-    assert (spec.probe.score, spec.precision, spec.imp.epochs) == ("metric", "fp32", 15.0)
+    assert (spec.early_eval.score, spec.precision, spec.imp.epochs) == ("metric", "fp32", 15.0)
 
 
 def test_a_spec_s_own_keys_win_over_its_preset_one_by_one():
-    spec = parse_spec(TWO_LINES + "preset: paper\nprobe: {last: 3}\ndistill: false")
-    assert (spec.probe.last, spec.probe.score, spec.distill) == (3, "metric", False)
+    spec = parse_spec(TWO_LINES + "preset: paper\nearly_eval: {score_window: 3}\ndistill: false")
+    assert (spec.early_eval.score_window, spec.early_eval.score, spec.distill) == (3, "metric", False)
 
 
 @pytest.mark.parametrize("levels", ["[0.5]", "{sparsity: 0.5, steps: 1}"])
@@ -156,7 +157,9 @@ def test_a_spec_s_own_levels_replace_the_preset_s_whole(levels):
 
 def test_a_preset_is_left_as_it_was():
     before = repr(PRESETS)
-    parse_spec(TWO_LINES + "preset: paper\nprobe: {last: 3}", ["candidates.count=2", "levels.sparsity=0.5"])
+    parse_spec(
+        TWO_LINES + "preset: paper\nearly_eval: {score_window: 3}", ["candidates.count=2", "levels.sparsity=0.5"]
+    )
     assert repr(PRESETS) == before
 
 
@@ -167,13 +170,13 @@ def test_a_preset_is_left_as_it_was():
     ("override", "section", "key", "value"),
     [
         ("candidates.count=4", "candidates", "count", 4),
-        ("candidates.ratios=[1e-5, 1e-4]", "candidates", "ratios", (1e-5, 1e-4)),
+        ("candidates.sampling_ratios=[1e-5, 1e-4]", "candidates", "sampling_ratios", (1e-5, 1e-4)),
         ("imp.run=false", "imp", "run", False),
         ("model.revision=main", "model", "revision", "main"),
         ("model.revision=", "model", "revision", None),
         ("model.revision=a=b", "model", "revision", "a=b"),
         (" workers.gpus =0.5", "workers", "gpus", 0.5),
-        ("task.select_rows=50", "task", "select_rows", 50),
+        ("task.validation_rows=50", "task", "validation_rows", 50),
     ],
 )
 def test_an_override_sets_one_key_and_no_other(override, section, key, value):
@@ -197,7 +200,7 @@ def test_an_override_inside_a_short_form_keeps_the_name():
 
 def test_an_override_can_be_a_short_form_or_a_preset():
     spec = parse_spec("seed: 1", ["model=m", "task=glue/rte", "levels=[0.3]", "preset=paper"])
-    assert (spec.model.name, spec.task.name, spec.probe.score) == ("m", "glue/rte", "metric")
+    assert (spec.model.name, spec.task.name, spec.early_eval.score) == ("m", "glue/rte", "metric")
     assert spec.levels.densities() == (0.7,)
 
 
@@ -257,7 +260,7 @@ def test_every_mistake_is_reported_at_once():
     [
         ("sede: 3", "sede: there is no such key; did you mean seed?"),
         ("presett: paper", "presett: there is no such key; did you mean preset?"),
-        ("probe: {learning_rat: 1}", "probe.learning_rat: there is no such key; did you mean learning_rate?"),
+        ("early_eval: {learning_rat: 1}", "early_eval.learning_rat: there is no such key; did you mean learning_rate?"),
         ("imp: {zzz: 1}", "imp.zzz: there is no such key; known are run, epochs"),
     ],
 )
@@ -279,12 +282,12 @@ def test_an_unknown_key_inside_a_long_form_is_answered_alike():
         ("candidates: {count: 1.5}", "candidates.count", "valid integer", "1.5"),
         ("candidates: {exponent: 1001}", "candidates.exponent", "less than or equal to 1000", "1001"),
         ("candidates: {exponent: .inf}", "candidates.exponent", "finite number", "inf"),
-        ("probe: {epochs: .nan}", "probe.epochs", "finite number", "nan"),
-        ("probe: {score: f1}", "probe.score", "'loss', 'metric' or 'agreement'", "'f1'"),
+        ("early_eval: {epochs: .nan}", "early_eval.epochs", "finite number", "nan"),
+        ("early_eval: {score: f1}", "early_eval.score", "'loss', 'metric' or 'agreement'", "'f1'"),
         ("imp: {run: perhaps}", "imp.run", "valid boolean", "'perhaps'"),
         ("precision: fp8", "precision", "'auto', 'fp32' or 'bf16'", "'fp8'"),
-        ("dense: {shards: 6}", "dense.shards", "must be 1, 2, 4, 8 or a higher power of two, not 6", "6"),
-        ("finetune: {shards: 0}", "finetune.shards", "greater than or equal to 1", "0"),
+        ("dense: {data_parallel: 6}", "dense.data_parallel", "must be 1, 2, 4, 8 or a higher power of two, not 6", "6"),
+        ("finetune: {data_parallel: 0}", "finetune.data_parallel", "greater than or equal to 1", "0"),
         ("workers: 4", "workers", "valid dictionary", "4"),
         ("levels: high", "levels", "valid dictionary", "'high'"),
         ("levels: true", "levels", "valid dictionary", "True"),
@@ -303,16 +306,19 @@ def test_a_wrong_value_is_answered_with_its_place_the_rule_and_the_value(line, w
     ("line", "said"),
     [
         ("mask: {score: wanda}", "mask.score: wanda needs a model that lies on one device"),
-        ("optimizer: {name: adafactor}", "optimizer.name: adamw is the one whose state a gang can cut"),
-        ("finetune: {shards: 2}", "dense.shards and finetune.shards: a gang cuts batches by itself, leave them at 1"),
+        ("optimizer: {name: adafactor}", "optimizer.name: only the state of adamw can be sharded"),
+        (
+            "finetune: {data_parallel: 2}",
+            "dense.data_parallel and finetune.data_parallel: FSDP splits each batch itself, leave them at 1",
+        ),
     ],
 )
-def test_what_a_gang_cannot_do_is_refused(line, said):
-    assert f"workers.gang: 2 does not go with other settings; {said}" in with_line(f"{line}\nworkers: {{gang: 2}}")
+def test_what_fsdp_cannot_do_is_refused(line, said):
+    assert f"workers.fsdp: 2 does not go with other settings; {said}" in with_line(f"{line}\nworkers: {{fsdp: 2}}")
 
 
-def test_a_gang_does_not_share_a_gpu():
-    assert "workers.gpus: each process of a gang has a GPU, or none has" in with_line("workers: {gang: 2, gpus: 0.5}")
+def test_fsdp_processes_do_not_share_a_gpu():
+    assert "workers.gpus: give each FSDP process whole GPUs, or 0" in with_line("workers: {fsdp: 2, gpus: 0.5}")
 
 
 @pytest.mark.parametrize(
@@ -345,7 +351,8 @@ def test_levels_are_given_in_exactly_one_way():
 def test_weights_in_bf16_cannot_be_multiplied_in_fp32(lines):
     message = refusal("model: {name: m, dtype: bf16}\ntask: glue/mrpc\n" + lines)
     assert message == (
-        "job.yaml: precision: fp32 is not to be had from weights in bf16: take it out, or set model.dtype to fp32"
+        "job.yaml: precision: fp32 needs weights in fp32, and model.dtype is bf16: take precision out, or set "
+        "model.dtype to fp32"
     )
 
 
@@ -376,7 +383,7 @@ def test_every_entry_of_the_tables_is_known():
     assert all(Mask(allocation=name).allocation == name for name in ALLOCATIONS)
     assert all(Mask(score=name).score == name for name in SCORERS)
     assert all(Candidates(sampler=name).sampler == name for name in SAMPLERS)
-    assert all(Select(rule=name).rule == name for name in RULES)
+    assert all(Select(rule=name).rule == name for name in SELECTIONS)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +401,7 @@ def test_an_unknown_mask_is_answered_with_the_known_ones(keys, message):
 
 def test_an_unknown_sampler_or_rule_is_answered_with_the_known_ones():
     said = with_line("candidates: {sampler: gumbel}")
-    assert said.startswith("job.yaml: candidates.sampler: no sampler is called 'gumbel'; known are votes, uniform")
+    assert said.startswith("job.yaml: candidates.sampler: no sampler is called 'gumbel'; known are voting, random")
     said = with_line("select: {rule: last}")
     assert said.startswith("job.yaml: select.rule: no rule is called 'last'; known are best, first")
 
@@ -451,22 +458,23 @@ def test_an_unknown_task_is_answered_with_the_known_ones():
     assert all(f"glue/{task}" in message for task in GLUE)
 
 
-@pytest.mark.parametrize("extra", ["train: t.csv", "report: r.csv", "text: s", "metrics: [f1]"])
+@pytest.mark.parametrize("extra", ["train: t.csv", "test: r.csv", "text: s", "metrics: [f1]"])
 def test_a_task_with_a_name_brings_no_files_columns_or_metrics(extra):
     assert refusal(f"model: m\ntask: {{name: glue/mrpc, {extra}}}") == (
-        "job.yaml: task: a task with a name brings its own files and columns: take out train, report, text and metrics"
+        "job.yaml: task: a task with a name brings its own files and columns: take out train, validation, "
+        "test, text and metrics"
     )
 
 
-@pytest.mark.parametrize("keys", ["", "train: a, report: b", "train: a, text: s", "report: b, text: s"])
+@pytest.mark.parametrize("keys", ["", "train: a, test: b", "train: a, text: s", "test: b, text: s"])
 def test_own_files_are_given_whole(keys):
     assert refusal(f"model: m\ntask: {{{keys}}}") == (
-        "job.yaml: task: a task is either a name (glue/mrpc) or has the keys train, report and text"
+        "job.yaml: task: a task is either a name (glue/mrpc) or has the keys train, test and text"
     )
 
 
 def test_three_columns_of_text_are_too_many():
-    message = refusal("model: m\ntask: {train: a, report: b, text: [x, y, z]}")
+    message = refusal("model: m\ntask: {train: a, test: b, text: [x, y, z]}")
     assert message.startswith("job.yaml: task.text: ")
     assert "at most 2 items" in message
 
@@ -479,16 +487,16 @@ def test_three_columns_of_text_are_too_many():
     ],
 )
 def test_metrics_must_suit_the_kind_of_task(keys, message):
-    text = f"model: m\ntask: {{train: a, report: b, text: s, {keys}}}"
+    text = f"model: m\ntask: {{train: a, test: b, text: s, {keys}}}"
     assert refusal(text) == f"job.yaml: task: {message}"
 
 
 @pytest.mark.parametrize(
     "keys",
     [
-        "train: a.txt, report: b.txt",
-        "train: a.csv, report: b.csv, text: body",
-        "train: a.txt, report: b.txt, metrics: [perplexity]",
+        "train: a.txt, test: b.txt",
+        "train: a.csv, test: b.csv, text: body",
+        "train: a.txt, test: b.txt, metrics: [perplexity]",
         "name: hub/Salesforce/wikitext:wikitext-2-raw-v1",
         "name: hub/stas/openwebtext-10k",
     ],
@@ -503,12 +511,12 @@ def test_a_causal_lm_reads_texts_of_files_and_of_the_hub(keys):
         (
             "kind: causal-lm",
             "a causal-lm is either a dataset (hub/Salesforce/wikitext:wikitext-2-raw-v1) or has the keys train and "
-            "report",
+            "test",
         ),
-        ("kind: causal-lm, train: a, report: b, text: [x, y]", "a causal-lm reads one column of text"),
-        ("kind: causal-lm, train: a, report: b, metrics: [accuracy]", "a causal-lm is measured by perplexity"),
+        ("kind: causal-lm, train: a, test: b, text: [x, y]", "a causal-lm reads one column of text"),
+        ("kind: causal-lm, train: a, test: b, metrics: [accuracy]", "a causal-lm is measured by perplexity"),
         (
-            "train: a, report: b, text: s, metrics: [perplexity]",
+            "train: a, test: b, text: s, metrics: [perplexity]",
             "a classification is measured by accuracy, f1 and matthews",
         ),
         (
@@ -522,11 +530,11 @@ def test_a_causal_lm_reads_texts_of_files_and_of_the_hub(keys):
         ("name: hub/a/b", "hub/a/b is a dataset of texts: set kind to causal-lm"),
         (
             "kind: causal-lm, name: hub/a/b, folder: f",
-            "a dataset comes from the hub: take out folder, or give files as train and report",
+            "a dataset comes from the hub: take out folder, or give files as train and test",
         ),
         (
             "kind: causal-lm, name: hub/a/b, text: body",
-            "a task with a name brings its own files and columns: take out train, report, text and metrics",
+            "a task with a name brings its own files and columns: take out train, validation, test, text and metrics",
         ),
     ],
 )
@@ -535,10 +543,10 @@ def test_what_is_no_causal_lm_s_is_refused(keys, message):
 
 
 def test_a_causal_lm_has_no_agreement():
-    text = "model: m\ntask: {kind: causal-lm, train: a, report: b}\nprobe: {score: agreement}"
+    text = "model: m\ntask: {kind: causal-lm, train: a, test: b}\nearly_eval: {score: agreement}"
     assert refusal(text) == (
-        "job.yaml: probe.score: agreement compares the probabilities of classes, a causal-lm has none: set it to loss "
-        "or metric"
+        "job.yaml: early_eval.score: agreement compares the probabilities of classes, a causal-lm has none: set it to "
+        "loss or metric"
     )
 
 
@@ -590,7 +598,10 @@ def test_a_text_that_is_not_yaml_is_refused(text):
 
 @pytest.mark.parametrize(
     ("text", "key", "line"),
-    [("model: a\ntask: b\nmodel: c", "model", 3), ("model: a\nprobe:\n  last: 1\n  last: 1", "last", 4)],
+    [
+        ("model: a\ntask: b\nmodel: c", "model", 3),
+        ("model: a\nearly_eval:\n  score_window: 1\n  score_window: 1", "score_window", 4),
+    ],
 )
 def test_a_key_given_twice_is_refused_at_any_depth_with_its_line(text, key, line):
     message = refusal(text)
@@ -604,10 +615,10 @@ def test_a_key_that_is_no_text_is_refused(key):
 
 
 def test_anchors_and_merged_mappings_are_understood():
-    text = TWO_LINES + "dense: &rate {learning_rate: 1e-5}\nfinetune: {<<: *rate, epochs: 2}\nprobe: *rate"
+    text = TWO_LINES + "dense: &rate {learning_rate: 1e-5}\nfinetune: {<<: *rate, epochs: 2}\nearly_eval: *rate"
     spec = parse_spec(text)
     assert (spec.finetune.learning_rate, spec.finetune.epochs) == (1e-5, 2)
-    assert spec.probe.learning_rate == 1e-5
+    assert spec.early_eval.learning_rate == 1e-5
 
 
 @pytest.mark.parametrize(
@@ -662,24 +673,24 @@ def test_a_spec_and_its_sections_cannot_be_changed():
     with pytest.raises(ValidationError, match="frozen"):
         spec.seed = 3
     with pytest.raises(ValidationError, match="frozen"):
-        spec.probe.last = 3
+        spec.early_eval.score_window = 3
 
 
 def test_a_spec_survives_yaml_and_json():
-    spec = parse_spec(FIVE_LINES, ["probe.learning_rate=1e-20"])
+    spec = parse_spec(FIVE_LINES, ["early_eval.learning_rate=1e-20"])
     assert Spec.model_validate_json(spec.model_dump_json()) == spec
     assert parse_spec(yaml.safe_dump(spec.model_dump(mode="json"))) == spec
 
 
-def test_the_identity_is_flat_and_leaves_out_what_cannot_change_the_result():
-    plain = identity(parse_spec(TWO_LINES))
+def test_the_fingerprint_is_flat_and_leaves_out_what_cannot_change_the_result():
+    plain = fingerprint(parse_spec(TWO_LINES))
     assert plain["candidates.count"] == 8
     assert plain["model.name"] == "bert-base-uncased"
-    assert not {".".join(path) for path in FREE} & set(plain)
-    free = ["workers.count=3", "workers.deadline=5", "workers.retries=0"]
-    assert identity(parse_spec(TWO_LINES, free)) == plain
-    changed = identity(parse_spec(TWO_LINES, ["probe.last=3"]))
-    assert {key for key in plain if plain[key] != changed[key]} == {"probe.last"}
+    assert not {".".join(path) for path in MUTABLE_KEYS} & set(plain)
+    free = ["workers.count=3", "workers.timeout=5", "workers.max_retries=0"]
+    assert fingerprint(parse_spec(TWO_LINES, free)) == plain
+    changed = fingerprint(parse_spec(TWO_LINES, ["early_eval.score_window=3"]))
+    assert {key for key in plain if plain[key] != changed[key]} == {"early_eval.score_window"}
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(0.25, 1), (1, 1), (3.9, 3), (8, 8)])
@@ -690,15 +701,15 @@ def test_a_worker_has_as_many_threads_as_whole_cpus(cpus, threads):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("probe: {rungs: [0.5]}", "probe: rungs must increase and end at 1.0, not [0.5]"),
-        ("probe: {rungs: [0.5, 0.5, 1.0]}", "probe: rungs must increase and end at 1.0, not [0.5, 0.5, 1.0]"),
+        ("early_eval: {rungs: [0.5]}", "early_eval: rungs must increase and end at 1.0, not [0.5]"),
+        ("early_eval: {rungs: [0.5, 0.5, 1.0]}", "early_eval: rungs must increase and end at 1.0, not [0.5, 0.5, 1.0]"),
         (
-            "probe: {repeats: 2, score: metric}",
-            "probe: repeats go where the losses on select leave a doubt: score must be loss, not metric",
+            "early_eval: {repeats: 2, score: metric}",
+            "early_eval: repeats compares the losses on validation: set score to loss, not metric",
         ),
         (
             "candidates: {count: 2}\nselect: {keep: 4}",
-            "select.keep: 4 is more than the 3 masks of a level (candidates.count and the control)",
+            "select.keep: 4 is more than the 3 masks of a level (candidates.count and the magnitude mask)",
         ),
         ("select: {beam: true}", "select.beam: one mask makes no beam, set select.keep to 2 or more"),
     ],

@@ -1,4 +1,4 @@
-"""Are the right rows trained on, chosen by and reported on, and is every unusable file refused with its reason?"""
+"""Are the right rows in train, validation and test, and is every unusable file refused with its reason?"""
 
 from dataclasses import replace
 
@@ -11,20 +11,23 @@ from hypothesis import strategies as st
 from support.builders import refused, reviews, tiny_corpus, tiny_tokenizer, write_table
 
 from raymask.core.spec import Task
-from raymask.train.data import GLUE_CLASSES, Corpus, Rows, Texts, carve, load_corpus, read_file, tokenize
+from raymask.data.files import read_file
+from raymask.data.glue import GLUE_CLASSES
+from raymask.data.load import load_raw_dataset
+from raymask.data.splits import split_validation
+from raymask.data.tokenize import tokenize
+from raymask.data.types import Examples, RawDataset, TokenizedSplit
 
 ENDINGS = (".csv", ".jsonl", ".json", ".parquet")
 TRAIN = {"sentence": [f"row {row}" for row in range(20)], "label": [row % 2 for row in range(20)]}
-REPORT = {"sentence": ["one", "two", "three"], "label": [1, 0, 1]}
-SPLITS = ("train", "select", "report")
+TEST = {"sentence": ["one", "two", "three"], "label": [1, 0, 1]}
+SPLITS = ("train", "validation", "test")
 
 
-def own_task(folder, train=TRAIN, report=REPORT, ending=".parquet", **settings):
+def own_task(folder, train=TRAIN, test=TEST, ending=".parquet", **settings):
     """A task of two files, written into the folder."""
-    paths = [
-        write_table(folder / f"{name}{ending}", columns) for name, columns in (("train", train), ("report", report))
-    ]
-    return Task(train=str(paths[0]), report=str(paths[1]), **{"text": "sentence"} | settings)
+    paths = [write_table(folder / f"{name}{ending}", columns) for name, columns in (("train", train), ("test", test))]
+    return Task(train=str(paths[0]), test=str(paths[1]), **{"text": "sentence"} | settings)
 
 
 def glue_task(folder, name, **splits):
@@ -45,14 +48,14 @@ def pairs(count, labels, start=0):
 
 
 def all_rows(corpus):
-    """(texts..., label) of train and select together, sorted."""
-    both = (corpus.train, corpus.select)
+    """(texts..., label) of train and validation together, sorted."""
+    both = (corpus.train, corpus.validation)
     return sorted(row for texts in both for row in zip(*texts.columns, texts.labels.tolist(), strict=True))
 
 
 def chosen(corpus):
-    """The texts of select."""
-    return corpus.select.columns[0]
+    """The texts of validation."""
+    return corpus.validation.columns[0]
 
 
 # Own files.
@@ -66,47 +69,47 @@ def chosen(corpus):
 )
 def test_every_kind_of_file_and_label_is_read(tmp_path, ending, labels, classes):
     train = TRAIN | {"label": [labels[row] for row in TRAIN["label"]]}
-    report = REPORT | {"label": [labels[row] for row in REPORT["label"]]}
-    corpus = load_corpus(own_task(tmp_path, train, report, ending), seed=0)
+    test = TEST | {"label": [labels[row] for row in TEST["label"]]}
+    corpus = load_raw_dataset(own_task(tmp_path, train, test, ending), seed=0)
     numbers = [classes.index(str(label)) for label in train["label"]]
     assert corpus.classes == classes
     assert corpus.outputs == 2
     assert all_rows(corpus) == sorted(zip(TRAIN["sentence"], numbers, strict=True))
-    assert corpus.report.columns == (["one", "two", "three"],)
-    assert corpus.report.labels.tolist() == [classes.index(str(label)) for label in report["label"]]
-    assert corpus.report.labels.dtype == np.int64
+    assert corpus.test.columns == (["one", "two", "three"],)
+    assert corpus.test.labels.tolist() == [classes.index(str(label)) for label in test["label"]]
+    assert corpus.test.labels.dtype == np.int64
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_two_texts_stay_together(tmp_path, ending):
-    train, report = pairs(20, 3), pairs(5, 3, start=20)
-    task = own_task(tmp_path, train, report, ending, text=("hypothesis", "premise"))
-    corpus = load_corpus(task, seed=0)
+    train, test = pairs(20, 3), pairs(5, 3, start=20)
+    task = own_task(tmp_path, train, test, ending, text=("hypothesis", "premise"))
+    corpus = load_raw_dataset(task, seed=0)
     assert all_rows(corpus) == sorted(zip(train["hypothesis"], train["premise"], train["label"], strict=True))
-    assert corpus.report.columns == (report["hypothesis"], report["premise"])
+    assert corpus.test.columns == (test["hypothesis"], test["premise"])
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("kind", [int, float])
 def test_a_regression_is_read_as_real_numbers(tmp_path, ending, kind):
     train = TRAIN | {"label": [kind(row) / kind(2) if kind is float else row for row in range(20)]}
-    corpus = load_corpus(own_task(tmp_path, train, REPORT, ending, kind="regression"), seed=0)
+    corpus = load_raw_dataset(own_task(tmp_path, train, TEST, ending, kind="regression"), seed=0)
     assert all_rows(corpus) == sorted(zip(train["sentence"], train["label"], strict=True))
-    assert corpus.train.labels.dtype == corpus.report.labels.dtype == np.float32
+    assert corpus.train.labels.dtype == corpus.test.labels.dtype == np.float32
     assert (corpus.classes, corpus.outputs, corpus.metrics) == ((), 1, ("pearson", "spearman"))
 
 
 def test_other_columns_than_the_defaults_can_be_named(tmp_path):
     train = {"idx": list(range(20)), "body": TRAIN["sentence"], "stars": TRAIN["label"]}
-    report = {"body": REPORT["sentence"], "stars": REPORT["label"], "more": [0.0] * 3}
-    corpus = load_corpus(own_task(tmp_path, train, report, text="body", label="stars"), seed=0)
+    test = {"body": TEST["sentence"], "stars": TEST["label"], "more": [0.0] * 3}
+    corpus = load_raw_dataset(own_task(tmp_path, train, test, text="body", label="stars"), seed=0)
     assert all_rows(corpus) == sorted(zip(train["body"], train["stars"], strict=True))
 
 
 def test_own_files_are_measured_by_accuracy_at_128_tokens_unless_said_otherwise(tmp_path):
-    corpus = load_corpus(own_task(tmp_path), seed=0)
+    corpus = load_raw_dataset(own_task(tmp_path), seed=0)
     assert (corpus.metrics, corpus.max_length) == (("accuracy",), 128)
-    corpus = load_corpus(own_task(tmp_path, metrics=("f1", "matthews"), max_length=32), seed=0)
+    corpus = load_raw_dataset(own_task(tmp_path, metrics=("f1", "matthews"), max_length=32), seed=0)
     assert (corpus.metrics, corpus.max_length) == (("f1", "matthews"), 32)
 
 
@@ -114,80 +117,82 @@ def test_own_files_are_measured_by_accuracy_at_128_tokens_unless_said_otherwise(
 def test_a_text_may_have_commas_quotes_line_breaks_and_any_script(tmp_path, ending):
     strange = ['she said "no", twice', "two\nlines", "naïve 漢字 🙂", " spaces ", "", "null", "12", "1.5", "NA"]
     train = {"sentence": strange + TRAIN["sentence"], "label": [row % 2 for row in range(29)]}
-    corpus = load_corpus(own_task(tmp_path, train, ending=ending), seed=0)
+    corpus = load_raw_dataset(own_task(tmp_path, train, ending=ending), seed=0)
     assert all_rows(corpus) == sorted(zip(train["sentence"], train["label"], strict=True))
 
 
 @pytest.mark.parametrize("words", [("true", "false", "maybe"), ("01", "02", "none")])
 def test_labels_of_a_csv_file_mean_the_same_in_both_files(tmp_path, words):
     train = TRAIN | {"label": [words[row % 3] for row in range(20)]}
-    report = REPORT | {"label": [words[0], words[1], words[0]]}  # alone, these look like other types than text
-    corpus = load_corpus(own_task(tmp_path, train, report, ".csv"), seed=0)
+    test = TEST | {"label": [words[0], words[1], words[0]]}  # alone, these look like other types than text
+    corpus = load_raw_dataset(own_task(tmp_path, train, test, ".csv"), seed=0)
     assert corpus.classes == tuple(sorted(words))
-    assert [corpus.classes[number] for number in corpus.report.labels] == report["label"]
+    assert [corpus.classes[number] for number in corpus.test.labels] == test["label"]
 
 
 def test_a_column_that_nobody_asked_for_may_hold_anything(tmp_path):
-    train, report = TRAIN | {"note": [""] * 20}, REPORT | {"note": ["late", "", "1"]}
-    assert len(load_corpus(own_task(tmp_path, train, report, ".csv"), seed=0).report.labels) == 3
+    train, test = TRAIN | {"note": [""] * 20}, TEST | {"note": ["late", "", "1"]}
+    assert len(load_raw_dataset(own_task(tmp_path, train, test, ".csv"), seed=0).test.labels) == 3
 
 
-def test_a_regression_is_selected_from_all_over_its_range():
+def test_a_regression_is_validated_on_rows_from_all_over_its_range():
     labels = np.linspace(0, 1, 100, dtype=np.float32)
-    _, select = carve(Texts(([""] * 100,), labels), task_of(kind="regression"), (), 0)
-    assert sorted(select.labels * 5 // 1) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    _, validation = split_validation(Examples(([""] * 100,), labels), task_of(kind="regression"), (), 0)
+    assert sorted(validation.labels * 5 // 1) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_an_ending_may_be_in_capitals(tmp_path):
     task = own_task(tmp_path)
     loud = (tmp_path / "train.parquet").rename(tmp_path / "TRAIN.PARQUET")
-    assert len(load_corpus(task.model_copy(update={"train": str(loud)}), seed=0).report.labels) == 3
+    assert len(load_raw_dataset(task.model_copy(update={"train": str(loud)}), seed=0).test.labels) == 3
 
 
 # GLUE.
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "selected", "reported", "metrics", "length"),
+    ("name", "rows", "validated", "tested", "metrics", "length"),
     [
         ("mrpc", 3668, 367, 408, ("accuracy", "f1"), 128),
         ("stsb", 5749, 575, 1500, ("pearson", "spearman"), 128),
         ("sst2", 67349, 2000, 872, ("accuracy",), 64),
     ],
 )
-def test_the_real_glue_tasks_have_their_rows_metrics_and_lengths(glue, name, rows, selected, reported, metrics, length):
-    corpus = load_corpus(Task(name=f"glue/{name}", folder=str(glue)), seed=0)
-    assert [len(getattr(corpus, split).labels) for split in SPLITS] == [rows - selected, selected, reported]
+def test_the_real_glue_tasks_have_their_rows_metrics_and_lengths(glue, name, rows, validated, tested, metrics, length):
+    corpus = load_raw_dataset(Task(name=f"glue/{name}", folder=str(glue)), seed=0)
+    assert [len(getattr(corpus, split).labels) for split in SPLITS] == [rows - validated, validated, tested]
     assert (corpus.metrics, corpus.max_length) == (metrics, length)
     assert corpus.classes == GLUE_CLASSES.get(name, ())
-    assert corpus.parts == {"": (0, reported)}
+    assert corpus.subsets == {"": (0, tested)}
     assert len(corpus.train.columns) == (1 if name == "sst2" else 2)
     if corpus.classes:
-        train, select = (np.bincount(texts.labels) / len(texts.labels) for texts in (corpus.train, corpus.select))
-        assert train == pytest.approx(select, abs=1 / selected)
+        train, validation = (
+            np.bincount(texts.labels) / len(texts.labels) for texts in (corpus.train, corpus.validation)
+        )
+        assert train == pytest.approx(validation, abs=1 / validated)
 
 
-def test_mnli_reports_matched_and_mismatched_apart(tmp_path):
+def test_mnli_tests_matched_and_mismatched_apart(tmp_path):
     matched, mismatched = pairs(4, 3, start=100), pairs(6, 3, start=200)
     task = glue_task(tmp_path, "mnli", train=pairs(30, 3), validation_matched=matched, validation_mismatched=mismatched)
-    corpus = load_corpus(task, seed=0)
-    assert corpus.parts == {"matched": (0, 4), "mismatched": (4, 10)}
-    assert corpus.report.columns[0] == matched["premise"] + mismatched["premise"]
+    corpus = load_raw_dataset(task, seed=0)
+    assert corpus.subsets == {"matched": (0, 4), "mismatched": (4, 10)}
+    assert corpus.test.columns[0] == matched["premise"] + mismatched["premise"]
     assert corpus.classes == ("entailment", "neutral", "contradiction")
 
     data = tokenize(corpus, tiny_tokenizer())
-    logits = np.eye(3)[corpus.report.labels]
-    logits[[0, 4, 5, 6]] = np.eye(3)[(corpus.report.labels[[0, 4, 5, 6]] + 1) % 3]  # one of 4 and three of 6 are wrong
-    assert data.measure_report(logits) == pytest.approx({"matched accuracy": 0.75, "mismatched accuracy": 0.5})
-    found = data.measure_report(logits, np.array([0, 0, 1, 7, 7, 7]))
+    logits = np.eye(3)[corpus.test.labels]
+    logits[[0, 4, 5, 6]] = np.eye(3)[(corpus.test.labels[[0, 4, 5, 6]] + 1) % 3]  # one of 4 and three of 6 are wrong
+    assert data.test_metrics(logits) == pytest.approx({"matched accuracy": 0.75, "mismatched accuracy": 0.5})
+    found = data.test_metrics(logits, np.array([0, 0, 1, 7, 7, 7]))
     assert found == pytest.approx({"matched accuracy": 1 / 3, "mismatched accuracy": 1.0})
 
 
 def test_a_task_of_one_part_is_measured_without_a_prefix():
     data = tokenize(tiny_corpus(), tiny_tokenizer())
-    perfect = np.eye(2)[data.report.labels]
-    assert data.measure_report(perfect) == {"accuracy": 1.0}
-    assert data.measure_report(1 - perfect, np.array([3, 4])) == {"accuracy": 0.0}
+    perfect = np.eye(2)[data.test.labels]
+    assert data.test_metrics(perfect) == {"accuracy": 1.0}
+    assert data.test_metrics(1 - perfect, np.array([3, 4])) == {"accuracy": 0.0}
 
 
 # The order of the classes.
@@ -195,11 +200,11 @@ def test_a_task_of_one_part_is_measured_without_a_prefix():
 
 def test_own_classes_are_numbered_as_an_existing_classifier_numbers_them(tmp_path):
     train = TRAIN | {"label": ["good" if row else "bad" for row in TRAIN["label"]]}
-    report = REPORT | {"label": ["good", "bad", "good"]}
-    task = own_task(tmp_path, train, report)
-    plain, turned = load_corpus(task, seed=0), load_corpus(task, seed=0, order=("good", "bad"))
-    assert (plain.classes, plain.report.labels.tolist()) == (("bad", "good"), [1, 0, 1])
-    assert (turned.classes, turned.report.labels.tolist()) == (("good", "bad"), [0, 1, 0])
+    test = TEST | {"label": ["good", "bad", "good"]}
+    task = own_task(tmp_path, train, test)
+    plain, turned = load_raw_dataset(task, seed=0), load_raw_dataset(task, seed=0, order=("good", "bad"))
+    assert (plain.classes, plain.test.labels.tolist()) == (("bad", "good"), [1, 0, 1])
+    assert (turned.classes, turned.test.labels.tolist()) == (("good", "bad"), [0, 1, 0])
     assert all_rows(turned) == sorted((text, 1 - label) for text, label in all_rows(plain))
 
 
@@ -207,9 +212,9 @@ def test_glue_classes_are_numbered_as_an_existing_classifier_numbers_them(tmp_pa
     splits = {"train": pairs(30, 3), "validation_matched": pairs(3, 3), "validation_mismatched": pairs(3, 3)}
     task = glue_task(tmp_path, "mnli", **splits)
     order = ("contradiction", "entailment", "neutral")
-    corpus = load_corpus(task, seed=0, order=order)
+    corpus = load_raw_dataset(task, seed=0, order=order)
     assert corpus.classes == order
-    assert corpus.report.labels.tolist() == [1, 2, 0, 1, 2, 0]
+    assert corpus.test.labels.tolist() == [1, 2, 0, 1, 2, 0]
     assert all(label == (int(premise.split()[1]) + 1) % 3 for premise, _, label in all_rows(corpus))
 
 
@@ -222,20 +227,20 @@ def test_the_hub_gives_the_same_as_the_folder(glue, monkeypatch):
         )
 
     monkeypatch.setattr("datasets.load_dataset", from_files)
-    hub = load_corpus(Task(name="glue/mrpc"), seed=0)
-    folder = load_corpus(Task(name="glue/mrpc", folder=str(glue)), seed=0)
-    assert (hub.report.columns, hub.train.columns) == (folder.report.columns, folder.train.columns)
-    assert np.array_equal(hub.select.labels, folder.select.labels)
+    hub = load_raw_dataset(Task(name="glue/mrpc"), seed=0)
+    folder = load_raw_dataset(Task(name="glue/mrpc", folder=str(glue)), seed=0)
+    assert (hub.test.columns, hub.train.columns) == (folder.test.columns, folder.train.columns)
+    assert np.array_equal(hub.validation.labels, folder.validation.labels)
 
 
 def test_case_does_not_matter_to_the_order_of_classes(tmp_path):
     train = TRAIN | {"label": ["good" if row else "bad" for row in TRAIN["label"]]}
-    task = own_task(tmp_path, train, REPORT | {"label": ["good", "bad", "good"]})
-    assert load_corpus(task, seed=0, order=("GOOD", "Bad")).classes == ("good", "bad")
+    task = own_task(tmp_path, train, TEST | {"label": ["good", "bad", "good"]})
+    assert load_raw_dataset(task, seed=0, order=("GOOD", "Bad")).classes == ("good", "bad")
 
 
 def test_a_classifier_with_other_names_is_refused_rather_than_guessed(tmp_path):
-    message = refused(load_corpus, own_task(tmp_path), 0, ("ham", "spam"))
+    message = refused(load_raw_dataset, own_task(tmp_path), 0, ("ham", "spam"))
     assert message.startswith(
         "the model is taken as fine-tuned (eval, and dense.epochs: 0), but its classes are ham, spam and the"
     )
@@ -247,9 +252,9 @@ def test_a_classifier_without_names_for_words_is_refused_rather_than_guessed(tmp
     texts, labels = reviews(40)
     for split in ("train", "test"):
         write_table(tmp_path / f"{split}.csv", {"text": texts, "label": [names[label] for label in labels]})
-    task = Task(train=str(tmp_path / "train.csv"), report=str(tmp_path / "test.csv"), text=("text",))
-    assert load_corpus(task, 0).classes == ("praise", "refund")
-    message = refused(load_corpus, task, 0, ("LABEL_0", "LABEL_1"))
+    task = Task(train=str(tmp_path / "train.csv"), test=str(tmp_path / "test.csv"), text=("text",))
+    assert load_raw_dataset(task, 0).classes == ("praise", "refund")
+    message = refused(load_raw_dataset, task, 0, ("LABEL_0", "LABEL_1"))
     assert "its config.json does not say which of its outputs is which class" in message
     assert message.endswith("write the names there as id2label, in their order (praise, refund?)")
 
@@ -260,26 +265,26 @@ def test_a_tokenizer_that_knows_nothing_of_the_texts_is_refused():
     corpus = tiny_corpus()
     spoilt = replace(corpus, train=replace(corpus.train, columns=(["zxqj wvut plmk " * 3] * len(corpus.train.labels),)))
     message = refused(tokenize, spoilt, strange)
-    known = f"which has {len(strange):,}: is it in another language"
+    known = f"which has {len(strange):,}: is it for another language"
     assert message.startswith(f"model.name: 82% of the texts' tokens are unknown to its tokenizer, {known}")
-    assert "was it not saved beside the model" in message
+    assert "was it not saved with the model" in message
     tokenize(corpus, strange)
 
 
 def test_a_classifier_without_names_does_not_number_the_classes(tmp_path):
-    corpus = load_corpus(own_task(tmp_path), seed=0, order=("LABEL_0", "LABEL_1"))
+    corpus = load_raw_dataset(own_task(tmp_path), seed=0, order=("LABEL_0", "LABEL_1"))
     assert corpus.classes == ("0", "1")
 
 
-# What select is carved out of train by.
+# How validation is split off train.
 
 
 @st.composite
-def carvings(draw):
-    """Labels with at least two rows a class, and the keys of a task that say how much is carved out."""
+def splits_of_train(draw):
+    """Labels with at least two rows a class, and the keys of a task that say how much is split off."""
     counts = draw(st.lists(st.integers(2, 40), min_size=2, max_size=4))
     labels = draw(st.permutations([number for number, count in enumerate(counts) for _ in range(count)]))
-    keys = {"select_share": draw(st.floats(0.01, 0.5)), "select_rows": draw(st.integers(2, 30))}
+    keys = {"validation_share": draw(st.floats(0.01, 0.5)), "validation_rows": draw(st.integers(2, 30))}
     return np.array(labels), keys
 
 
@@ -287,51 +292,51 @@ CLASSES = tuple("abcdefghij")
 
 
 def task_of(**keys):
-    return Task(train="train.csv", report="report.csv", text="sentence", **keys)
+    return Task(train="train.csv", test="test.csv", text="sentence", **keys)
 
 
-@given(carvings(), st.booleans(), st.integers(0, 2**62))
-def test_select_and_train_share_out_the_rows(carving, stratified, seed):
-    labels, keys = carving
-    whole = Texts(([str(row) for row in range(len(labels))],), labels)
-    train, select = carve(whole, task_of(**keys), CLASSES if stratified else (), seed)
-    rows = [int(text) for text in (*train.columns[0], *select.columns[0])]
+@given(splits_of_train(), st.booleans(), st.integers(0, 2**62))
+def test_validation_and_train_share_out_the_rows(split, stratified, seed):
+    labels, keys = split
+    whole = Examples(([str(row) for row in range(len(labels))],), labels)
+    train, validation = split_validation(whole, task_of(**keys), CLASSES if stratified else (), seed)
+    rows = [int(text) for text in (*train.columns[0], *validation.columns[0])]
     assert sorted(rows) == list(range(len(labels)))
-    assert np.array_equal(labels[rows], [*train.labels, *select.labels])
-    asked = min(max(round(len(labels) * keys["select_share"]), 2), keys["select_rows"])
-    assert len(select.labels) == (max(asked, len(set(labels))) if stratified else asked)
+    assert np.array_equal(labels[rows], [*train.labels, *validation.labels])
+    asked = min(max(round(len(labels) * keys["validation_share"]), 2), keys["validation_rows"])
+    assert len(validation.labels) == (max(asked, len(set(labels))) if stratified else asked)
 
 
-@given(carvings(), st.integers(0, 2**62))
-def test_a_stratified_select_has_every_class_by_its_share(carving, seed):
-    labels, keys = carving
-    train, select = carve(Texts(([""] * len(labels),), labels), task_of(**keys), CLASSES, seed)
-    fair = np.bincount(labels) * len(select.labels) / len(labels)
-    assert np.abs(np.bincount(select.labels, minlength=len(fair)) - fair).max() < 1
+@given(splits_of_train(), st.integers(0, 2**62))
+def test_a_stratified_validation_has_every_class_by_its_share(split, seed):
+    labels, keys = split
+    train, validation = split_validation(Examples(([""] * len(labels),), labels), task_of(**keys), CLASSES, seed)
+    fair = np.bincount(labels) * len(validation.labels) / len(labels)
+    assert np.abs(np.bincount(validation.labels, minlength=len(fair)) - fair).max() < 1
     assert set(train.labels) == set(labels)
 
 
-def test_the_seed_alone_decides_what_is_selected(tmp_path):
-    task = own_task(tmp_path, select_share=0.3)
+def test_the_seed_alone_decides_what_is_in_validation(tmp_path):
+    task = own_task(tmp_path, validation_share=0.3)
     np.random.seed(1)
-    first = chosen(load_corpus(task, seed=3))
+    first = chosen(load_raw_dataset(task, seed=3))
     np.random.seed(2)
-    assert chosen(load_corpus(task, seed=3)) == first
-    assert chosen(load_corpus(task, seed=4)) != first
-    named = own_task(tmp_path / "named", TRAIN | {"label": ["ab"[row] for row in TRAIN["label"]]}, select_share=0.3)
-    named = named.model_copy(update={"report": named.train})
-    assert chosen(load_corpus(named, seed=3)) == first
+    assert chosen(load_raw_dataset(task, seed=3)) == first
+    assert chosen(load_raw_dataset(task, seed=4)) != first
+    named = own_task(tmp_path / "named", TRAIN | {"label": ["ab"[row] for row in TRAIN["label"]]}, validation_share=0.3)
+    named = named.model_copy(update={"test": named.train})
+    assert chosen(load_raw_dataset(named, seed=3)) == first
 
 
-def test_an_existing_classifier_s_order_does_not_change_what_is_selected(tmp_path):
+def test_an_existing_classifier_s_order_does_not_change_what_is_in_validation(tmp_path):
     uneven = TRAIN | {"label": [int(row % 5 == 0) for row in range(20)]}
-    task = own_task(tmp_path, uneven, select_share=0.3)
-    assert chosen(load_corpus(task, seed=3, order=("1", "0"))) == chosen(load_corpus(task, seed=3))
+    task = own_task(tmp_path, uneven, validation_share=0.3)
+    assert chosen(load_raw_dataset(task, seed=3, order=("1", "0"))) == chosen(load_raw_dataset(task, seed=3))
 
 
-def test_select_keeps_the_order_of_the_file(tmp_path):
-    corpus = load_corpus(own_task(tmp_path, select_share=0.5), seed=0)
-    for split in (corpus.train, corpus.select):
+def test_validation_keeps_the_order_of_the_file(tmp_path):
+    corpus = load_raw_dataset(own_task(tmp_path, validation_share=0.5), seed=0)
+    for split in (corpus.train, corpus.validation):
         numbers = [int(text.split()[1]) for text in split.columns[0]]
         assert numbers == sorted(numbers)
 
@@ -341,8 +346,8 @@ def test_select_keeps_the_order_of_the_file(tmp_path):
 
 def corpus_of(texts, max_length=64):
     """A corpus with these texts in every split."""
-    split = Texts(texts, np.arange(len(texts[0]), dtype=np.int64) % 2)
-    return Corpus(split, split, split, {"": (0, len(texts[0]))}, ("a", "b"), ("accuracy",), max_length)
+    split = Examples(texts, np.arange(len(texts[0]), dtype=np.int64) % 2)
+    return RawDataset(split, split, split, {"": (0, len(texts[0]))}, ("a", "b"), ("accuracy",), max_length)
 
 
 def test_a_row_is_the_tokenizer_s_own_ids():
@@ -403,22 +408,22 @@ def test_data_knows_what_it_is_measured_by(regression):
 
 
 @pytest.mark.parametrize("regression", [False, True])
-def test_the_digest_changes_with_every_token_label_and_boundary(regression):
+def test_the_fingerprint_changes_with_every_token_label_and_boundary(regression):
     data = tokenize(tiny_corpus(regression), tiny_tokenizer())
-    digests = {data.digest()}
+    fingerprints = {data.fingerprint()}
     for split in SPLITS:
         rows = getattr(data, split)
         for name, place in (("ids", 7), ("ids", -1), ("labels", 3), ("offsets", 1)):
             array = getattr(rows, name).copy()
             array[place] += 1
-            digests.add(replace(data, **{split: replace(rows, **{name: array})}).digest())
-    assert len(digests) == 1 + 3 * 4
-    assert tokenize(tiny_corpus(regression), tiny_tokenizer()).digest() == data.digest()
+            fingerprints.add(replace(data, **{split: replace(rows, **{name: array})}).fingerprint())
+    assert len(fingerprints) == 1 + 3 * 4
+    assert tokenize(tiny_corpus(regression), tiny_tokenizer()).fingerprint() == data.fingerprint()
 
 
-def test_the_digest_changes_when_a_row_moves_to_another_split():
+def test_the_fingerprint_changes_when_a_row_moves_to_another_split():
     data = tokenize(tiny_corpus(rows=(16, 16, 16)), tiny_tokenizer())
-    assert replace(data, train=data.select, select=data.train).digest() != data.digest()
+    assert replace(data, train=data.validation, validation=data.train).fingerprint() != data.fingerprint()
 
 
 # Files that cannot be used.
@@ -426,21 +431,21 @@ def test_the_digest_changes_when_a_row_moves_to_another_split():
 
 def test_a_missing_file_is_named(tmp_path):
     task = own_task(tmp_path)
-    (tmp_path / "report.parquet").unlink()
-    assert refused(load_corpus, task, 0) == f"{task.report}: there is no such file"
+    (tmp_path / "test.parquet").unlink()
+    assert refused(load_raw_dataset, task, 0) == f"{task.test}: there is no such file"
 
 
 def test_where_a_relative_path_begins_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    task = own_task(tmp_path).model_copy(update={"report": "none.csv"})
-    assert refused(load_corpus, task, 0) == f"none.csv: there is no such file, seen from {tmp_path}"
+    task = own_task(tmp_path).model_copy(update={"test": "none.csv"})
+    assert refused(load_raw_dataset, task, 0) == f"none.csv: there is no such file (the path is relative to {tmp_path})"
 
 
 def test_an_unknown_ending_is_refused_with_the_known_ones(tmp_path):
     path = tmp_path / "train.txt"
     path.write_text("sentence,label\n")
     task = own_task(tmp_path).model_copy(update={"train": str(path)})
-    assert refused(load_corpus, task, 0) == f"{path}: the ending must be one of .csv, .jsonl, .json, .parquet"
+    assert refused(load_raw_dataset, task, 0) == f"{path}: the ending must be one of .csv, .jsonl, .json, .parquet"
 
 
 @pytest.mark.parametrize(
@@ -457,7 +462,7 @@ def test_an_unknown_ending_is_refused_with_the_known_ones(tmp_path):
 def test_a_broken_file_is_refused_in_one_line(tmp_path, ending, text):
     task = own_task(tmp_path, ending=ending)
     (tmp_path / f"train{ending}").write_text(text)
-    message = refused(load_corpus, task, 0)
+    message = refused(load_raw_dataset, task, 0)
     assert message.startswith(f"{task.train}: cannot be read as {ending[1:]}: ")
     assert len(message.splitlines()) == 1
 
@@ -466,13 +471,13 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
     task = own_task(tmp_path)
     (tmp_path / "folder.csv").mkdir()
     task = task.model_copy(update={"train": str(tmp_path / "folder.csv")})
-    assert f"{task.train}: cannot be read as csv: " in refused(load_corpus, task, 0)
+    assert f"{task.train}: cannot be read as csv: " in refused(load_raw_dataset, task, 0)
 
 
 @pytest.mark.parametrize("ending", [".csv", ".parquet"])
 def test_a_file_without_rows_is_refused(tmp_path, ending):
-    task = own_task(tmp_path, report={"sentence": [], "label": []}, ending=ending)
-    assert refused(load_corpus, task, 0) == f"{task.report}: has no rows"
+    task = own_task(tmp_path, test={"sentence": [], "label": []}, ending=ending)
+    assert refused(load_raw_dataset, task, 0) == f"{task.test}: has no rows"
 
 
 @pytest.mark.parametrize(
@@ -485,13 +490,15 @@ def test_a_file_without_rows_is_refused(tmp_path, ending):
 )
 def test_a_missing_column_is_refused_with_those_that_are_there(tmp_path, keys, missing):
     task = own_task(tmp_path, **keys)
-    assert refused(load_corpus, task, 0) == f"{task.train}: has no column {missing}; its columns are sentence, label"
+    assert (
+        refused(load_raw_dataset, task, 0) == f"{task.train}: has no column {missing}; its columns are sentence, label"
+    )
 
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path):
     task = own_task(tmp_path, ending=".csv")
     (tmp_path / "train.csv").write_text("sentence,sentence,label\n" + "one,two,0\none,two,1\n" * 10)
-    message = refused(load_corpus, task, 0)
+    message = refused(load_raw_dataset, task, 0)
     assert message.startswith(task.train)
     assert "'sentence'" in message
 
@@ -500,38 +507,38 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["sentence", "label"])
 def test_an_empty_cell_is_refused_with_its_row(tmp_path, ending, name):
     task = own_task(tmp_path, TRAIN | {name: [*TRAIN[name][:2], None, *TRAIN[name][3:]]}, ending=ending)
-    assert refused(load_corpus, task, 0) == f"{task.train}: row 3: {name} is empty"
+    assert refused(load_raw_dataset, task, 0) == f"{task.train}: row 3: {name} is empty"
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression"])
 def test_an_empty_number_of_a_csv_file_is_refused_with_its_row(tmp_path, kind):
-    task = own_task(tmp_path, report=REPORT | {"label": [1, None, 0]}, ending=".csv", kind=kind)
-    assert refused(load_corpus, task, 0) == f"{task.report}: row 2: label is empty"
+    task = own_task(tmp_path, test=TEST | {"label": [1, None, 0]}, ending=".csv", kind=kind)
+    assert refused(load_raw_dataset, task, 0) == f"{task.test}: row 2: label is empty"
 
 
 def test_an_empty_word_for_a_class_is_refused_with_its_row(tmp_path):
     task = own_task(tmp_path, TRAIN | {"label": ["yes", "no", "", *["yes"] * 17]}, ending=".csv")
-    assert refused(load_corpus, task, 0) == f"{task.train}: row 3: label is empty"
+    assert refused(load_raw_dataset, task, 0) == f"{task.train}: row 3: label is empty"
 
 
 def test_a_text_column_of_numbers_is_refused(tmp_path):
     task = own_task(tmp_path, TRAIN | {"sentence": list(range(20))})
     expected = f"{task.train}: sentence holds int64, not text; task.text names the columns to read"
-    assert refused(load_corpus, task, 0) == expected
+    assert refused(load_raw_dataset, task, 0) == expected
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_fractions_as_classes_are_refused_with_the_advice_to_regress(tmp_path, ending):
     task = own_task(tmp_path, TRAIN | {"label": [row + 0.5 for row in TRAIN["label"]]}, ending=ending)
-    message = refused(load_corpus, task, 0)
+    message = refused(load_raw_dataset, task, 0)
     assert message.startswith(f"{task.train}: label holds double: classes are whole numbers or texts.")
     assert message.endswith("set task.kind: regression")
 
 
 def test_a_label_that_train_does_not_know_is_refused_with_its_row(tmp_path):
     train = TRAIN | {"label": ["yes" if row else "no" for row in TRAIN["label"]]}
-    task = own_task(tmp_path, train, REPORT | {"label": ["no", "yes", "maybe"]})
-    assert refused(load_corpus, task, 0) == f"{task.report}: row 3: label is 'maybe', but the classes are no, yes"
+    task = own_task(tmp_path, train, TEST | {"label": ["no", "yes", "maybe"]})
+    assert refused(load_raw_dataset, task, 0) == f"{task.test}: row 3: label is 'maybe', but the classes are no, yes"
 
 
 @pytest.mark.parametrize("label", [-1, 3])
@@ -541,54 +548,58 @@ def test_a_glue_label_out_of_range_is_refused_with_its_row(tmp_path, label):
         tmp_path, "mnli", train=pairs(30, 3), validation_matched=pairs(3, 3), validation_mismatched=strange
     )
     expected = f"glue/mnli validation_mismatched: row 2: label is {label}, but the classes are 0, 1, 2"
-    assert refused(load_corpus, task, 0) == expected
+    assert refused(load_raw_dataset, task, 0) == expected
 
 
 def test_a_split_that_a_glue_folder_lacks_is_named(tmp_path):
     task = glue_task(tmp_path, "rte", train=pairs(30, 2))
-    assert refused(load_corpus, task, 0) == f"{tmp_path}/rte/validation.parquet: there is no such file"
+    assert refused(load_raw_dataset, task, 0) == f"{tmp_path}/rte/validation.parquet: there is no such file"
 
 
 def test_a_glue_file_without_its_columns_is_refused(tmp_path):
     task = glue_task(tmp_path, "rte", train=pairs(30, 2), validation=pairs(3, 2))
     expected = "glue/rte train: has no column 'sentence1'; its columns are premise, hypothesis, label"
-    assert refused(load_corpus, task, 0) == expected
+    assert refused(load_raw_dataset, task, 0) == expected
 
 
 def test_one_class_only_is_refused(tmp_path):
-    task = own_task(tmp_path, TRAIN | {"label": [1] * 20}, REPORT | {"label": [1] * 3})
-    assert refused(load_corpus, task, 0) == f"{task.train}: every row has the same label: there is nothing to learn"
+    task = own_task(tmp_path, TRAIN | {"label": [1] * 20}, TEST | {"label": [1] * 3})
+    assert (
+        refused(load_raw_dataset, task, 0) == f"{task.train}: every row has the same label: there is nothing to learn"
+    )
 
 
 def test_a_class_of_one_row_is_refused(tmp_path):
     task = own_task(tmp_path, TRAIN | {"label": [2, *TRAIN["label"][1:]]})
-    assert refused(load_corpus, task, 0).startswith(f"{task.train}: a class has one row only; two are needed")
+    assert refused(load_raw_dataset, task, 0).startswith(f"{task.train}: a class has one row only; two are needed")
 
 
 def test_too_few_rows_are_refused(tmp_path):
-    task = own_task(tmp_path, REPORT, REPORT, kind="regression")
-    assert refused(load_corpus, task, 0) == f"{task.train}: 3 rows are too few to carve 2 out of them"
+    task = own_task(tmp_path, TEST, TEST, kind="regression")
+    assert refused(load_raw_dataset, task, 0) == f"{task.train}: 3 rows are too few to split off 2 for validation"
 
 
 def test_a_constant_target_is_refused(tmp_path):
     task = own_task(tmp_path, TRAIN | {"label": [0.5] * 20}, kind="regression")
-    assert refused(load_corpus, task, 0) == f"{task.train}: every row has the same label: there is nothing to learn"
+    assert (
+        refused(load_raw_dataset, task, 0) == f"{task.train}: every row has the same label: there is nothing to learn"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300], ids=str)
 def test_a_target_that_is_not_finite_in_float32_is_refused_with_its_row(tmp_path, value):
     task = own_task(tmp_path, TRAIN | {"label": [0.5, value, *map(float, range(18))]}, kind="regression")
-    assert refused(load_corpus, task, 0) == f"{task.train}: row 2: label is {value}; a regression needs numbers"
+    assert refused(load_raw_dataset, task, 0) == f"{task.train}: row 2: label is {value}; a regression needs numbers"
 
 
 @pytest.mark.parametrize("value", ["five", True])
 def test_a_target_that_is_no_number_is_refused_with_its_row(tmp_path, value):
     task = own_task(tmp_path, TRAIN | {"label": [value] * 20}, kind="regression")
-    assert refused(load_corpus, task, 0) == f"{task.train}: row 1: label is {value!r}; a regression needs numbers"
+    assert refused(load_raw_dataset, task, 0) == f"{task.train}: row 1: label is {value!r}; a regression needs numbers"
 
 
 def test_an_unreachable_hub_is_answered_with_the_way_around_it():
-    message = refused(load_corpus, Task(name="glue/rte"), 0)
+    message = refused(load_raw_dataset, Task(name="glue/rte"), 0)
     assert message.startswith("task.name: glue/rte cannot be loaded from the hub (")
     assert message.endswith("set task.folder to a folder that holds rte/<split>.parquet")
     assert len(message.splitlines()) == 1
@@ -609,7 +620,7 @@ def test_a_sample_holds_whole_rows_in_their_order(texts, count, seed, typed):
         ]
 
     ids = np.array([token for text in texts for token in text], np.int32)
-    rows = Rows(
+    rows = TokenizedSplit(
         ids,
         (ids % 2).astype(np.int8) if typed else None,
         np.cumsum([0, *map(len, texts)]),

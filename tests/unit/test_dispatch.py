@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymask.driver.dispatch import (
+from raymask.executor.dispatch import (
     SharedTaskWait,
     Starvation,
     next_to_poll,

@@ -18,20 +18,20 @@ from support.builders import refused, reviews, tiny_model, write_table
 from support.specs import decoder_spec
 
 import raymask
+from raymask.commands.evaluate import eval_spec, evaluate, show_evaluation
 from raymask.core import stats
-from raymask.core.records import Result, Row
-from raymask.driver.search import prepare
-from raymask.evaluate import evaluate, evaluation, show_evaluation
+from raymask.core.records import ModelMetrics, Result
+from raymask.driver.setup import prepare
 from raymask.export.formats import export_run
-from raymask.store import MODEL, RunDir
+from raymask.runs.run_dir import MODEL, RunDir
 
 Sections = dict[str, Any]
 SpecOf = Callable[[Path], Sections]
 FEW = 50  # resamples
 
 
-def measured(model: Path, task: Path | str, *overrides: str) -> Row:
-    return evaluate(prepare(evaluation(str(model), str(task), overrides)))
+def measured(model: Path, task: Path | str, *overrides: str) -> ModelMetrics:
+    return evaluate(prepare(eval_spec(str(model), str(task), overrides)))
 
 
 def result_of(run: Path) -> Result:
@@ -46,9 +46,9 @@ def tiny_spec(folder: Path, task: Sections) -> Sections:
         "model": str(tiny_model(folder / "model", head=False)),
         "task": task,
         "levels": [0.5, 0.75],
-        "candidates": {"count": 1, "ratios": [0.02]},
+        "candidates": {"count": 1, "sampling_ratios": [0.02]},
         "dense": {"epochs": 1, "learning_rate": 3e-3, "distill_epochs": 0.5},
-        "probe": {"epochs": 0.5, "eval_every": 2, "last": 2},
+        "early_eval": {"epochs": 0.5, "eval_steps": 2, "score_window": 2},
         "finetune": {"epochs": 1, "batch_size": 16, "learning_rate": 3e-3},
         "seed": 5,
     }
@@ -60,7 +60,7 @@ def own_files(folder: Path, kind: str) -> Sections:
     column = targets if kind == "regression" else labels
     files = {
         split: str(write_table(folder / f"{split}.csv", {"text": texts[part], "label": column[part]}))
-        for split, part in (("train", slice(150)), ("report", slice(150, 200)))
+        for split, part in (("train", slice(150)), ("test", slice(150, 200)))
     }
     return files | {"text": "text", "label": "label", "kind": kind}
 
@@ -104,17 +104,21 @@ def test_every_model_of_a_run_has_the_figures_that_its_result_states(
 ) -> None:
     """To the last digit, intervals included: the selected one exported twice, and the dense one in its place."""
     run = searched(spec_of)
-    dense, *_, selected = result_of(run).rows
+    dense, *_, selected = result_of(run).models
     export_run(run, "sparse", tmp_path / "sparse")
     for folder in (run / "export", tmp_path / "sparse"):
         row = measured(folder, run / "spec.yaml")
-        assert (row.report, row.intervals, row.always) == (selected.report, selected.intervals, selected.always)
+        assert (row.test_metrics, row.intervals, row.constant_prediction) == (
+            selected.test_metrics,
+            selected.intervals,
+            selected.constant_prediction,
+        )
         assert row.sparsity["prunable"] == selected.sparsity["prunable"]
         assert row.sparsity["encoder"] >= selected.sparsity["encoder"]
     shutil.copytree(run / "export", tmp_path / "dense")
     shutil.copy(run / "dense" / MODEL, tmp_path / "dense" / MODEL)
     row = measured(tmp_path / "dense", run / "spec.yaml")
-    assert (row.report, row.intervals) == (dense.report, dense.intervals)
+    assert (row.test_metrics, row.intervals) == (dense.test_metrics, dense.intervals)
     assert row.sparsity["prunable"] == 0
 
 
@@ -147,7 +151,8 @@ def test_a_model_that_tells_no_rows_apart_is_said_to(finished: Path, tmp_path: P
     console = Console(file=io.StringIO(), width=200)
     show_evaluation(console, str(tmp_path / "model"), "quickstart")
     assert console.file.getvalue().endswith(  # type: ignore[attr-defined]
-        f"{tmp_path / 'model'} answers 'positive' to every row of `report`: its figures are this constant answer's.\n"
+        f"{tmp_path / 'model'} predicts 'positive' for every row of `test`: its metrics are those of a "
+        "constant prediction.\n"
     )
 
 
@@ -162,19 +167,19 @@ def test_a_task_s_name_will_do(tmp_path: Path) -> None:
     run = tmp_path / "run"
     result = raymask.search(tiny_spec(tmp_path, keys) | {"seed": 0}, run, in_process=True)
     row = measured(run / "export", "glue/mrpc", f"task.folder={tmp_path / 'glue'}", "task.max_length=12")
-    assert row.report == result.rows[-1].report
-    assert set(row.report) == {"accuracy", "f1"}
+    assert row.test_metrics == result.models[-1].test_metrics
+    assert set(row.test_metrics) == {"accuracy", "f1"}
 
 
 def test_of_a_spec_only_the_model_and_what_is_pruned_make_no_difference(tmp_path: Path) -> None:
     text = "model: {name: other, revision: abc, dtype: bf16}\ntask: glue/stsb\nlevels: [0.9]\nmask: {pattern: 9x9}\n"
     (tmp_path / "spec.yaml").write_text(text + "distill: false\n")
-    spec = evaluation("mine", str(tmp_path / "spec.yaml"), ["seed=3"])
+    spec = eval_spec("mine", str(tmp_path / "spec.yaml"), ["seed=3"])
     assert (spec.model.name, spec.model.revision, spec.model.dtype) == ("mine", None, "bf16")
     assert (spec.task.name, spec.distill, spec.seed, spec.dense.epochs) == ("glue/stsb", False, 3, 0)
     assert spec.mask.pattern == "unstructured"
-    assert evaluation("other", str(tmp_path / "spec.yaml")).model.revision == "abc"
-    assert evaluation("mine", "glue/mrpc", ["model.revision=abc"]).model.revision == "abc"
+    assert eval_spec("other", str(tmp_path / "spec.yaml")).model.revision == "abc"
+    assert eval_spec("mine", "glue/mrpc", ["model.revision=abc"]).model.revision == "abc"
 
 
 # --- what cannot be measured -----------------------------------------------------------------------------------------
@@ -197,8 +202,8 @@ def test_a_model_of_another_task_is_refused_though_its_weights_could_be_spread_o
     said = refused(measured, run / "export", "quickstart")
     assert "has shape (1,), this task needs (2,). Its head was made for other classes" in said
     export_run(finished, "sparse", tmp_path / "out")
-    task = ["task.kind=causal-lm", f"task.train={run.parent}/train.csv", f"task.report={run.parent}/train.csv"]
-    (tmp_path / "lm.yaml").write_text("model: m\ntask: {kind: causal-lm, train: a.txt, report: a.txt}\n")
+    task = ["task.kind=causal-lm", f"task.train={run.parent}/train.csv", f"task.test={run.parent}/train.csv"]
+    (tmp_path / "lm.yaml").write_text("model: m\ntask: {kind: causal-lm, train: a.txt, test: a.txt}\n")
     said = refused(measured, tmp_path / "out", tmp_path / "lm.yaml", *task)
     assert "was made for another task: it has no " in said
 
@@ -209,4 +214,4 @@ def test_outputs_that_are_no_numbers_are_no_prediction(finished: Path, tmp_path:
     weights["classifier.bias"][0] = float("nan")
     save_file(weights, tmp_path / "model" / MODEL, metadata={"format": "pt"})
     said = refused(measured, tmp_path / "model", "quickstart")
-    assert said == f"model.name: {tmp_path / 'model'} has outputs on `report` that are no numbers"
+    assert said == f"model.name: {tmp_path / 'model'} has outputs on `test` that are not finite"

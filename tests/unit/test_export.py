@@ -15,11 +15,11 @@ from support.builders import refused, reviews, tiny_model, write_table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import raymask
-from raymask.core.masks import digest, pack_bits
+from raymask.core.masking.masks import digest, pack_bits
 from raymask.export import formats
 from raymask.export.formats import MARK, export_run
 from raymask.export.selected import read_selected
-from raymask.store import MASK, MODEL, RunDir, flat_bits, packed_bits
+from raymask.runs.run_dir import MASK, MODEL, RunDir, bits_to_tensors, tensors_to_bits
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_the_selected_model_is_read_from_the_export_alone(finished: Path, tmp_pa
     assert not selected.module.training
     last = selected.result.levels[-1]
     assert digest(pack_bits(selected.mask)) == last.digest
-    assert sum(int(kept.sum()) for kept in selected.mask.values()) == last.kept
+    assert sum(int(kept.sum()) for kept in selected.mask.values()) == last.num_kept
     assert selected.tokenizer("a good film")["input_ids"] == AutoTokenizer.from_pretrained(finished / "export")(
         "a good film"
     )["input_ids"]  # fmt: skip
@@ -53,7 +53,7 @@ def test_the_selected_model_is_read_from_the_export_alone(finished: Path, tmp_pa
 def test_mask_bits_in_a_file_are_the_bits() -> None:
     mask = {"a": torch.rand(3, 7) < 0.5, "b": torch.ones(1, 1, dtype=torch.bool), "c": torch.zeros(0, 4) > 0}
     bits = pack_bits(mask)
-    again = packed_bits(flat_bits(bits))
+    again = tensors_to_bits(bits_to_tensors(bits))
     assert (again.index, digest(again)) == (bits.index, digest(bits))
     assert np.array_equal(again.buffer, bits.buffer)
 
@@ -66,8 +66,8 @@ def test_hf_is_the_checkpoint_again(finished: Path, tmp_path: Path) -> None:
     result = read_selected(RunDir(finished)).result
     assert json.loads((tmp_path / "out" / MARK).read_text())["mask"] == result.levels[-1].digest
     assert lines[0].startswith("model.safetensors: 0.095 MB, 1.0x smaller than dense fp32, 0.091 MB;")
-    assert lines[1].startswith("Checked: transformers loads the same tensors from it; of 16,384 weights")
-    assert lines[2] == f"All of it is in {tmp_path / 'out'}"
+    assert lines[1].startswith("Checked: transformers loads the same tensors. Of 16,384 weights")
+    assert lines[2] == f"Everything is in {tmp_path / 'out'}"
 
 
 def test_a_model_with_code_of_its_own_is_exported_where_that_may_run(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_model_with_code_of_its_own_is_exported_where_that_may_run(tmp_path: P
     train, report = (str(write_table(tmp_path / f"{name}.csv", {"text": texts, "label": labels})) for name in "ab")
     spec = {
         "model": {"name": str(source), "trust_remote_code": True},
-        "task": {"train": train, "report": report, "text": "text", "label": "label"},
+        "task": {"train": train, "test": report, "text": "text", "label": "label"},
         "levels": [0.5],
         "candidates": {"count": 0},
         "dense": {"epochs": 0.5},
@@ -96,7 +96,7 @@ def test_a_model_with_code_of_its_own_is_exported_where_that_may_run(tmp_path: P
     assert type(raymask.load_sparse(folder, trust_remote_code=True)).__name__ == "Own"
     said = refused(raymask.load_sparse, folder)
     assert "contains custom code" in said
-    assert said.endswith("; trust_remote_code=True runs code of its own")
+    assert said.endswith("; trust_remote_code=True allows its own code")
 
 
 # --- where it goes ---------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_a_model_with_code_of_its_own_is_exported_where_that_may_run(tmp_path: P
 
 def test_without_out_it_goes_into_the_run_and_replaces_what_was_there(copy: Path) -> None:
     for _ in range(2):
-        assert export_run(copy, "hf")[-1] == f"All of it is in {copy / 'export-hf'}"
+        assert export_run(copy, "hf")[-1] == f"Everything is in {copy / 'export-hf'}"
         (copy / "export-hf" / "old").touch()
     assert export_run(copy, "hf")
     assert not (copy / "export-hf" / "old").exists()
@@ -118,7 +118,7 @@ def test_a_run_in_an_object_store_is_read_and_written_there(copy: Path) -> None:
     memory.put(str(copy), "/bucket/run", recursive=True)
     try:
         lines = export_run("memory://bucket/run", "hf")
-        assert lines[-1] == "All of it is in memory://bucket/run/export-hf"
+        assert lines[-1] == "Everything is in memory://bucket/run/export-hf"
         assert memory.cat("/bucket/run/export-hf/model.safetensors") == (copy / "export" / MODEL).read_bytes()
         assert memory.exists(f"/bucket/run/export-hf/{MARK}")
         assert export_run("memory://bucket/run", "hf") == lines
@@ -131,7 +131,7 @@ def test_names_whose_contents_would_go_unseen_are_refused(finished: Path, tmp_pa
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.tex").write_text("mine")
     said = refused(export_run, finished, "hf", tmp_path / name)
-    assert said == f"--out: {name} is a name that raymask keeps to itself: choose another"
+    assert said == f"--out: raymask reserves the name {name}: choose another"
     assert (tmp_path / name / "thesis.tex").read_text() == "mine"
 
 
@@ -141,7 +141,7 @@ def test_what_is_no_export_is_not_overwritten(finished: Path, tmp_path: Path, th
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("mine")
     said = refused(export_run, finished, "hf", tmp_path / "out")
-    assert said == f"{tmp_path / 'out'}: is there already, and no export of raymask's: choose another with --out"
+    assert said == f"{tmp_path / 'out'}: exists already and is not an export of raymask: choose another with --out"
     assert kept.read_text() == "mine"
 
 
@@ -160,7 +160,7 @@ def test_a_place_that_cannot_be_written_is_said(finished: Path, tmp_path: Path) 
     (tmp_path / "file").touch()
     said = refused(export_run, finished, "hf", tmp_path / "file" / "out")
     assert said.startswith(f"{tmp_path / 'file' / 'out'}: cannot be written: ")
-    assert said.endswith("or choose another place with --out")
+    assert said.endswith("or choose another location with --out")
 
 
 def test_a_checkpoint_that_reads_otherwise_is_not_left(
@@ -168,7 +168,7 @@ def test_a_checkpoint_that_reads_otherwise_is_not_left(
 ) -> None:
     monkeypatch.setattr("raymask.export.hf.load_exported", lambda *where: read_selected(RunDir(finished)).module.half())
     said = refused(export_run, finished, "hf", tmp_path / "out")
-    assert "transformers does not read there what was written" in said
+    assert "transformers loads other tensors than were written" in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -177,9 +177,9 @@ def test_a_checkpoint_that_reads_otherwise_is_not_left(
 
 def test_an_unfinished_search_is_said(copy: Path) -> None:
     (copy / "result.json").unlink()
-    said = f"{copy}: the search is not finished; `raymask search` with the same spec goes on"
+    said = f"{copy}: the search is not finished; `raymask search` with the same spec continues it"
     assert refused(export_run, copy, "hf") == said
-    with RunDir(copy).storage.held():
+    with RunDir(copy).storage.lock():
         assert refused(export_run, copy, "hf") == f"{copy}: the search is not finished; wait for it"
 
 
@@ -221,7 +221,7 @@ def flip_bit(export: Path) -> None:
 def test_an_export_that_is_not_what_was_written_is_said(copy: Path, spoil: Callable[[Path], object]) -> None:
     spoil(copy / "export")
     said = refused(export_run, copy, "hf")
-    assert "safetensors is not what was written: its hash differs" in said
+    assert "safetensors differs from that of the file that was written" in said
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_an_export_that_is_not_what_was_written_is_said(copy: Path, spoil: Calla
         (lambda export: (export / "tokenizer.json").write_text("{"), ""),
         (flip_mask, "is not zero where the mask prunes it"),
         (lose_weight, "it has no weights for classifier.weight"),
-        (swap_mask, "its mask is another one"),
+        (swap_mask, "its mask is not the selected one"),
     ],
     ids=["cut off", "no config", "no tokenizer", "another mask's weights", "a weight lost", "another mask"],
 )
@@ -252,11 +252,11 @@ def test_a_damaged_export_is_said(copy: Path, spoil: Callable[[Path], object], c
 
 def test_an_export_that_is_gone_is_said(copy: Path) -> None:
     shutil.rmtree(copy / "export")
-    said = f"{copy / 'export'}: is gone; `raymask search` with the same spec and --run writes it again"
+    said = f"{copy / 'export'}: does not exist; `raymask search` with the same spec and --run writes it again"
     assert refused(export_run, copy, "hf") == said
 
 
 def test_unknown_formats_and_options_are_said_before_anything_is_read() -> None:
-    assert refused(export_run, "nowhere", "zip").startswith("--to: no format is called 'zip'; known are hf")
+    assert refused(export_run, "nowhere", "zip").startswith("--to: unknown format 'zip'; known are hf")
     assert refused(export_run, "nowhere", "hf", int8=True) == "--int8: --to hf has no options"
-    assert "takes a local folder, no URI" in refused(export_run, "nowhere", "hf", "s3://bucket/out")
+    assert "must be a local folder, not a URI" in refused(export_run, "nowhere", "hf", "s3://bucket/out")

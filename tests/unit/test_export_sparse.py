@@ -18,8 +18,8 @@ from raymask.api import draw_mask
 from raymask.export.formats import export_run
 from raymask.export.selected import logits, read_selected
 from raymask.export.sparse import SPARSE, SparseLinear, load_sparse, save, write_sparse
-from raymask.store import RunDir
-from raymask.train.model import persistent
+from raymask.runs.run_dir import RunDir
+from raymask.train.model import state_tensors
 
 
 def whole(module: nn.Module) -> dict[str, Tensor]:
@@ -36,7 +36,7 @@ def test_every_family_comes_back_with_the_same_weights_and_outputs(family: str, 
     assert whole(found).keys() == whole(selected.module).keys()
     for name, tensor in whole(selected.module).items():
         assert torch.equal(whole(found)[name], tensor), name
-    assert persistent(found).keys() == persistent(selected.module).keys()  # what was tied still is
+    assert state_tensors(found).keys() == state_tensors(selected.module).keys()  # what was tied still is
     assert not found.training
     assert type(found) is type(selected.module)
     rows = selected.rows()
@@ -62,7 +62,7 @@ def test_a_decoder_still_generates_and_trains_on(tmp_path: Path) -> None:
 def test_fp16_rounds_all_weights_and_says_what_that_does_to_outputs(tmp_path: Path, density: float) -> None:
     selected = tiny_selected(density=density)
     lines = write_sparse(selected, tmp_path, values="fp16")
-    found = persistent(load_sparse(tmp_path))
+    found = state_tensors(load_sparse(tmp_path))
     for name, tensor in selected.tensors().items():
         assert found[name].dtype == torch.float32
         assert torch.equal(found[name], tensor.half().float()), name
@@ -82,15 +82,15 @@ def test_fp16_is_refused_where_it_has_no_such_numbers_or_saves_nothing(tmp_path:
     with torch.no_grad():
         selected.module.get_parameter("classifier.bias")[0] = 1e5
     said = refused(write_sparse, selected, tmp_path, values="fp16")
-    assert said == "--values: classifier.bias has a weight of 1e+05, and fp16 ends at 65504: leave it out"
+    assert said == "--values: classifier.bias has a weight of 1e+05, and fp16 ends at 65504: leave out --values fp16"
     selected.module.bfloat16()
-    assert "take two bytes as they are" in refused(write_sparse, selected, tmp_path, values="fp16")
+    assert "already take two bytes each" in refused(write_sparse, selected, tmp_path, values="fp16")
 
 
 def test_bf16_comes_back_as_bf16_and_has_no_csr(tmp_path: Path) -> None:
     selected = tiny_selected(dtype="bfloat16")
     write_sparse(selected, tmp_path)
-    found = persistent(load_sparse(tmp_path))
+    found = state_tensors(load_sparse(tmp_path))
     for name, tensor in selected.tensors().items():
         assert found[name].dtype == tensor.dtype == torch.bfloat16
         assert torch.equal(found[name], tensor), name
@@ -169,7 +169,7 @@ def test_other_shapes_or_another_kind_are_found(folder: Path) -> None:
 
 def test_what_is_no_sparse_checkpoint_is_said(folder: Path) -> None:
     rewritten(folder / SPARSE, {"format": "pt"})
-    assert "is not what this version of raymask writes" in refused(load_sparse, folder)
+    assert "has a format that this version of raymask does not read" in refused(load_sparse, folder)
     (folder / SPARSE).unlink()
     said = f"{folder / SPARSE}: there is no such file; `raymask export RUN --to sparse` writes it"
     assert refused(load_sparse, folder) == said
@@ -179,19 +179,19 @@ def test_what_is_no_sparse_checkpoint_is_said(folder: Path) -> None:
 def test_a_configuration_that_is_another_model_s_is_said(folder: Path, key: str, value: int) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
-    assert f"{folder}: its {SPARSE} is whole, but makes no model: " in refused(load_sparse, folder)
+    assert f"{folder}: {SPARSE} is undamaged, but does not load as a model: " in refused(load_sparse, folder)
 
 
 def test_what_does_not_come_back_the_same_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raymask.export.sparse.decode", lambda code, codes: torch.arange((codes != 255).sum()))
-    assert "is another one when it is loaded again" in refused(write_sparse, tiny_selected(), tmp_path)
+    assert "differs from the original when it is loaded again" in refused(write_sparse, tiny_selected(), tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr("raymask.export.sparse.logits", lambda module, rows: torch.rand(8, 2))
-    assert "outputs of what was loaded again differ by" in refused(write_sparse, tiny_selected(), tmp_path)
+    assert "outputs of the loaded model differ by" in refused(write_sparse, tiny_selected(), tmp_path)
 
 
 def test_a_run_is_exported_and_loaded_without_it(finished: Path, tmp_path: Path) -> None:
-    assert export_run(finished, "sparse", tmp_path / "out")[-1] == f"All of it is in {tmp_path / 'out'}"
+    assert export_run(finished, "sparse", tmp_path / "out")[-1] == f"Everything is in {tmp_path / 'out'}"
     found, selected = raymask.load_sparse(tmp_path / "out"), read_selected(RunDir(finished))
     assert all(torch.equal(tensor, whole(selected.module)[name]) for name, tensor in whole(found).items())
     assert selected.module.config.id2label == found.config.id2label == {0: "negative", 1: "positive"}  # type: ignore[union-attr]

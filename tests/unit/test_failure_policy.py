@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymask.driver.failure_policy import Decision, Failure, FailurePolicy
+from raymask.executor.failure_policy import Decision, Failure, FailurePolicy
 
 
 @given(st.integers(0, 5), st.integers(1, 10))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raymask.core.gaps import decode, decode_bits, decode_gaps, encode, encode_bits, encode_gaps
+from raymask.export.delta import decode, decode_bits, decode_gaps, encode, encode_bits, encode_gaps
 
 SIZE = 1500
 FLAT = st.sets(st.integers(0, SIZE - 1), max_size=40).map(sorted)

@@ -16,8 +16,9 @@ from rich.console import Console
 from support.builders import refused, reviews, tiny_model, write_table
 
 from raymask.core import stats
-from raymask.core.recipe import epochs, resolve
-from raymask.store import DENSE, RunDir, check_run
+from raymask.core.lineage import DENSE
+from raymask.core.recipe import planned_epochs, resolve
+from raymask.runs.run_dir import RunDir, check_run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "jobs" / "glue.py"
 LEVELS = (0.75, 0.9375)
@@ -99,7 +100,7 @@ def test_a_dense_model_that_was_copied_in_part_is_copied_again(
     dense = RunDir(finished)
     with pytest.raises(KeyboardInterrupt):
         glue.searched(Console(quiet=True), dense.read_spec(), str(tmp_path / "run"), None, dense)
-    assert not RunDir(tmp_path / "run").has_work()
+    assert not RunDir(tmp_path / "run").has_progress()
     check_run(RunDir(tmp_path / "run"), dense.read_spec())
 
 
@@ -108,7 +109,7 @@ def test_a_mistake_in_the_spec_is_told_before_anything_runs(
 ) -> None:
     for words, said in (
         ([str(tmp_path / "none.yaml")], "glue: " + str(tmp_path / "none.yaml") + ": there is no such file"),
-        (["--set", "probe.repeats=3"], "glue: probe.repeats: how many epochs they take is not known before"),
+        (["--set", "early_eval.repeats=3"], "glue: early_eval.repeats: how many epochs they take is not known before"),
     ):
         monkeypatch.setattr(sys, "argv", ["glue.py", "--run", str(tmp_path / "run"), *words])
         with pytest.raises(SystemExit) as end:
@@ -120,12 +121,12 @@ def test_a_mistake_in_the_spec_is_told_before_anything_runs(
 
 def test_budgets_are_equal_whatever_the_spec_keeps(glue: ModuleType) -> None:
     plain = {"model": "quickstart", "task": "quickstart", "levels": [0.5, 0.9]}
-    tree = glue.spec_of(plain, {"select": {"keep": 2, "beam": True}, "probe.rungs": [0.5, 1.0]})
+    tree = glue.spec_of(plain, {"select": {"keep": 2, "beam": True}, "early_eval.rungs": [0.5, 1.0]})
     budget, searches = glue.at_equal_budget(tree)
-    spent = {name: epochs(resolve(spec)) for name, spec in searches.items()}
+    spent = {name: planned_epochs(resolve(spec)) for name, spec in searches.items()}
     assert spent["raymask"]["baseline (IMP)"] == pytest.approx(2 * budget)
-    assert spent["votes"]["fine-tuning"] == spent["uniform"]["fine-tuning"] == pytest.approx(2 * budget)
-    assert not searches["votes"].select.beam
+    assert spent["voting"]["fine-tuning"] == spent["random"]["fine-tuning"] == pytest.approx(2 * budget)
+    assert not searches["voting"].select.beam
 
 
 def test_it_runs_and_what_is_done_is_not_done_again(
@@ -134,14 +135,18 @@ def test_it_runs_and_what_is_done_is_not_done_again(
     """By one worker in this process, where the script itself takes Ray's."""
     monkeypatch.setattr(stats, "RESAMPLES", 50)
     monkeypatch.setattr(glue, "search", partial(glue.search, in_process=True))
-    seams = glue.seams
-    monkeypatch.setattr(glue, "seams", lambda job, watch, address, in_process: seams(job, watch, address, True))
+    open_executor = glue.open_executor
+    monkeypatch.setattr(
+        glue,
+        "open_executor",
+        lambda context, callback, address, in_process: open_executor(context, callback, address, True),
+    )
     model = tiny_model(tmp_path / "model", head=False, num_hidden_layers=3)
     for split, count in (("train", 80), ("validation", 40)):
         texts, labels = reviews(count, seed=len(split))
         write_table(tmp_path / "glue" / "sst2" / f"{split}.parquet", {"sentence": texts, "label": labels})
     keys = [f"model={model}", f"task.folder={tmp_path / 'glue'}", f"levels={list(LEVELS)}", "candidates.count=2"]
-    keys += ["dense.epochs=1", "probe.epochs=0.5", "finetune.epochs=1", "distill=false", "workers.gpus=0"]
+    keys += ["dense.epochs=1", "early_eval.epochs=0.5", "finetune.epochs=1", "distill=false", "workers.gpus=0"]
     command = ["glue.py", "--tasks", "glue/sst2", "--seeds", "1", "--run", str(tmp_path / "run")]
     command += [word for key in keys for word in ("--set", key)]
 
@@ -157,12 +162,12 @@ def test_it_runs_and_what_is_done_is_not_done_again(
         (name, level) for name in glue.METHODS[2:] for level in LEVELS
     }
     place = tmp_path / "run" / "sst2-0"
-    ours, single = RunDir(place / "raymask"), RunDir(place / "votes")
-    spent = epochs(resolve(ours.read_spec()))
+    ours, single = RunDir(place / "raymask"), RunDir(place / "voting")
+    spent = planned_epochs(resolve(ours.read_spec()))
     assert spent["baseline (IMP)"] == spent["early evaluation"] + spent["fine-tuning"] == 5.0
-    assert epochs(resolve(single.read_spec()))["fine-tuning"] == 5.0
+    assert planned_epochs(resolve(single.read_spec()))["fine-tuning"] == 5.0
     assert single.read_level(DENSE, 0) == ours.read_level(DENSE, 0)
-    for name in ("votes", "uniform"):
+    for name in ("voting", "random"):
         result = RunDir(place / name).read_result()
         assert result is not None
         assert [level.winner.candidate.index for level in result.levels] == [1, 1]
@@ -172,7 +177,7 @@ def test_it_runs_and_what_is_done_is_not_done_again(
     whole = (tmp_path / "run" / "glue.md").read_text()
     for words in ((), ("--skip", "one uniform mask")):
         again = printed(*words)
-        searches = ("raymask", "votes") if words else ("raymask", "uniform", "votes")
+        searches = ("raymask", "voting") if words else ("raymask", "random", "voting")
         said = re.findall(r"== (.+)\n.*was finished before: nothing is done again\n", again)
         assert said == [str(place / name) for name in searches]
         text = (tmp_path / "run" / "glue.md").read_text()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymask.core.inclusion import NEVER, SETS, at_a_threshold, inclusion
+from raymask.core.masking.inclusion import MAX_TRANSITIONS, NEVER, inclusion_probabilities, threshold_approximation
 
 
 def slow(chances, n):
@@ -37,15 +37,15 @@ def raced(log_p, n, times):
 def test_the_chances_of_few_are_exact(chances, data):
     n = data.draw(st.integers(1, len(chances) - 1))
     log_p = torch.tensor([chances]).log()
-    assert inclusion(log_p, n)[0].tolist() == pytest.approx(slow(chances, n), abs=1e-5)
+    assert inclusion_probabilities(log_p, n)[0].tolist() == pytest.approx(slow(chances, n), abs=1e-5)
 
 
 @pytest.mark.parametrize(("size", "n"), [(8, 4), (16, 2), (16, 8), (64, 16)])
 @pytest.mark.parametrize("exponent", [1.0, 5.0])
 def test_the_chances_are_those_of_many_races(gaussian, size, n, exponent):
     log_p = exponent * gaussian(60, size).abs().log()
-    error = inclusion(log_p, n) - raced(log_p, n, 4000)
-    exact = sum(comb(size, drawn) * (size - drawn) for drawn in range(n)) <= SETS
+    error = inclusion_probabilities(log_p, n) - raced(log_p, n, 4000)
+    exact = sum(comb(size, drawn) * (size - drawn) for drawn in range(n)) <= MAX_TRANSITIONS
     assert float(error.square().mean().sqrt()) < (0.009 if exact else 0.018)  # of the races themselves: 0.008
     assert float(error.abs().max()) < (0.04 if exact else 0.13)
 
@@ -54,14 +54,14 @@ def test_the_chances_are_those_of_many_races(gaussian, size, n, exponent):
 @given(spread=st.sampled_from([0.0, 1.0, 300.0, 1e5]), seed=st.integers(0, 2**32))
 def test_chances_sum_to_the_places_and_follow_the_scores_however_far_these_lie_apart(size, n, spread, seed):
     log_p = spread * torch.randn(20, size, generator=torch.Generator().manual_seed(seed))
-    chances = inclusion(log_p, n)
+    chances = inclusion_probabilities(log_p, n)
     assert bool(((chances >= 0) & (chances <= 1)).all())
     assert chances.sum(1).tolist() == pytest.approx([float(n)] * 20, abs=1e-3)
     ranked = chances.gather(1, log_p.argsort(1, descending=True))
     assert bool((ranked.diff() <= 1e-5).all())
 
 
-@pytest.mark.parametrize("chances", [inclusion, at_a_threshold])
+@pytest.mark.parametrize("chances", [inclusion_probabilities, threshold_approximation])
 def test_what_is_out_leaves_its_places_to_the_others(chances):
     log_p = torch.tensor([[0.0, -1.0, NEVER, NEVER], [0.0, NEVER, NEVER, NEVER], [0.0, 0.0, 0.0, NEVER]])
     found = chances(log_p, 2)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymask.train.kernels import FasterOnCPU, attention, dropout, kernels_for
+from raymask.train.cpu_kernels import CPUKernels, attention, cpu_kernels, dropout
 
 NEVER = 1e-9  # rounds to no dropout at all, but takes the way of one
 
@@ -104,7 +104,7 @@ def test_within_the_block_modules_and_functions_take_the_faster_way_and_elsewher
 
     expected = seeded(lambda: dropout(ones, 0.4))
     torchs = seeded(lambda: module(ones))
-    with FasterOnCPU():
+    with CPUKernels():
         assert torch.equal(seeded(lambda: module(ones)), expected)
         assert torch.equal(seeded(lambda: F.dropout(ones, 0.4, training=True)), expected)
         assert bool((module.eval()(ones) == 1).all())
@@ -114,8 +114,8 @@ def test_within_the_block_modules_and_functions_take_the_faster_way_and_elsewher
 
 
 @pytest.mark.parametrize(
-    ("p", "device", "expected"), [(0.1, "cpu", FasterOnCPU), (0.0, "cpu", nullcontext), (0.1, "cuda", nullcontext)]
+    ("p", "device", "expected"), [(0.1, "cpu", CPUKernels), (0.0, "cpu", nullcontext), (0.1, "cuda", nullcontext)]
 )
 def test_the_block_is_entered_where_it_pays(p, device, expected):
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(p))
-    assert kernels_for(module, torch.device(device)) is expected
+    assert cpu_kernels(module, torch.device(device)) is expected

@@ -16,11 +16,12 @@ from transformers import AutoModelForSequenceClassification
 
 import raymask
 from raymask.config import make_spec
+from raymask.core.lineage import DENSE, SEARCH
 from raymask.core.records import Result
-from raymask.driver.search import prepare
-from raymask.store import DENSE, SEARCH, RunDir
-from raymask.train.loop import predict
-from raymask.train.objectives import OBJECTIVES
+from raymask.driver.setup import prepare
+from raymask.runs.run_dir import RunDir
+from raymask.train.losses import TASK_LOSSES
+from raymask.train.trainer import predict
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +29,21 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of a search of a tiny model."""
     folder = tmp_path_factory.mktemp("large")
     files = {}
-    for split, rows in (("train", 100), ("report", 40)):
+    for split, rows in (("train", 100), ("test", 40)):
         texts, labels = reviews(rows)
         files[split] = str(write_table(folder / f"{split}.csv", {"text": texts, "label": labels}))
     return {
         "model": {"name": str(tiny_model(folder / "model")), "dtype": "bf16"},
         "task": files | {"text": "text", "label": "label"},
         "levels": [0.5, 0.75],
-        "candidates": {"count": 2, "ratios": [0.02]},
+        "candidates": {"count": 2, "sampling_ratios": [0.02]},
         "dense": {"epochs": 1, "batch_size": 16, "learning_rate": 0.02},
-        "probe": {"epochs": 1, "batch_size": 16, "rows": 10, "eval_every": 1, "rungs": [0.5, 1.0]},
+        "early_eval": {"epochs": 1, "batch_size": 16, "max_rows": 10, "eval_steps": 1, "rungs": [0.5, 1.0]},
         "finetune": {"epochs": 1, "batch_size": 16},
         "imp": {"run": False},
         "distill": False,
         "optimizer": {"name": "adafactor"},
-        "checkpointing": True,
+        "gradient_checkpointing": True,
     }
 
 
@@ -62,7 +63,7 @@ def test_every_file_is_in_bf16_and_zero_where_the_mask_prunes(found: tuple[Path,
         assert sum(tensor.numel() for tensor in state.values()) < 0.2 * sum(w.numel() for w in weights.values())
         pruned = [weights[key.partition("/")[2]] for key in state if key.startswith("row_var/bert.encoder")]
         zeros = sum(int((weight == 0).sum()) for weight in pruned)
-        assert zeros >= result.levels[level - 1].total - result.levels[level - 1].kept
+        assert zeros >= result.levels[level - 1].num_prunable - result.levels[level - 1].num_kept
     steps = [float(store.read_tensors(*place, "optimizer.safetensors")["step"]) for place in ((DENSE, 0), (SEARCH, 2))]
     assert 0 < steps[0] < steps[1]
 
@@ -75,8 +76,8 @@ def test_transformers_alone_loads_the_export_in_bf16_and_answers_alike(
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
     module = AutoModelForSequenceClassification.from_pretrained(run / "export").eval()
     assert module.dtype == torch.bfloat16
-    data = prepare(make_spec(spec)).job.data
-    logits = predict(module, data.report, objective=OBJECTIVES[data.kind], padding=data.padding, autocast=nullcontext)
+    data = prepare(make_spec(spec)).context.data
+    logits = predict(module, data.test, objective=TASK_LOSSES[data.kind], padding=data.padding, autocast=nullcontext)
     assert np.array_equal(logits.numpy(), RunDir(run).read_logits(SEARCH, 2))
     assert len(logits.unique()) > 10
 
@@ -93,4 +94,4 @@ def test_a_search_that_was_ended_finds_the_same(
     again = raymask.search(spec, tmp_path / "run", in_process=True)
     assert again.levels[-1].digest == result.levels[-1].digest
     assert again.levels[-1].files == result.levels[-1].files
-    assert again.rows == result.rows
+    assert again.models == result.models

@@ -1,4 +1,4 @@
-"""Are the two seams served by one process, without Ray, and without a trace in the caller?"""
+"""LocalExecutor serves all tasks from one process, without Ray, and without a trace in the caller."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ import torch
 from support.builders import climbed
 
 from raymask.config import make_spec
-from raymask.core.recipe import finetune_stage, resolve
-from raymask.core.records import Candidate, Climb, Evaluation, Settling, Snapshot
-from raymask.driver import local
-from raymask.driver.search import Plan, prepare
-from raymask.report.terminal import Silent
-from raymask.train.worker import MachineFault, Worker
+from raymask.core.recipe import finetune_config, resolve
+from raymask.core.records import Candidate, Evaluation
+from raymask.core.tasks import EvalTask, FinetuneTask, Snapshot
+from raymask.driver.setup import SearchSetup, prepare
+from raymask.executor import local_executor
+from raymask.report.console import NullCallback
+from raymask.train.failures import SystemFailure
+from raymask.train.worker import Worker
 
 SPEC = {
     "model": "quickstart",
     "task": "quickstart",
     "levels": [0.5],
-    "candidates": {"count": 2, "ratios": [0.02]},
-    "probe": {"epochs": 0.1, "batch_size": 32, "eval_every": 5, "last": 2},
+    "candidates": {"count": 2, "sampling_ratios": [0.02]},
+    "early_eval": {"epochs": 0.1, "batch_size": 32, "eval_steps": 5, "score_window": 2},
     "finetune": {"epochs": 0.1, "batch_size": 32},
     "distill": False,
     "precision": "fp32",
@@ -32,18 +34,18 @@ SPEC = {
 
 
 @dataclass
-class Ear(Silent):
-    """A Watch that writes down the progress it is told."""
+class Ear(NullCallback):
+    """A Callback that writes down the progress it is told."""
 
     shares: dict[str, list[float]] = field(default_factory=dict)
 
-    def running(self, shares: Mapping[str, float]) -> None:
+    def on_progress(self, shares: Mapping[str, float]) -> None:
         for name, share in shares.items():
             self.shares.setdefault(name, []).append(share)
 
 
 @pytest.fixture(scope="module")
-def plan() -> Plan:
+def search_setup() -> SearchSetup:
     return prepare(make_spec(SPEC))
 
 
@@ -51,75 +53,83 @@ def result(evaluation: Evaluation) -> Evaluation:
     return evaluation.model_copy(update={"started": 0.0, "seconds": 0.0, "worker": ""})
 
 
-def evaluate_all(plan: Plan, parent: Snapshot, candidates: tuple[Candidate, ...]) -> dict[int, Evaluation]:
-    with local.workers(plan.job, Silent()) as (evaluate, _):
+def evaluate_all(
+    search_setup: SearchSetup, parent: Snapshot, candidates: tuple[Candidate, ...]
+) -> dict[int, Evaluation]:
+    with local_executor.workers(search_setup.context, NullCallback()) as (evaluate, _):
         return {evaluation.candidate.index: result(evaluation) for evaluation in climbed(evaluate, parent, candidates)}
 
 
 def test_every_candidate_is_evaluated_once_and_the_order_does_not_matter(
-    plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]
+    search_setup: SearchSetup, parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
-    forwards = evaluate_all(plan, parent, pool)
+    forwards = evaluate_all(search_setup, parent, pool)
     assert sorted(forwards) == [0, 1, 2]
     assert all(evaluation.ok for evaluation in forwards.values())
-    assert evaluate_all(plan, parent, pool[::-1]) == forwards
-    assert evaluate_all(plan, parent, pool[1:2]) == {1: forwards[1]}
+    assert evaluate_all(search_setup, parent, pool[::-1]) == forwards
+    assert evaluate_all(search_setup, parent, pool[1:2]) == {1: forwards[1]}
     assert forwards[0].distance == 0.0
     assert len({evaluation.digest for evaluation in forwards.values()}) == 3
 
 
-def test_what_was_scored_is_what_is_fine_tuned(plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]) -> None:
-    stage = finetune_stage(resolve(plan.job.spec), 1)
-    found = evaluate_all(plan, parent, pool)
-    work = [(parent, Settling(candidate.name, candidate, stage, found[candidate.index].digest)) for candidate in pool]
+def test_what_was_scored_is_what_is_fine_tuned(
+    search_setup: SearchSetup, parent: Snapshot, pool: tuple[Candidate, ...]
+) -> None:
+    config = finetune_config(resolve(search_setup.context.spec), 1)
+    found = evaluate_all(search_setup, parent, pool)
+    work = [
+        (parent, FinetuneTask(candidate.name, candidate, config, found[candidate.index].digest)) for candidate in pool
+    ]
     before = parent.weights.buffer.copy()
-    with local.workers(plan.job, Silent()) as (_, fine_tune):
+    with local_executor.workers(search_setup.context, NullCallback()) as (_, fine_tune):
         tuned = dict(fine_tune(work))
         again = dict(fine_tune(work[::-1]))
     assert sorted(tuned) == [0, 1, 2]
     for index, checkpoint in tuned.items():
         assert checkpoint.digest == found[index].digest
         assert np.array_equal(checkpoint.weights.buffer, again[2 - index].weights.buffer)
-        assert np.array_equal(checkpoint.logits, again[2 - index].logits)
+        assert np.array_equal(checkpoint.test_outputs, again[2 - index].test_outputs)
     assert np.array_equal(parent.weights.buffer, before)
 
 
 def test_results_arrive_while_others_are_still_to_come(
-    plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]
+    search_setup: SearchSetup, parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
     ear = Ear()
-    with local.workers(plan.job, ear) as (evaluate, _):
+    with local_executor.workers(search_setup.context, ear) as (evaluate, _):
         first = next(iter(climbed(evaluate, parent, pool)))
     assert first.candidate == pool[0]
-    assert set(ear.shares) == {"control"}
+    assert set(ear.shares) == {"magnitude mask"}
 
 
 def test_memory_that_runs_out_is_a_failed_record_and_the_others_go_on(
-    plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...], monkeypatch: pytest.MonkeyPatch
+    search_setup: SearchSetup, parent: Snapshot, pool: tuple[Candidate, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = evaluate_all(plan, parent, pool)
-    probe = Worker.probe
+    expected = evaluate_all(search_setup, parent, pool)
+    original = Worker.evaluate
 
-    def hungry(self: Worker, parent: Snapshot, climb: Climb, paused: Snapshot | None) -> Any:
-        if climb.candidate.index == 1:
-            raise MachineFault("out of memory: no room for 3 tensors")
-        return probe(self, parent, climb, paused)
+    def hungry(self: Worker, parent: Snapshot, eval_task: EvalTask, paused: Snapshot | None) -> Any:
+        if eval_task.candidate.index == 1:
+            raise SystemFailure("out of memory: no room for 3 tensors")
+        return original(self, parent, eval_task, paused)
 
-    monkeypatch.setattr(Worker, "probe", hungry)
-    found = evaluate_all(plan, parent, pool)
+    monkeypatch.setattr(Worker, "evaluate", hungry)
+    found = evaluate_all(search_setup, parent, pool)
     assert found[1].error == "out of memory: no room for 3 tensors"
     assert found[1].score is None
-    assert found[1].machine
+    assert found[1].system_failure
     assert (found[0], found[2]) == (expected[0], expected[2])
 
 
-def test_progress_is_told_and_rises_to_the_end(plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]) -> None:
+def test_progress_is_told_and_rises_to_the_end(
+    search_setup: SearchSetup, parent: Snapshot, pool: tuple[Candidate, ...]
+) -> None:
     ear = Ear()
-    stage = finetune_stage(resolve(plan.job.spec), 1)
-    with local.workers(plan.job, ear) as (evaluate, fine_tune):
+    config = finetune_config(resolve(search_setup.context.spec), 1)
+    with local_executor.workers(search_setup.context, ear) as (evaluate, fine_tune):
         list(climbed(evaluate, parent, pool))
-        list(fine_tune([(parent, Settling("selected (candidate 1)", pool[1], stage, None))]))
-    assert list(ear.shares) == ["control", "candidate 1", "candidate 2", "selected (candidate 1)"]
+        list(fine_tune([(parent, FinetuneTask("raymask (candidate 1)", pool[1], config, None))]))
+    assert list(ear.shares) == ["magnitude mask", "candidate 1", "candidate 2", "raymask (candidate 1)"]
     for told in ear.shares.values():
         assert told == sorted(told)
         assert len(set(told)) > 2
@@ -127,18 +137,18 @@ def test_progress_is_told_and_rises_to_the_end(plan: Plan, parent: Snapshot, poo
 
 
 def test_the_callers_threads_and_random_numbers_are_untouched(
-    plan: Plan, parent: Snapshot, pool: tuple[Candidate, ...]
+    search_setup: SearchSetup, parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
-    stage = finetune_stage(resolve(plan.job.spec), 1)
+    config = finetune_config(resolve(search_setup.context.spec), 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         state, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()
-        with local.workers(plan.job, Silent()) as (evaluate, fine_tune):
+        with local_executor.workers(search_setup.context, NullCallback()) as (evaluate, fine_tune):
             for evaluation in climbed(evaluate, parent, pool):
                 assert "1 threads" in evaluation.worker
                 assert torch.get_num_threads() == 3
-            list(fine_tune([(parent, Settling("control", pool[0], stage, None))]))
+            list(fine_tune([(parent, FinetuneTask("magnitude mask", pool[0], config, None))]))
         assert torch.get_num_threads() == 3
         assert torch.equal(torch.get_rng_state(), state)
         assert np.array_equal(np.random.get_state()[1], legacy)

@@ -13,32 +13,25 @@ from hypothesis import strategies as st
 from support.builders import tiny_config, tiny_corpus, tiny_tokenizer
 from torch import nn
 
-from raymask.core.records import Stage
+from raymask.core.records import TrainConfig
 from raymask.core.spec import Optimizer
-from raymask.core.tensors import load, pack
-from raymask.train import loop
-from raymask.train.data import Rows, tokenize
-from raymask.train.loop import (
-    collate,
-    distillation,
-    endless,
-    make_optimizer,
-    optimizer_state,
-    pace,
-    per_epoch,
-    predict,
-    steps_in,
-    task_loss,
-)
-from raymask.train.model import build, find_prunable, persistent
-from raymask.train.objectives import OBJECTIVES, Counts, counts
+from raymask.core.tensors import copy_into, pack
+from raymask.data.tokenize import tokenize
+from raymask.data.types import TokenizedSplit
+from raymask.train import trainer
+from raymask.train.batches import batch_stream, collate
+from raymask.train.losses import TASK_LOSSES, LossDenominators, loss_denominators
+from raymask.train.model import build_model, state_tensors
+from raymask.train.optim import lr_multiplier, make_optimizer, optimizer_state
+from raymask.train.prunable import find_prunable
+from raymask.train.trainer import distillation, num_steps, predict, steps_per_epoch, task_loss
 
-CLASSIFICATION, REGRESSION, NEXT_TOKEN = OBJECTIVES.values()
-STAGE = Stage(epochs=1, batch_size=16, learning_rate=0.01, schedule="constant", warmup=0.0, distill=False)
+CLASSIFICATION, REGRESSION, NEXT_TOKEN = TASK_LOSSES.values()
+CONFIG = TrainConfig(epochs=1, batch_size=16, learning_rate=0.01, schedule="constant", warmup=0.0, distill=False)
 
 
-def staged(**changes):
-    return STAGE.model_copy(update=changes)
+def config_of(**changes):
+    return CONFIG.model_copy(update=changes)
 
 
 def numbered(lengths):
@@ -46,7 +39,7 @@ def numbered(lengths):
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     numbers = np.arange(len(lengths))
     ids = np.repeat(numbers + 1, lengths).astype(np.int32)
-    return Rows(ids, (ids % 2).astype(np.int8), offsets, numbers)
+    return TokenizedSplit(ids, (ids % 2).astype(np.int8), offsets, numbers)
 
 
 def tiny_module(seed=0, *, dropout=0.1, **changes):
@@ -54,7 +47,7 @@ def tiny_module(seed=0, *, dropout=0.1, **changes):
     config = tiny_config(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build(config, show_attention=True).eval()
+        return build_model(config, show_attention=True).eval()
 
 
 def module_for(kind, seed=0):
@@ -63,7 +56,7 @@ def module_for(kind, seed=0):
         return tiny_module(seed, num_labels=1 if kind == "regression" else 2)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build(tiny_config("llama"), kind=kind, show_attention=True).eval()
+        return build_model(tiny_config("llama"), kind=kind, show_attention=True).eval()
 
 
 def batch_for(kind, rows, chosen):
@@ -80,7 +73,7 @@ def half_masks(module):
     return masks
 
 
-def fit(module, rows, stage=STAGE, *, optimizer=None, **changes):
+def fit(module, rows, config=CONFIG, *, optimizer=None, **changes):
     """Train with settings that change nothing unless they are given."""
     settings = {
         "padding": 0,
@@ -91,11 +84,11 @@ def fit(module, rows, stage=STAGE, *, optimizer=None, **changes):
         "autocast": nullcontext,
         "teacher": None,
         "objective": CLASSIFICATION,
-        "looks": frozenset(),
-        "look": lambda step: None,
-        "tell": lambda share: None,
+        "eval_steps": frozenset(),
+        "on_eval": lambda step: None,
+        "on_progress": lambda share: None,
     }
-    loop.train(module, rows, stage, **settings | changes)
+    trainer.train(module, rows, config, **settings | changes)
 
 
 def predicted(module, rows, objective=CLASSIFICATION, autocast=nullcontext):
@@ -111,11 +104,11 @@ def loss_of(module, batch, objective=CLASSIFICATION, teacher=None, whole=None):
 
 
 def counted(batch):
-    return counts(batch["attention_mask"].sum(1).numpy())
+    return loss_denominators(batch["attention_mask"].sum(1).numpy())
 
 
 def weights_of(module):
-    return {name: tensor.detach().clone() for name, tensor in persistent(module).items()}
+    return {name: tensor.detach().clone() for name, tensor in state_tensors(module).items()}
 
 
 def same(first, second):
@@ -135,7 +128,9 @@ def uneven(data):
     """Four rows of 3, 5, 8 and 6 real words' tokens, as one batch's worth of rows."""
     rng = np.random.default_rng(0)
     rows = numbered([3, 5, 8, 6])
-    return Rows(rng.integers(5, 50, len(rows.ids)).astype(np.int32), rows.types, rows.offsets, np.array([0, 1, 1, 0]))
+    return TokenizedSplit(
+        rng.integers(5, 50, len(rows.ids)).astype(np.int32), rows.types, rows.offsets, np.array([0, 1, 1, 0])
+    )
 
 
 # Batches.
@@ -143,10 +138,10 @@ def uneven(data):
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=80), st.integers(1, 20), st.integers(0, 99))
 def test_every_epoch_covers_every_row_once(lengths, size, seed):
-    rows, stage = numbered(lengths), staged(batch_size=size)
-    batches = endless(rows, size, seed)
+    rows, config = numbered(lengths), config_of(batch_size=size)
+    batches = batch_stream(rows, size, seed)
     for _ in range(3):
-        epoch = [next(batches) for _ in range(per_epoch(stage, len(rows)))]
+        epoch = [next(batches) for _ in range(steps_per_epoch(config, len(rows)))]
         assert np.sort(np.concatenate(epoch)).tolist() == list(range(len(rows)))
         assert all(len(chosen) <= size for chosen in epoch)
 
@@ -155,7 +150,7 @@ def test_the_order_is_the_seed_s_and_new_every_epoch():
     rows = numbered([5] * 40)
 
     def epochs(seed):
-        batches = endless(rows, 8, seed)
+        batches = batch_stream(rows, 8, seed)
         return [np.concatenate([next(batches) for _ in range(5)]).tolist() for _ in range(2)]
 
     assert epochs(1) == epochs(1)
@@ -166,7 +161,7 @@ def test_the_order_is_the_seed_s_and_new_every_epoch():
 
 def test_rows_of_like_length_share_a_batch():
     lengths = np.random.default_rng(0).integers(1, 60, 200)
-    batches = endless(numbered(lengths), 10, seed=0)
+    batches = batch_stream(numbered(lengths), 10, seed=0)
     widths = [lengths[next(batches)].max() for _ in range(20)]
     assert sum(widths) * 10 < 1.1 * lengths.sum()
     assert widths != sorted(widths)
@@ -189,7 +184,7 @@ def test_collate_pads_to_the_longest_and_masks_the_padding(lengths, random, padd
 
 def test_a_model_without_token_types_is_given_none():
     rows = numbered([2, 3])
-    batch = collate(Rows(rows.ids, None, rows.offsets, rows.labels), np.array([0, 1]), 0)
+    batch = collate(TokenizedSplit(rows.ids, None, rows.offsets, rows.labels), np.array([0, 1]), 0)
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
 
 
@@ -209,13 +204,13 @@ def test_a_model_without_token_types_is_given_none():
     ],
 )
 def test_steps_follow_from_epochs_which_may_be_a_fraction(epochs, rows, size, steps):
-    assert steps_in(staged(epochs=epochs, batch_size=size), rows) == steps
+    assert num_steps(config_of(epochs=epochs, batch_size=size), rows) == steps
 
 
 @given(st.floats(0, 1), st.integers(1, 300), st.sampled_from(["linear", "constant"]))
 def test_the_rate_rises_to_its_peak_and_never_leaves_its_bounds(warmup, total, schedule):
-    stage = staged(warmup=warmup, schedule=schedule)
-    paces = [pace(stage, step, total) for step in range(1, total + 1)]
+    config = config_of(warmup=warmup, schedule=schedule)
+    paces = [lr_multiplier(config, step, total) for step in range(1, total + 1)]
     assert all(0 < share <= 1 for share in paces)
     assert max(paces) == 1.0
     top = paces.index(1.0)
@@ -224,22 +219,22 @@ def test_the_rate_rises_to_its_peak_and_never_leaves_its_bounds(warmup, total, s
 
 
 def test_a_linear_rate_warms_up_and_decays_step_by_step():
-    stage = staged(warmup=0.4, schedule="linear")
+    config = config_of(warmup=0.4, schedule="linear")
     expected = [1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
-    assert [pace(stage, step, 10) for step in range(1, 11)] == pytest.approx(expected)
+    assert [lr_multiplier(config, step, 10) for step in range(1, 11)] == pytest.approx(expected)
 
 
 def test_a_constant_rate_stays_at_its_peak():
-    stage = staged(warmup=0.2)
-    assert [pace(stage, step, 10) for step in range(1, 11)] == [0.5] + [1.0] * 9
+    config = config_of(warmup=0.2)
+    assert [lr_multiplier(config, step, 10) for step in range(1, 11)] == [0.5] + [1.0] * 9
 
 
 def test_every_step_is_taken_at_the_schedule_s_rate(data):
-    module, stage = tiny_module(), staged(epochs=2, schedule="linear", warmup=0.3)
+    module, config = tiny_module(), config_of(epochs=2, schedule="linear", warmup=0.3)
     optimizer, rates = make_optimizer(module, Optimizer(), None), []
     look = lambda step: rates.append(optimizer.param_groups[0]["lr"])  # noqa: E731
-    fit(module, data.train, stage, optimizer=optimizer, looks=range(1, 7), look=look)
-    assert rates == pytest.approx([0.01 * pace(stage, step, 6) for step in range(1, 7)])
+    fit(module, data.train, config, optimizer=optimizer, eval_steps=range(1, 7), on_eval=look)
+    assert rates == pytest.approx([0.01 * lr_multiplier(config, step, 6) for step in range(1, 7)])
 
 
 # Training.
@@ -247,14 +242,14 @@ def test_every_step_is_taken_at_the_schedule_s_rate(data):
 
 def test_pruned_entries_are_zero_at_every_step_and_kept_ones_move(data):
     module = tiny_module()
-    masks, live, start = half_masks(module), persistent(module), weights_of(module)
+    masks, live, start = half_masks(module), state_tensors(module), weights_of(module)
     zeros = []
 
     def check(*_):
         zeros.append(all(not live[name][~bits].any() for name, bits in masks.items()))
 
     module.register_forward_pre_hook(check)
-    fit(module, data.train, staged(epochs=2), mask=masks, looks=range(1, 7), look=check)
+    fit(module, data.train, config_of(epochs=2), mask=masks, eval_steps=range(1, 7), on_eval=check)
     assert zeros == [True] * 12  # before each of six forward passes, the first included, and after each step
     for name, bits in masks.items():
         assert (live[name] != start[name])[bits].float().mean() > 0.9
@@ -267,7 +262,7 @@ def test_a_mask_holds_against_the_momentum_of_the_dense_weights(data, name):
     fit(module, data.train, optimizer=optimizer)
     masks = half_masks(module)
     fit(module, data.train, optimizer=optimizer, mask=masks)
-    assert all(not persistent(module)[name][~bits].any() for name, bits in masks.items())
+    assert all(not state_tensors(module)[name][~bits].any() for name, bits in masks.items())
 
 
 def test_training_is_a_function_of_its_seed(data):
@@ -281,27 +276,27 @@ def test_training_is_a_function_of_its_seed(data):
     assert not same(found[0], found[2])
 
 
-def test_dropout_is_on_while_training_and_off_while_looking(data):
+def test_dropout_is_on_while_training_and_off_while_evaluating(data):
     module, modes = tiny_module(), []
     module.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    fit(module, data.train, looks={2}, look=lambda step: modes.append(("look", step, module.training)))
+    fit(module, data.train, eval_steps={2}, on_eval=lambda step: modes.append(("look", step, module.training)))
     assert modes == [True, True, ("look", 2, False), True]
     assert not module.training
 
 
-def test_looking_changes_nothing(data):
+def test_evaluating_changes_nothing(data):
     found = []
     for looks in ((), (1, 2, 3)):
         module = tiny_module()
-        look = partial(lambda module, _: predicted(module, data.select), module)
-        fit(module, data.train, looks=looks, look=look)
+        look = partial(lambda module, _: predicted(module, data.validation), module)
+        fit(module, data.train, eval_steps=looks, on_eval=look)
         found.append(weights_of(module))
     assert same(*found)
 
 
 def test_the_share_done_is_told_after_every_step(data):
     shares = []
-    fit(tiny_module(), data.train, tell=shares.append)
+    fit(tiny_module(), data.train, on_progress=shares.append)
     assert shares == pytest.approx([1 / 3, 2 / 3, 1.0])
 
 
@@ -311,7 +306,7 @@ def test_gradients_are_clipped_to_their_norm(data):
         module = tiny_module()
         start = weights_of(module)
         optimizer = torch.optim.SGD(module.parameters())
-        fit(module, data.train, staged(epochs=0.1), optimizer=optimizer, max_grad_norm=norm)
+        fit(module, data.train, config_of(epochs=0.1), optimizer=optimizer, max_grad_norm=norm)
         moved.append(sum(float((tensor - start[name]).square().sum()) for name, tensor in weights_of(module).items()))
     assert moved[0] <= (1.01 * 0.01 * 1e-9) ** 2 < moved[1] <= (1.01 * 0.01) ** 2
 
@@ -320,9 +315,9 @@ def test_gradients_are_clipped_to_their_norm(data):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_learns_the_task(data, name, dtype):
     module = tiny_module(dropout=0.0, dtype=dtype)
-    before = loss_of(module, collate(data.select, np.arange(16), 0)).item()
-    fit(module, data.train, staged(epochs=20), optimizer=make_optimizer(module, Optimizer(name=name), None))
-    assert loss_of(module, collate(data.select, np.arange(16), 0)).item() < before / 2
+    before = loss_of(module, collate(data.validation, np.arange(16), 0)).item()
+    fit(module, data.train, config_of(epochs=20), optimizer=make_optimizer(module, Optimizer(name=name), None))
+    assert loss_of(module, collate(data.validation, np.arange(16), 0)).item() < before / 2
 
 
 # The optimizer's state.
@@ -331,22 +326,22 @@ def test_training_learns_the_task(data, name, dtype):
 @OPTIMIZERS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_restored_optimizer_continues_bitwise(data, name, dtype):
-    module, stage, settings = tiny_module(dtype=dtype), staged(epochs=0.7), Optimizer(name=name, weight_decay=0.01)
+    module, config, settings = tiny_module(dtype=dtype), config_of(epochs=0.7), Optimizer(name=name, weight_decay=0.01)
     optimizer = make_optimizer(module, settings, None)
-    fit(module, data.train, stage, optimizer=optimizer, seed=1)
-    weights, state = pack(persistent(module)), pack(optimizer_state(module, optimizer))
+    fit(module, data.train, config, optimizer=optimizer, seed=1)
+    weights, state = pack(state_tensors(module)), pack(optimizer_state(module, optimizer))
     assert float(state.views()["step"]) == 2
-    fit(module, data.train, stage, optimizer=optimizer, seed=2)
+    fit(module, data.train, config, optimizer=optimizer, seed=2)
 
     restored = tiny_module(seed=9, dtype=dtype)
-    load(weights, persistent(restored))
+    copy_into(weights, state_tensors(restored))
     again = make_optimizer(restored, settings, state.views())
-    fit(restored, data.train, stage, optimizer=again, seed=2)
+    fit(restored, data.train, config, optimizer=again, seed=2)
     assert same(weights_of(restored), weights_of(module))
     assert same(optimizer_state(restored, again), optimizer_state(module, optimizer))
 
-    load(weights, persistent(restored))
-    fit(restored, data.train, stage, seed=2, optimizer=make_optimizer(restored, settings, None))
+    copy_into(weights, state_tensors(restored))
+    fit(restored, data.train, config, seed=2, optimizer=make_optimizer(restored, settings, None))
     assert not same(weights_of(restored), weights_of(module))  # a fresh optimizer would not have done
 
 
@@ -443,15 +438,17 @@ def test_row_losses_of_a_regression_are_squared_errors():
 @pytest.mark.parametrize("kind", ["classification", "regression"])
 def test_the_task_loss_is_the_mean_over_rows(uneven, kind):
     module = module_for(kind)
-    each = [loss_of(module, collate(uneven, np.array([row]), 0), OBJECTIVES[kind]).item() for row in range(4)]
-    assert loss_of(module, collate(uneven, np.arange(4), 0), OBJECTIVES[kind]).item() == pytest.approx(np.mean(each))
+    each = [loss_of(module, collate(uneven, np.array([row]), 0), TASK_LOSSES[kind]).item() for row in range(4)]
+    assert loss_of(module, collate(uneven, np.arange(4), 0), TASK_LOSSES[kind]).item() == pytest.approx(np.mean(each))
 
 
 def test_counts_are_of_what_is_no_padding(uneven):
-    assert counts(uneven.lengths) == Counts(rows=4, tokens=22, pairs=9 + 25 + 64 + 36, predicted=18)
+    assert loss_denominators(uneven.lengths) == LossDenominators(
+        rows=4, tokens=22, pairs=9 + 25 + 64 + 36, predicted=18
+    )
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("kind", TASK_LOSSES)
 @pytest.mark.parametrize("distilled", [False, True])
 def test_the_losses_of_a_batch_s_parts_add_up_to_its_own(uneven, distilled, kind):
     module, teacher = (module_for(kind, seed) for seed in (0, 1))
@@ -461,7 +458,7 @@ def test_the_losses_of_a_batch_s_parts_add_up_to_its_own(uneven, distilled, kind
         module.zero_grad()
         batches = [batch_for(kind, uneven, part) for part in parts]
         loss = sum(
-            loss_of(module, batch, OBJECTIVES[kind], teacher if distilled else None, counted(whole))
+            loss_of(module, batch, TASK_LOSSES[kind], teacher if distilled else None, counted(whole))
             for batch in batches
         )
         loss.backward()
@@ -503,9 +500,11 @@ def test_a_language_model_answers_with_a_row_s_cost_and_its_tokens(uneven, monke
     torch.testing.assert_close(NEXT_TOKEN.losses(whole, None), expected[:, 0] / expected[:, 1], rtol=1e-5, atol=1e-5)
     sizes = []
     module.register_forward_pre_hook(lambda *given: sizes.append(len(given[2]["input_ids"])), with_kwargs=True)
-    monkeypatch.setattr(loop, "OUTPUTS", 3 * 8 * 4 * module.config.vocab_size)  # room for three rows of 8 tokens
+    monkeypatch.setattr(
+        trainer, "MAX_LOGIT_BYTES", 3 * 8 * 4 * module.config.vocab_size
+    )  # room for three rows of 8 tokens
     torch.testing.assert_close(predicted(module, rows, NEXT_TOKEN), expected, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(loop, "OUTPUTS", 1)
+    monkeypatch.setattr(trainer, "MAX_LOGIT_BYTES", 1)
     predicted(module, rows, NEXT_TOKEN)
     assert sizes == [3, 1, 1, 1, 1, 1]
 
@@ -518,14 +517,14 @@ def widened(batch, by):
     }
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("kind", TASK_LOSSES)
 @pytest.mark.parametrize("distilled", [False, True])
 def test_padding_changes_neither_loss_nor_gradient(uneven, distilled, kind):
     module, teacher = (module_for(kind, seed) for seed in (0, 1))
     batch = batch_for(kind, uneven, range(4))
     found = []
     for inputs in (batch, widened(batch, 7)):
-        loss = loss_of(module, inputs, OBJECTIVES[kind], teacher if distilled else None)
+        loss = loss_of(module, inputs, TASK_LOSSES[kind], teacher if distilled else None)
         loss.backward()
         found.append((loss.item(), {name: parameter.grad.clone() for name, parameter in module.named_parameters()}))
         module.zero_grad()
@@ -599,9 +598,9 @@ def test_the_teacher_gets_no_gradient(uneven):
 
 def test_distilling_draws_a_student_near_its_teacher(data):
     module, teacher = tiny_module(0, dropout=0.0), tiny_module(1)
-    batch = collate(data.select, np.arange(16), 0)
+    batch = collate(data.validation, np.arange(16), 0)
     before = loss_of(module, batch, teacher=teacher).item()
-    fit(module, data.train, staged(epochs=8), teacher=teacher)
+    fit(module, data.train, config_of(epochs=8), teacher=teacher)
     assert loss_of(module, batch, teacher=teacher).item() < before / 2
 
 
@@ -609,7 +608,7 @@ def test_distilling_draws_a_student_near_its_teacher(data):
 
 
 def test_predictions_are_in_the_order_of_the_rows(monkeypatch):
-    monkeypatch.setattr(loop, "EVAL_BATCH", 4)
+    monkeypatch.setattr(trainer, "MAX_EVAL_ROWS", 4)
     lengths = np.random.default_rng(0).integers(1, 20, 30)
     rows, module = numbered(lengths), tiny_module()
     found = predicted(module, rows)

@@ -6,15 +6,25 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.contests import unstructured
 
-from raymask.core.allocations import ALLOCATIONS
-from raymask.core.masks import apply, digest, distance, draw, kept, matching, pack_bits, quotas, unpack_bits
-from raymask.core.patterns import named
+from raymask.core.masking.allocations import ALLOCATIONS
+from raymask.core.masking.masks import (
+    apply,
+    digest,
+    distance,
+    draw_mask,
+    match_names,
+    max_kept,
+    num_kept_bits,
+    pack_bits,
+    unpack_bits,
+)
+from raymask.core.masking.patterns import parse_pattern
+from raymask.core.masking.samplers import voting
+from raymask.core.masking.scorers import SCORERS, Calibration
 from raymask.core.records import Candidate, Noise
-from raymask.core.samplers import votes
-from raymask.core.scorers import SCORERS, Calibration
 
-CONTROL = Candidate(level=1, index=0, seed=5, density=0.25)
-RANDOM = Candidate(level=1, index=1, seed=5, density=0.25, noise=Noise(exponent=5.0, ratio=1e-3))
+MAGNITUDE = Candidate(level=1, index=0, seed=5, density=0.25)
+RANDOM = Candidate(level=1, index=1, seed=5, density=0.25, noise=Noise(exponent=5.0, sampling_ratio=1e-3))
 
 
 @st.composite
@@ -62,11 +72,11 @@ def test_a_packed_mask_takes_one_bit_an_entry_in_whole_bytes(mask):
 @given(masks, st.integers(0, 99))
 def test_packed_masks_are_counted_and_compared_as_they_are(mask, seed):
     rng = torch.Generator().manual_seed(seed)
-    control = {name: torch.rand(tensor.shape, generator=rng) < 0.5 for name, tensor in mask.items()}
+    magnitude = {name: torch.rand(tensor.shape, generator=rng) < 0.5 for name, tensor in mask.items()}
     keeps = sum(int(tensor.sum()) for tensor in mask.values())
-    strays = sum(int((tensor & ~control[name]).sum()) for name, tensor in mask.items())
-    assert kept(pack_bits(mask)) == keeps
-    assert astray(mask, control) == strays / max(keeps, 1)
+    strays = sum(int((tensor & ~magnitude[name]).sum()) for name, tensor in mask.items())
+    assert num_kept_bits(pack_bits(mask)) == keeps
+    assert astray(mask, magnitude) == strays / max(keeps, 1)
 
 
 def test_bits_are_packed_row_by_row_from_the_most_significant():
@@ -76,11 +86,11 @@ def test_bits_are_packed_row_by_row_from_the_most_significant():
 
 
 def test_a_read_only_buffer_can_be_unpacked_and_its_masks_written(weights):
-    packed = pack_bits(draw(weights, CONTROL))
+    packed = pack_bits(draw_mask(weights, MAGNITUDE))
     packed.buffer.setflags(write=False)
     mask = unpack_bits(packed)
     mask["q.weight"].fill_(False)
-    assert same(unpack_bits(packed), draw(weights, CONTROL))
+    assert same(unpack_bits(packed), draw_mask(weights, MAGNITUDE))
 
 
 @given(full_masks, st.data())
@@ -123,27 +133,27 @@ def test_the_digest_stays_the_same_from_version_to_version():
     assert fingerprint(mask) == "e77fb305d0035cd2741b7be012b0f558"
 
 
-def test_the_control_is_the_magnitude_mask(weights):
-    mask = draw(weights, CONTROL)
+def test_the_deterministic_mask_is_the_magnitude_mask(weights):
+    mask = draw_mask(weights, MAGNITUDE)
     assert list(mask) == list(weights)
     assert same(mask, {name: unstructured(weight.abs(), 0.25) for name, weight in weights.items()})
 
 
 @pytest.mark.parametrize(
-    "noise", [None, RANDOM.noise, Noise(exponent=5.0, ratio=1e-7)], ids=["control", "votes", "race"]
+    "noise", [None, RANDOM.noise, Noise(exponent=5.0, sampling_ratio=1e-7)], ids=["magnitude mask", "voting", "race"]
 )
 def test_every_matrix_keeps_its_exact_share(weights, noise):
-    mask = draw(weights, RANDOM.model_copy(update={"noise": noise}))
+    mask = draw_mask(weights, RANDOM.model_copy(update={"noise": noise}))
     assert {name: int(tensor.sum()) for name, tensor in mask.items()} == {
         name: weight.numel() // 4 for name, weight in weights.items()
     }
-    assert kept(pack_bits(mask)) == sum(weight.numel() for weight in weights.values()) // 4
+    assert num_kept_bits(pack_bits(mask)) == sum(weight.numel() for weight in weights.values()) // 4
 
 
 def test_the_same_candidate_gives_the_same_mask_and_another_seed_another(weights):
     other = RANDOM.model_copy(update={"seed": 6})
-    assert same(draw(weights, RANDOM), draw(weights, RANDOM))
-    assert not same(draw(weights, RANDOM), draw(weights, other))
+    assert same(draw_mask(weights, RANDOM), draw_mask(weights, RANDOM))
+    assert not same(draw_mask(weights, RANDOM), draw_mask(weights, other))
 
 
 def test_of_each_matrix_only_what_is_taken_stays(weights):
@@ -153,17 +163,17 @@ def test_of_each_matrix_only_what_is_taken_stays(weights):
         seen[name] = mask
         return mask[:1]
 
-    taken = draw(weights, RANDOM, take=first_row)
-    assert same(seen, draw(weights, RANDOM))
+    taken = draw_mask(weights, RANDOM, transform=first_row)
+    assert same(seen, draw_mask(weights, RANDOM))
     assert same(taken, {name: mask[:1] for name, mask in seen.items()})
 
 
 def test_a_mask_depends_on_the_seed_and_not_on_level_or_index(weights):
-    assert same(draw(weights, RANDOM), draw(weights, RANDOM.model_copy(update={"level": 2, "index": 7})))
+    assert same(draw_mask(weights, RANDOM), draw_mask(weights, RANDOM.model_copy(update={"level": 2, "index": 7})))
 
 
 def test_equal_matrices_of_other_names_have_independent_masks(weights):
-    mask = draw(weights, RANDOM)
+    mask = draw_mask(weights, RANDOM)
     assert torch.equal(weights["q.weight"], weights["k.weight"])
     assert not torch.equal(mask["q.weight"], mask["k.weight"])
 
@@ -172,8 +182,8 @@ def test_equal_matrices_of_other_names_have_independent_masks(weights):
 @given(st.permutations(["q.weight", "k.weight", "up.weight"]), st.integers(1, 3))
 def test_neither_the_order_nor_the_other_matrices_matter(weights, names, count):
     some = {name: weights[name] for name in names[:count]}
-    mask = draw(weights, RANDOM)
-    assert same(draw(some, RANDOM), {name: mask[name] for name in some})
+    mask = draw_mask(weights, RANDOM)
+    assert same(draw_mask(some, RANDOM), {name: mask[name] for name in some})
 
 
 def test_what_is_prepared_once_serves_every_candidate(weights):
@@ -181,43 +191,43 @@ def test_what_is_prepared_once_serves_every_candidate(weights):
 
     def counting(*arguments):
         calls.append(arguments)
-        return votes(*arguments)
+        return voting(*arguments)
 
     for seed in (1, 2, 3):
         candidate = RANDOM.model_copy(update={"seed": seed})
-        mask = draw(weights, candidate, sampler=counting, prepared=prepared)
-        assert same(mask, draw(weights, candidate))
+        mask = draw_mask(weights, candidate, sampler=counting, sampler_cache=prepared)
+        assert same(mask, draw_mask(weights, candidate))
     assert len(calls) == len(weights)
 
 
 def test_other_noise_and_another_density_are_prepared_anew(weights):
     prepared = {}
-    for update in ({}, {"density": 0.1}, {"noise": Noise(exponent=2.0, ratio=1e-3)}, {"noise": None}):
+    for update in ({}, {"density": 0.1}, {"noise": Noise(exponent=2.0, sampling_ratio=1e-3)}, {"noise": None}):
         candidate = RANDOM.model_copy(update=update)
-        assert same(draw(weights, candidate, prepared=prepared), draw(weights, candidate))
+        assert same(draw_mask(weights, candidate, sampler_cache=prepared), draw_mask(weights, candidate))
 
 
-@pytest.mark.parametrize("candidate", [CONTROL, RANDOM], ids=["control", "random"])
+@pytest.mark.parametrize("candidate", [MAGNITUDE, RANDOM], ids=["magnitude mask", "random"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_gives_the_mask_of_the_same_values_in_full(weights, dtype, candidate):
     halves = {name: weight.to(dtype) for name, weight in weights.items()}
     full = {name: weight.float() for name, weight in halves.items()}
-    assert same(draw(halves, candidate), draw(full, candidate))
+    assert same(draw_mask(halves, candidate), draw_mask(full, candidate))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("candidate", [CONTROL, RANDOM], ids=["control", "random"])
+@pytest.mark.parametrize("candidate", [MAGNITUDE, RANDOM], ids=["magnitude mask", "random"])
 def test_a_weight_that_is_not_finite_is_refused_by_name(value, dtype, candidate):
     sick = torch.ones(4, 4, dtype=dtype)
     sick[2, 1] = value
     with pytest.raises(ValueError, match=r"^b holds values that are not finite: it cannot be pruned$"):
-        draw({"a": torch.ones(4, 4), "b": sick}, candidate)
+        draw_mask({"a": torch.ones(4, 4), "b": sick}, candidate)
 
 
-@pytest.mark.parametrize("candidate", [CONTROL, RANDOM], ids=["control", "random"])
+@pytest.mark.parametrize("candidate", [MAGNITUDE, RANDOM], ids=["magnitude mask", "random"])
 def test_empty_and_one_dimensional_weights_have_masks_too(gaussian, candidate):
-    mask = draw({"empty": torch.zeros(0, 4), "vector": gaussian(40), "zeros": torch.zeros(3, 3)}, candidate)
+    mask = draw_mask({"empty": torch.zeros(0, 4), "vector": gaussian(40), "zeros": torch.zeros(3, 3)}, candidate)
     assert mask["empty"].shape == (0, 4)
     assert mask["vector"].sum() == 10
     assert not mask["zeros"].any()
@@ -227,19 +237,19 @@ def test_empty_and_one_dimensional_weights_have_masks_too(gaussian, candidate):
 @given(st.integers(0, 2**63 - 1), st.sampled_from([1e-7, 1e-3, 0.1]))
 def test_levels_nest_whatever_the_noise(weights, seed, ratio):
     pruned = {name: weight.clone() for name, weight in weights.items()}
-    parent = draw(pruned, RANDOM.model_copy(update={"seed": seed}))
+    parent = draw_mask(pruned, RANDOM.model_copy(update={"seed": seed}))
     apply(pruned, parent)
-    noise = Noise(exponent=1.0, ratio=ratio)
-    child = draw(pruned, Candidate(level=2, index=1, seed=seed, density=0.2, noise=noise))
+    noise = Noise(exponent=1.0, sampling_ratio=ratio)
+    child = draw_mask(pruned, Candidate(level=2, index=1, seed=seed, density=0.2, noise=noise))
     assert all(not (child[name] & ~parent[name]).any() for name in child)
-    assert kept(pack_bits(child)) == sum(int(weight.numel() * 0.2) for weight in weights.values())
+    assert num_kept_bits(pack_bits(child)) == sum(int(weight.numel() * 0.2) for weight in weights.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_applying_zeroes_the_pruned_and_leaves_the_rest_to_the_bit(gaussian, dtype):
     tensors = {"w": torch.nn.Parameter(gaussian(8, 8).to(dtype)), "bias": gaussian(8)}
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    mask = draw({"w": tensors["w"]}, CONTROL)
+    mask = draw_mask({"w": tensors["w"]}, MAGNITUDE)
     address = tensors["w"].data_ptr()
     apply(tensors, mask)
     assert torch.equal(tensors["w"][mask["w"]], before["w"][mask["w"]])
@@ -254,8 +264,8 @@ def test_applying_a_mask_to_tensors_without_its_matrix_is_refused():
         apply({"w": torch.ones(1)}, {"missing": torch.ones(1, dtype=torch.bool)})
 
 
-def astray(mask, control):
-    return distance(pack_bits(mask), pack_bits(control))
+def astray(mask, magnitude):
+    return distance(pack_bits(mask), pack_bits(magnitude))
 
 
 @given(masks)
@@ -263,25 +273,25 @@ def test_a_mask_is_no_distance_from_itself(mask):
     assert astray(mask, mask) == 0.0
 
 
-def test_the_distance_is_the_share_of_kept_entries_that_the_control_prunes():
+def test_the_distance_is_the_share_of_kept_entries_that_the_magnitude_mask_prunes():
     mask = {"a": torch.tensor([True, True, False, False]), "b": torch.tensor([True, True])}
-    control = {"a": torch.tensor([True, False, True, False]), "b": torch.tensor([True, True])}
-    assert astray(mask, control) == 1 / 4
+    magnitude = {"a": torch.tensor([True, False, True, False]), "b": torch.tensor([True, True])}
+    assert astray(mask, magnitude) == 1 / 4
     assert astray({"a": ~mask["b"]}, {"a": mask["b"]}) == 0.0  # nothing kept, nothing astray
 
 
 @given(full_masks)
 def test_the_distance_from_a_mask_that_keeps_nothing_is_one(mask):
-    assume(kept(pack_bits(mask)))
+    assume(num_kept_bits(pack_bits(mask)))
     assert astray(mask, {name: torch.zeros_like(tensor) for name, tensor in mask.items()}) == 1.0
 
 
 def test_names_match_any_of_the_shell_style_patterns():
     names = ["layer.0.q.weight", "layer.1.q.weight", "layer.1.Q.weight", "pooler.weight"]
-    assert matching(names, ["layer.*.q.weight", "pool??.weight"]) == {names[0], names[1], names[3]}
-    assert matching(names, ["layer.[12].*"]) == {names[1], names[2]}
-    assert matching(names, []) == set()
-    assert matching(iter(names), iter(["*"])) == set(names)
+    assert match_names(names, ["layer.*.q.weight", "pool??.weight"]) == {names[0], names[1], names[3]}
+    assert match_names(names, ["layer.[12].*"]) == {names[1], names[2]}
+    assert match_names(names, []) == set()
+    assert match_names(iter(names), iter(["*"])) == set(names)
 
 
 # Where sparsity goes.
@@ -293,12 +303,12 @@ WHERE = [
     if ":" not in pattern or allocation == "uniform"
 ]
 every_where = pytest.mark.parametrize(("pattern", "allocation"), WHERE)
-NOISES = [None, Noise(exponent=5.0, ratio=1e-7), Noise(exponent=1.0, ratio=1e-3)]
+NOISES = [None, Noise(exponent=5.0, sampling_ratio=1e-7), Noise(exponent=1.0, sampling_ratio=1e-3)]
 
 
 def drawn(weights, pattern, allocation, noise=RANDOM.noise, density=0.25, seed=5):
     candidate = RANDOM.model_copy(update={"noise": noise, "density": density, "seed": seed})
-    return draw(weights, candidate, pattern=named(pattern), allocation=ALLOCATIONS[allocation])
+    return draw_mask(weights, candidate, pattern=parse_pattern(pattern), allocation=ALLOCATIONS[allocation])
 
 
 def counts(mask, names):
@@ -306,16 +316,16 @@ def counts(mask, names):
 
 
 @every_where
-@pytest.mark.parametrize("noise", NOISES, ids=["control", "race", "votes"])
+@pytest.mark.parametrize("noise", NOISES, ids=["magnitude mask", "race", "voting"])
 def test_every_budget_is_spent_to_the_weight(weights, pattern, allocation, noise):
     mask = drawn(weights, pattern, allocation, noise)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    expected = quotas(shapes, 0.25, ALLOCATIONS[allocation], named(pattern))
+    expected = max_kept(shapes, 0.25, ALLOCATIONS[allocation], parse_pattern(pattern))
     assert list(mask) == list(weights)
     assert {names: counts(mask, names) for names in expected} == expected
     entries = sum(weight.numel() for weight in weights.values())
     block = 16 if "x" in pattern else 1
-    assert entries / 4 - block * len(expected) < kept(pack_bits(mask)) <= entries / 4
+    assert entries / 4 - block * len(expected) < num_kept_bits(pack_bits(mask)) <= entries / 4
 
 
 @every_where
@@ -328,9 +338,9 @@ def test_levels_nest_wherever_sparsity_goes(gaussian, pattern, allocation, seed,
     for density in (0.5, 0.25, 0.0625) if pattern != "n:4" else (0.75, 0.5, 0.25):
         mask = drawn(weights, pattern, allocation, noise, density, seed)
         assert all(not (mask[name] & ~parent[name]).any() for name in mask)
-        assert 1536 * density - 32 <= kept(pack_bits(mask)) < before
+        assert 1536 * density - 32 <= num_kept_bits(pack_bits(mask)) < before
         apply(weights, mask)
-        parent, before = mask, kept(pack_bits(mask))
+        parent, before = mask, num_kept_bits(pack_bits(mask))
 
 
 @every_where
@@ -355,9 +365,9 @@ def test_in_one_contest_large_weights_take_the_places_of_small_ones(gaussian):
 
 
 def test_ratios_mean_the_same_noise_for_one_matrix_as_for_many(gaussian):
-    """One contest over four matrices has as many votes as each had alone, so it strays about as far."""
+    """One group over four matrices has as many votes as each had alone, so it strays about as far."""
     many = {name: gaussian(128, 128, seed=seed) for seed, name in enumerate("abcd")}
-    noise = Noise(exponent=5.0, ratio=2e-3)
+    noise = Noise(exponent=5.0, sampling_ratio=2e-3)
     strays = {
         allocation: astray(
             drawn(many, "unstructured", allocation, noise), drawn(many, "unstructured", allocation, None)
@@ -375,7 +385,7 @@ def test_calibration_reaches_its_matrix_by_name():
         "a": Calibration(torch.tensor([1.0, 2.0, 3.0, 4.0]), gradient),
         "b": Calibration(torch.tensor([4.0, 3.0, 2.0, 1.0]), gradient),
     }
-    mask = draw(weights, CONTROL.model_copy(update={"density": 0.5}), scorer=SCORERS["wanda"], calibration=seen)
+    mask = draw_mask(weights, MAGNITUDE.model_copy(update={"density": 0.5}), scorer=SCORERS["wanda"], calibration=seen)
     assert mask["a"].int().tolist() == [[0, 0, 1, 1]] * 2
     assert mask["b"].int().tolist() == [[1, 1, 0, 0]] * 2
 
@@ -385,4 +395,4 @@ def test_a_calibration_that_is_not_finite_is_told_from_a_weight_that_is_not():
     with pytest.raises(
         ValueError, match=r"^the calibration of a holds values that are not finite: it cannot be pruned$"
     ):
-        draw({"a": torch.ones(4, 4)}, CONTROL, scorer=SCORERS["saliency"], calibration=seen)
+        draw_mask({"a": torch.ones(4, 4)}, MAGNITUDE, scorer=SCORERS["saliency"], calibration=seen)

@@ -8,31 +8,19 @@ from itertools import product
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.builders import DECODERS, FAMILIES, SIZE, refused, tiny_config, tiny_job, tiny_model
+from support.builders import DECODERS, FAMILIES, SIZE, refused, tiny_config, tiny_context, tiny_model
 from transformers import AutoConfig, ViTConfig, WhisperConfig
 from transformers.pytorch_utils import Conv1D
 
 import raymask
-from raymask.core.allocations import ALLOCATIONS
-from raymask.core.scorers import SCORERS
+from raymask.core.masking.allocations import ALLOCATIONS
+from raymask.core.masking.scorers import SCORERS
 from raymask.core.spec import QUICKSTART, Model
+from raymask.data.hf_config import class_names, max_seq_length
 from raymask.train.calibration import calibrate
-from raymask.train.model import (
-    Sizes,
-    block_parameters,
-    build,
-    class_names,
-    count_sizes,
-    describe,
-    find_prunable,
-    load_weights,
-    matrices,
-    persistent,
-    positions,
-    read_config,
-    turned,
-)
-from raymask.train.objectives import OBJECTIVES
+from raymask.train.losses import TASK_LOSSES
+from raymask.train.model import build_model, inspect_model, load_weights, read_config, state_tensors
+from raymask.train.prunable import Sizes, block_parameters, count_sizes, find_prunable, matrices, transposed_weights
 
 BERT_LIKE = (
     "attention.self.query",
@@ -67,20 +55,20 @@ CLASSES = ("bad", "good")
 
 @pytest.fixture(scope="module")
 def bert():
-    return build(tiny_config())
+    return build_model(tiny_config())
 
 
 def loaded(folder, *, seed=0, fine_tuned=False, classes=CLASSES, **keys):
     """The weights of a saved model by name, as a search gets them."""
     model = Model(name=str(folder), **keys)
-    source = describe(model, *read_config(model), classes)
+    source = inspect_model(model, *read_config(model), classes)
     return load_weights(model, source.config, seed, fine_tuned).views()
 
 
 def decoded(folder, *, fine_tuned=False):
     """The same of a saved decoder."""
     model = Model(name=str(folder))
-    source = describe(model, *read_config(model), (), "causal-lm")
+    source = inspect_model(model, *read_config(model), (), "causal-lm")
     return load_weights(model, source.config, 0, fine_tuned, source.kind).views()
 
 
@@ -99,7 +87,7 @@ def test_the_linear_weights_inside_the_blocks_are_pruned_and_nothing_else(family
     prefix, parts = BLOCKS[family]
     layers = 1 if family == "albert" else 2  # ALBERT shares one block among its layers
     expected = [f"{prefix.format(layer)}.{part}.weight" for layer in range(layers) for part in parts]
-    assert list(find_prunable(build(tiny_config(family)))) == expected
+    assert list(find_prunable(build_model(tiny_config(family)))) == expected
 
 
 def test_a_family_of_many_blocks_is_found_whatever_it_is_called():
@@ -151,7 +139,7 @@ def test_patterns_keep_the_model_s_order(bert):
     ],
 )
 def test_a_decoder_s_matrices_inside_the_blocks_are_pruned_and_not_its_head(family, prefix, parts):
-    module = build(tiny_config(family), kind="causal-lm")
+    module = build_model(tiny_config(family), kind="causal-lm")
     assert find_prunable(module) == tuple(f"{prefix.format(layer)}.{part}.weight" for layer in (0, 1) for part in parts)
     tied = module.lm_head.weight is module.get_input_embeddings().weight
     assert tied == (family == "gpt2")
@@ -173,21 +161,21 @@ def untwisted(module):
 def twins():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = build(tiny_config("gpt2"), kind="causal-lm").eval()
+        module = build_model(tiny_config("gpt2"), kind="causal-lm").eval()
     return module, untwisted(module)
 
 
-def test_turned_weights_are_seen_as_those_of_linear_layers(twins):
+def test_transposed_weights_are_seen_as_those_of_linear_layers(twins):
     module, twin = twins
     names = find_prunable(module)
     assert names == find_prunable(twin)
-    assert turned(module) == set(names)
-    assert turned(twin) == frozenset()
+    assert transposed_weights(module) == set(names)
+    assert transposed_weights(twin) == frozenset()
     ids = torch.arange(5, 12)[None]
     torch.testing.assert_close(module(input_ids=ids).logits, twin(input_ids=ids).logits)
     ours, theirs = matrices(module, names), matrices(twin, names)
     assert all(torch.equal(ours[name], theirs[name]) for name in names)
-    source = describe(Model(name="tiny"), tiny_config("gpt2"), None, (), "causal-lm")
+    source = inspect_model(Model(name="tiny"), tiny_config("gpt2"), None, (), "causal-lm")
     assert source.shapes == {name: tuple(weight.shape) for name, weight in twin.named_parameters() if name in names}
 
 
@@ -195,7 +183,7 @@ def test_turned_weights_are_seen_as_those_of_linear_layers(twins):
     ("allocation", "pattern"), [*product(ALLOCATIONS, ("unstructured", "8x2")), ("uniform", "n:4")]
 )
 @pytest.mark.parametrize("seed", [None, 3])
-def test_turned_weights_are_kept_as_those_of_linear_layers_are(twins, allocation, pattern, seed):
+def test_transposed_weights_are_kept_as_those_of_linear_layers_are(twins, allocation, pattern, seed):
     ours, theirs = (raymask.draw_mask(m, 0.25, seed=seed, allocation=allocation, pattern=pattern) for m in twins)
     for name, kept in ours.items():
         assert kept.shape == twins[0].get_parameter(name).shape
@@ -206,10 +194,10 @@ def test_turned_weights_are_kept_as_those_of_linear_layers_are(twins, allocation
 
 
 @pytest.mark.parametrize("score", SCORERS)
-def test_turned_weights_score_as_those_of_linear_layers_do(twins, score):
-    data, names, seen = tiny_job("gpt2").data, find_prunable(twins[0]), []
+def test_transposed_weights_score_as_those_of_linear_layers_do(twins, score):
+    data, names, seen = tiny_context("gpt2").data, find_prunable(twins[0]), []
     for module in twins:
-        objective = OBJECTIVES[data.kind]
+        objective = TASK_LOSSES[data.kind]
         seen.append(calibrate(module, names, data.train, padding=data.padding, objective=objective))
     ours, theirs = (
         {name: SCORERS[score](weight, calibration[name]) for name, weight in matrices(module, names).items()}
@@ -219,7 +207,7 @@ def test_turned_weights_score_as_those_of_linear_layers_do(twins, score):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
 
 
-def test_a_pattern_that_does_not_divide_a_turned_weight_is_refused_in_its_own_terms(twins):
+def test_a_pattern_that_does_not_divide_a_transposed_weight_is_refused_in_its_own_terms(twins):
     with pytest.raises(ValueError, match=r"^n:32 does not divide transformer\.h\.0\.attn\.c_attn\.weight of 48 x 16$"):
         raymask.draw_mask(twins[0], 0.5, pattern="n:32")
 
@@ -235,10 +223,10 @@ def test_a_saved_decoder_is_loaded_as_it_is_and_counts_as_fine_tuned(tmp_path, f
 def test_a_decoder_keeps_its_configuration_and_all_its_positions(tmp_path):
     config = read_config(Model(name=str(tiny_model(tmp_path, "llama", pad_token_id=40))))[0]
     before = config.to_dict()
-    describe(Model(name="tiny"), config, None, (), "causal-lm")
+    inspect_model(Model(name="tiny"), config, None, (), "causal-lm")
     assert config.to_dict() == before
-    assert positions(config, "causal-lm") == 72
-    assert positions(tiny_config()) == 71
+    assert max_seq_length(config, "causal-lm") == 72
+    assert max_seq_length(tiny_config()) == 71
 
 
 def test_a_head_that_is_not_tied_and_missing_is_refused_when_the_model_is_said_to_be_trained(tmp_path):
@@ -262,12 +250,12 @@ def test_weights_of_another_vocabulary_are_refused(tmp_path):
 
 def test_an_encoder_is_no_language_model(tmp_path):
     message = refused(decoded, tiny_model(tmp_path, "bert"))
-    assert message == f"model.name: {tmp_path} is no causal language model: it sees what it has to predict"
+    assert message == f"model.name: {tmp_path} is no causal language model: it sees the tokens that it has to predict"
 
 
 def test_a_model_that_speaks_no_language_is_refused():
-    message = refused(describe, Model(name="some/model"), ViTConfig(), None, (), "causal-lm")
-    assert message.startswith("model.name: some/model makes no causal language model: ")
+    message = refused(inspect_model, Model(name="some/model"), ViTConfig(), None, (), "causal-lm")
+    assert message.startswith("model.name: some/model cannot be built as a causal language model: ")
 
 
 # Sizes.
@@ -295,7 +283,7 @@ def test_sparsities_state_all_three_denominators():
 
 def test_minilm_has_36_matrices(minilm):
     model = Model(name=str(minilm))
-    source = describe(model, *read_config(model), CLASSES)
+    source = inspect_model(model, *read_config(model), CLASSES)
     assert len(source.prunable) == 36
     assert source.sizes.prunable == 10_616_832
     weights = load_weights(model, source.config, 0, False).views()
@@ -308,8 +296,8 @@ def test_minilm_has_36_matrices(minilm):
 
 @pytest.mark.parametrize("classes", [CLASSES, ("a", "b", "c"), ()])
 def test_the_classifier_has_one_output_a_class_or_one_for_a_regression(classes):
-    source = describe(Model(name="tiny"), tiny_config(), None, classes)
-    assert build(source.config).classifier.out_features == (len(classes) or 1)
+    source = inspect_model(Model(name="tiny"), tiny_config(), None, classes)
+    assert build_model(source.config).classifier.out_features == (len(classes) or 1)
     assert source.config.problem_type == ("single_label_classification" if classes else "regression")
     if classes:
         assert class_names(source.config) == classes
@@ -323,14 +311,14 @@ def test_class_names_are_in_the_order_of_their_numbers(tmp_path):
 
 
 def test_what_persists_is_the_live_module_itself(bert):
-    live = persistent(bert)
+    live = state_tensors(bert)
     assert set(live) == set(bert.state_dict())
     assert all(live[name].data_ptr() == tensor.data_ptr() for name, tensor in bert.state_dict().items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_is_shown_when_asked_for(family):
-    module = build(tiny_config(family), show_attention=True).eval()
+    module = build_model(tiny_config(family), show_attention=True).eval()
     found = module(input_ids=torch.tensor([[2, 7, 9, 3]]), output_attentions=True, output_hidden_states=True)
     assert [tuple(layer.shape) for layer in found.attentions] == [(1, 2, 4, 4)] * 2
     assert len(found.hidden_states) == 3
@@ -467,30 +455,30 @@ def test_a_pickle_is_never_read(tmp_path, name):
 
 @pytest.mark.parametrize("config", [ViTConfig(), WhisperConfig()], ids=["vision", "speech"])
 def test_a_model_that_classifies_no_sequences_is_refused(config):
-    message = refused(describe, Model(name="some/model"), config, None, CLASSES)
-    assert message.startswith("model.name: some/model makes no sequence classifier: ")
+    message = refused(inspect_model, Model(name="some/model"), config, None, CLASSES)
+    assert message.startswith("model.name: some/model cannot be built as a sequence classifier: ")
     assert len(message.splitlines()) == 1
 
 
 def test_a_model_without_linear_layers_is_refused():
     small = AutoConfig.for_model("gpt2", n_embd=16, n_layer=0, n_head=2, vocab_size=50)
-    message = refused(describe, Model(name="gpt2"), small, None, CLASSES)
+    message = refused(inspect_model, Model(name="gpt2"), small, None, CLASSES)
     assert message == "model: no matrix of gpt2 can be pruned"
 
 
 def test_a_model_whose_layers_cannot_run_again_is_refused_where_they_would_have_to():
     config = tiny_config("albert")
-    message = refused(describe, Model(name="some/albert"), config, None, CLASSES, checkpointing=True)
+    message = refused(inspect_model, Model(name="some/albert"), config, None, CLASSES, gradient_checkpointing=True)
     assert message == (
-        "checkpointing: some/albert has no way to compute its activations again: take it out, and lower batch_size of "
-        "dense, probe and finetune where memory is short"
+        "gradient_checkpointing: some/albert does not support it: remove it, and lower batch_size in dense, early_eval "
+        "and finetune if memory runs out"
     )
-    assert describe(Model(name="some/albert"), config, None, CLASSES).prunable
+    assert inspect_model(Model(name="some/albert"), config, None, CLASSES).prunable
 
 
 @pytest.mark.parametrize("keys", [{"include": ("nothing.*",)}, {"exclude": ("*",)}], ids=["include", "exclude"])
 def test_patterns_that_leave_nothing_to_prune_are_refused(keys):
-    message = refused(describe, Model(name="tiny", **keys), tiny_config(), None, CLASSES)
+    message = refused(inspect_model, Model(name="tiny", **keys), tiny_config(), None, CLASSES)
     assert message == "model: no matrix of tiny can be pruned: model.include and model.exclude leave none"
 
 
@@ -523,7 +511,7 @@ def test_a_checkpoint_without_a_pooler_is_used(tmp_path):
 
 
 def test_the_blocks_of_the_smallest_encoder_are_found():
-    module = build(tiny_config(**SIZE | {"num_hidden_layers": 1}))
+    module = build_model(tiny_config(**SIZE | {"num_hidden_layers": 1}))
     assert len(find_prunable(module)) == 6
     assert all(name.startswith("bert.encoder.layer.0.") for name in block_parameters(module))
 

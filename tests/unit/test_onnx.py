@@ -13,28 +13,28 @@ from typing import Any
 
 import pytest
 import torch
-from support.builders import DECODERS, FAMILIES, kind_of, refused, tiny_config, tiny_job, tiny_tokenizer
+from support.builders import DECODERS, FAMILIES, kind_of, refused, tiny_config, tiny_context, tiny_tokenizer
 from torch import nn
 
 from raymask.export import onnx, shrink
 from raymask.export.formats import export_run
-from raymask.export.onnx import INT8, ONNX, PACKAGES, OnnxModel, difference, metrics, report_rows, samples, to_onnx
-from raymask.export.selected import CARD, Selected, read_selected
-from raymask.store import RunDir
-from raymask.train.model import build
+from raymask.export.onnx import INT8, ONNX, PACKAGES, OnnxModel, compute_test_metrics, require_close, samples, to_onnx
+from raymask.export.selected import MODEL_CARD, SelectedModel, read_selected
+from raymask.runs.run_dir import RunDir
+from raymask.train.model import build_model
 
 MISSING = [name for name in PACKAGES if find_spec(name) is None]
 needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 
 
-def random_selected(family: str) -> Selected:
+def random_selected(family: str) -> SelectedModel:
     """What is exported of a model of one layer with new weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layers = {"gpt2": "n_layer", "distilbert": "n_layers"}.get(family, "num_hidden_layers")
-        module = build(tiny_config(family, **{layers: 1}), kind=kind_of(family)).eval()
+        module = build_model(tiny_config(family, **{layers: 1}), kind=kind_of(family)).eval()
     result: Any = SimpleNamespace(kind=kind_of(family))
-    return Selected(result, None, module, tiny_tokenizer(family), {}, {})  # type: ignore[arg-type]
+    return SelectedModel(result, None, module, tiny_tokenizer(family), {}, {})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +45,11 @@ def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Selected, Path]]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[SelectedModel, Path]]:
     """A function (family) -> a random model, and its file."""
 
     @cache
-    def write(family: str) -> tuple[Selected, Path]:
+    def write(family: str) -> tuple[SelectedModel, Path]:
         selected, path = random_selected(family), tmp_path_factory.mktemp(family) / ONNX
         to_onnx(selected.module, samples(selected)[-1], path)
         return selected, path
@@ -59,9 +59,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[S
 
 @needs_onnx
 @pytest.mark.parametrize("family", ["deberta-v2", "gpt2"])
-def test_batches_of_any_shape_come_out_the_same(written: Callable[[str], tuple[Selected, Path]], family: str) -> None:
+def test_batches_of_any_shape_come_out_the_same(
+    written: Callable[[str], tuple[SelectedModel, Path]], family: str
+) -> None:
     selected, path = written(family)
-    assert difference(OnnxModel(path, selected.module.config), selected.module, samples(selected)) < 1e-5
+    assert require_close(OnnxModel(path, selected.module.config), selected.module, samples(selected)) < 1e-5
     assert str(Path(torch.__file__).parent).encode() not in path.read_bytes()
     if family in DECODERS:
         assert getattr(selected.module.config, "use_cache", True)  # what was exported was a copy
@@ -79,9 +81,14 @@ def test_batches_have_the_tokenizer_s_names_and_rows_of_several_lengths() -> Non
 def test_what_is_written_is_said(exported: tuple[Path, list[str]], finished: Path) -> None:
     folder, lines = exported
     selected = read_selected(RunDir(finished))
-    assert {path.name for path in folder.iterdir()} == {ONNX, INT8, "raymask.json", *(selected.files.keys() - {CARD})}
+    assert {path.name for path in folder.iterdir()} == {
+        ONNX,
+        INT8,
+        "raymask.json",
+        *(selected.files.keys() - {MODEL_CARD}),
+    }
     removed = shrink.shrink(selected.module)[1]
-    assert lines[0] == f"Dead, and gone without a change to any output: {removed}"
+    assert lines[0] == f"Dead units removed, which changes no output: {removed}"
     assert lines[1].startswith("model.onnx: 0.")
     assert re.fullmatch(
         r"Checked: ONNX Runtime's outputs differ from torch's by \de-0\d at most, in batches of 1 x 1, 3 x 7, 8 x 32 "
@@ -93,27 +100,29 @@ def test_what_is_written_is_said(exported: tuple[Path, list[str]], finished: Pat
 
 
 @needs_onnx
-def test_int8_is_measured_on_report_and_fp32_is_what_the_search_measured(
+def test_int8_is_measured_on_test_and_fp32_is_what_the_search_measured(
     exported: tuple[Path, list[str]], finished: Path
 ) -> None:
     folder, lines = exported
     selected = read_selected(RunDir(finished))
-    before = selected.result.levels[-1].report["accuracy"]
-    int8 = metrics(OnnxModel(folder / INT8, selected.module.config), report_rows(selected))["accuracy"]
-    assert lines[4] == f"On `report`: accuracy fp32 {before:.4f} -> int8 {int8:.4f}"
-    original = difference(OnnxModel(folder / ONNX, selected.module.config), selected.module, samples(selected))
+    before = selected.result.levels[-1].test_metrics["accuracy"]
+    int8 = compute_test_metrics(OnnxModel(folder / INT8, selected.module.config), onnx.load_test_rows(selected))[
+        "accuracy"
+    ]
+    assert lines[4] == f"On `test`: accuracy fp32 {before:.4f} -> int8 {int8:.4f}"
+    original = require_close(OnnxModel(folder / ONNX, selected.module.config), selected.module, samples(selected))
     assert original < 1e-5
     assert str(Path(torch.__file__).parent).encode() not in (folder / ONNX).read_bytes()
     assert "differ from torch's by" in refused(
-        difference, OnnxModel(folder / INT8, selected.module.config), selected.module, samples(selected)
+        require_close, OnnxModel(folder / INT8, selected.module.config), selected.module, samples(selected)
     )
 
 
 @needs_onnx
-def test_a_decoder_s_perplexity_is_measured(written: Callable[[str], tuple[Selected, Path]]) -> None:
-    (selected, path), data = written("gpt2"), tiny_job("gpt2").data
-    found = metrics(OnnxModel(path, selected.module.config), data)
-    assert found == pytest.approx(metrics(selected.module, data), rel=1e-4)
+def test_a_decoder_s_perplexity_is_measured(written: Callable[[str], tuple[SelectedModel, Path]]) -> None:
+    (selected, path), data = written("gpt2"), tiny_context("gpt2").data
+    found = compute_test_metrics(OnnxModel(path, selected.module.config), data)
+    assert found == pytest.approx(compute_test_metrics(selected.module, data), rel=1e-4)
     assert list(found) == ["perplexity"]
 
 
@@ -131,7 +140,7 @@ def test_a_shrunk_file_has_the_small_widths_and_weights_in_bf16_are_exported_in_
     onnx.write_onnx(selected, tmp_path, shrink=True)
     initializers = package.load(tmp_path / ONNX).graph.initializer
     assert {(16, width), (width, 16)} <= {tuple(each.dims) for each in initializers}
-    assert difference(OnnxModel(tmp_path / ONNX, selected.module.config), selected.module, samples(selected)) < 1e-5
+    assert require_close(OnnxModel(tmp_path / ONNX, selected.module.config), selected.module, samples(selected)) < 1e-5
     assert next(selected.module.parameters()).dtype == torch.bfloat16
 
 
@@ -148,7 +157,7 @@ def test_a_model_that_is_too_large_for_a_file_is_said(monkeypatch: pytest.Monkey
     monkeypatch.setattr(onnx, "LIMIT", 1000)
     selected = random_selected("bert")
     size = 4 * sum(parameter.numel() for parameter in selected.module.parameters()) / 1e6
-    said = f"--to onnx: a file of ONNX holds 2 GB, and the weights take {size:.3f} MB in fp32"
+    said = f"--to onnx: an ONNX file holds 2 GB, and the weights take {size:.3f} MB in fp32"
     assert refused(to_onnx, selected.module, samples(selected)[-1], tmp_path / ONNX) == said
 
 
@@ -168,13 +177,13 @@ def test_another_model_s_outputs_are_refused() -> None:
     selected, other = random_selected("bert"), random_selected("bert")
     with torch.no_grad():
         nn.init.ones_(other.module.classifier.bias)  # type: ignore[union-attr, arg-type]
-    said = refused(difference, other.module, selected.module, samples(selected))
+    said = refused(require_close, other.module, selected.module, samples(selected))
     assert said == "--to onnx: ONNX Runtime's outputs differ from torch's by 1.0e+00"
 
 
 def test_int8_is_not_measured_on_other_rows(finished: Path) -> None:
     selected = read_selected(RunDir(finished))
-    last = selected.result.levels[-1].model_copy(update={"data": "another"})
+    last = selected.result.levels[-1].model_copy(update={"data_fingerprint": "another"})
     other = dataclasses.replace(selected, result=selected.result.model_copy(update={"levels": (last,)}))
-    said = "--int8: the task's files have changed since the search: put them back, or leave it out"
-    assert refused(report_rows, other) == said
+    said = "--int8: the task's files have changed since the search: restore them, or leave out --int8"
+    assert refused(onnx.load_test_rows, other) == said

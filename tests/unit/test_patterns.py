@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.contests import largest, unstructured
 
-from raymask.core.patterns import PATTERNS, Pattern, budget, named, nth_largest, winners
-from raymask.core.scorers import magnitude
+from raymask.core.masking.patterns import PATTERNS, Pattern, kth_largest, num_kept, parse_pattern, topk_mask
+from raymask.core.masking.scorers import magnitude
 
 densities = st.floats(0.0, 1.0)
 few_values = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0]), max_size=60)  # ties are the rule
@@ -18,7 +18,7 @@ any_values = st.lists(st.floats(0.0, width=32, allow_nan=False, allow_infinity=F
 
 def slow_unstructured(scores, density):
     """The same choice made by sorting: the largest first, equal ones in memory order, zeros never."""
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: budget(len(scores), density)]
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: num_kept(len(scores), density)]
     return [i in order and scores[i] > 0 for i in range(len(scores))]
 
 
@@ -48,7 +48,7 @@ def tied_matrices(draw):
 
 
 def squares(pattern, shape):
-    """The entries of every contestant, as flat positions, in the order of `fold`: (contests, contestants, entries)."""
+    """Flat indices of every element's weights, in the order of `to_groups`: `[n_groups, n_elements, n_weights]`."""
     (rows, columns), (height, width) = pattern.block, shape
     grid = torch.arange(height * width).view(shape)
     parts = [part for band in grid.split(rows) for part in band.split(columns, 1)]
@@ -58,12 +58,12 @@ def squares(pattern, shape):
 @pytest.mark.parametrize("name", NAMES)
 @given(scores=tied_matrices(), density=densities)
 def test_every_pattern_keeps_what_a_sort_of_its_contestants_keeps(name, scores, density):
-    pattern = named(name)
+    pattern = parse_pattern(name)
     mask = largest(pattern, scores, density)
     assert (mask.dtype, mask.shape) == (torch.bool, scores.shape)
-    for contest in squares(pattern, scores.shape):
-        sums = scores.view(-1)[contest].sum(1)
-        kept = mask.view(-1)[contest]
+    for group in squares(pattern, scores.shape):
+        sums = scores.view(-1)[group].sum(1)
+        kept = mask.view(-1)[group]
         assert torch.equal(kept.all(1), kept.any(1)), "a block is kept or pruned as one"
         assert kept.all(1).tolist() == slow_unstructured(sums.tolist(), density)
 
@@ -71,16 +71,16 @@ def test_every_pattern_keeps_what_a_sort_of_its_contestants_keeps(name, scores, 
 @pytest.mark.parametrize("name", NAMES)
 @given(scores=tied_matrices(), density=densities)
 def test_every_pattern_says_how_many_it_keeps_at_most(name, scores, density):
-    pattern = named(name)
-    assert pattern.fits((12, 24))
-    assert pattern.keeps(scores.numel(), density) == int(largest(pattern, scores + 1, density).sum())
-    assert pattern.keeps(scores.numel(), 1.0) == scores.numel()
+    pattern = parse_pattern(name)
+    assert pattern.divides((12, 24))
+    assert pattern.num_kept(scores.numel(), density) == int(largest(pattern, scores + 1, density).sum())
+    assert pattern.num_kept(scores.numel(), 1.0) == scores.numel()
 
 
 @pytest.mark.parametrize("name", NAMES)
 @given(scores=tied_matrices(), first=densities, second=densities)
 def test_every_pattern_nests_from_level_to_level(name, scores, first, second):
-    pattern = named(name)
+    pattern = parse_pattern(name)
     parent = largest(pattern, scores, max(first, second))
     child = largest(pattern, torch.rand(12, 24) * parent, min(first, second))
     assert not (child & ~parent).any()
@@ -101,15 +101,15 @@ def test_every_pattern_nests_from_level_to_level(name, scores, first, second):
     ],
 )
 def test_a_pattern_fits_matrices_that_it_divides(name, shape, fits):
-    assert named(name).fits(shape) is fits
+    assert parse_pattern(name).divides(shape) is fits
 
 
 def test_neighbours_compete_along_the_input_dimension():
     scores = torch.tensor([[1.0, 2.0, 3.0, 4.0, 9.0, 8.0, 7.0, 6.0]])
     columns = scores.view(4, 2)
-    assert largest(named("n:4"), scores, 0.5).int().tolist() == [[0, 0, 1, 1, 1, 1, 0, 0]]
-    assert largest(named("n:4"), scores, 0.25).int().tolist() == [[0, 0, 0, 1, 1, 0, 0, 0]]
-    assert largest(named("n:2"), columns, 0.5).int().tolist() == [
+    assert largest(parse_pattern("n:4"), scores, 0.5).int().tolist() == [[0, 0, 1, 1, 1, 1, 0, 0]]
+    assert largest(parse_pattern("n:4"), scores, 0.25).int().tolist() == [[0, 0, 0, 1, 1, 0, 0, 0]]
+    assert largest(parse_pattern("n:2"), columns, 0.5).int().tolist() == [
         [0, 1],
         [0, 1],
         [1, 0],
@@ -118,9 +118,9 @@ def test_neighbours_compete_along_the_input_dimension():
 
 
 def test_the_name_of_a_pattern_says_its_numbers():
-    assert named("unstructured") == Pattern()
-    assert named("n:16") == Pattern(group=16)
-    assert named("16x1") == Pattern(block=(16, 1))
+    assert parse_pattern("unstructured") == Pattern()
+    assert parse_pattern("n:16") == Pattern(group=16)
+    assert parse_pattern("16x1") == Pattern(block=(16, 1))
 
 
 @pytest.mark.parametrize(("name", "size", "level"), [("2:4", 4, "0.5"), ("1:4", 4, "0.75"), ("4:8", 8, "0.5")])
@@ -128,7 +128,7 @@ def test_a_pattern_with_its_n_is_answered_with_what_to_write(name, size, level):
     with pytest.raises(
         ValueError, match=f"^{name} is written n:{size}, and the levels say how many of {size} are"
     ) as it:
-        named(name)
+        parse_pattern(name)
     assert str(it.value).endswith(f"kept: levels: [{level}]")
 
 
@@ -137,20 +137,20 @@ def test_an_unknown_pattern_is_answered_with_the_known_ones(name):
     with pytest.raises(
         ValueError, match=r"^no pattern is called '.*'; known are unstructured, n:M such as n:4, and RxC"
     ):
-        named(name)
+        parse_pattern(name)
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32), st.data())
-def test_many_contests_are_won_as_each_by_itself(contests, contestants, seed, data):
-    scores = torch.randint(4, (contests, contestants), generator=torch.Generator().manual_seed(seed)).float()
-    places = data.draw(st.integers(0, contestants))
-    assert torch.equal(winners(scores, places), torch.cat([winners(contest[None], places) for contest in scores]))
+def test_many_groups_are_selected_as_each_by_itself(n_groups, n_elements, seed, data):
+    scores = torch.randint(4, (n_groups, n_elements), generator=torch.Generator().manual_seed(seed)).float()
+    k = data.draw(st.integers(0, n_elements))
+    assert torch.equal(topk_mask(scores, k), torch.cat([topk_mask(group[None], k) for group in scores]))
 
 
 @given(few_values.filter(bool), st.data())
 def test_nth_largest_agrees_with_a_sort(values, data):
     n = data.draw(st.integers(1, len(values)))
-    assert nth_largest(torch.tensor([values]), n) == sorted(values, reverse=True)[n - 1]
+    assert kth_largest(torch.tensor([values]), n) == sorted(values, reverse=True)[n - 1]
 
 
 @given(seed=st.integers(0, 2**32), spread=st.sampled_from([3, 100, 10**6]), period=st.sampled_from([1, 64, 128]))
@@ -160,7 +160,7 @@ def test_nth_largest_of_a_large_tensor_is_exact_even_where_its_sample_misleads(s
     values[::period] += spread * int(torch.randint(-1, 2, (), generator=rng))  # what is sampled lies elsewhere
     ranked = values.sort(descending=True).values
     for n in (1, 2, 1250, 10_000, 19_999, 20_000):
-        assert nth_largest(values[None], n) == ranked[n - 1]
+        assert kth_largest(values[None], n) == ranked[n - 1]
 
 
 def test_ties_at_the_boundary_are_kept_from_the_front_in_memory_order():
@@ -225,36 +225,36 @@ def test_the_scores_are_left_alone(gaussian):
 def test_a_matrix_of_more_than_16_million_entries_is_cut_exactly(gaussian):
     scores = gaussian(4100, 4100).abs()
     mask = unstructured(scores, 1 / 16)
-    assert int(mask.sum()) == budget(4100 * 4100, 1 / 16) == 1_050_625
+    assert int(mask.sum()) == num_kept(4100 * 4100, 1 / 16) == 1_050_625
     assert scores[mask].min() > scores[~mask].max()
 
 
 @given(st.integers(0, 2**20), st.integers(0, 100))
 def test_a_density_written_in_percent_keeps_its_exact_share_rounded_down(entries, percent):
     exact = Fraction(percent, 100) * entries // 1
-    assert budget(entries, percent / 100) == exact
-    assert budget(entries, 1.0 - (100 - percent) / 100) == exact
+    assert num_kept(entries, percent / 100) == exact
+    assert num_kept(entries, 1.0 - (100 - percent) / 100) == exact
 
 
 @given(st.integers(0, 2**14), st.integers(0, 100))
 def test_a_budget_forgives_float_error_where_the_share_is_a_whole_number(hundreds, percent):
-    assert budget(100 * hundreds, percent / 100) == percent * hundreds
-    assert budget(100 * hundreds, 1.0 - (100 - percent) / 100) == percent * hundreds
+    assert num_kept(100 * hundreds, percent / 100) == percent * hundreds
+    assert num_kept(100 * hundreds, 1.0 - (100 - percent) / 100) == percent * hundreds
 
 
 def test_a_tenth_of_thirty_is_three_however_it_was_computed():
     assert 30 * (1.0 - 0.9) < 3
-    assert budget(30, 1.0 - 0.9) == budget(30, 0.1) == 3
+    assert num_kept(30, 1.0 - 0.9) == num_kept(30, 0.1) == 3
 
 
 def test_a_budget_is_never_over_for_the_matrices_of_a_large_language_model():
-    assert budget(11008 * 4096, 0.22) == 9_919_528  # exactly 9919528.96
-    assert budget(2**31, 0.3) == 644_245_094  # exactly 644245094.4
-    assert budget(2**31 - 2, 0.5) == 2**30 - 1
+    assert num_kept(11008 * 4096, 0.22) == 9_919_528  # exactly 9919528.96
+    assert num_kept(2**31, 0.3) == 644_245_094  # exactly 644245094.4
+    assert num_kept(2**31 - 2, 0.5) == 2**30 - 1
 
 
 @given(st.integers(0, 2**32), densities)
 def test_a_budget_lies_between_nothing_and_everything(entries, density):
-    assert 0 <= budget(entries, density) <= entries
-    assert budget(entries, 0.0) == 0
-    assert budget(entries, 1.0) == entries
+    assert 0 <= num_kept(entries, density) <= entries
+    assert num_kept(entries, 0.0) == 0
+    assert num_kept(entries, 1.0) == entries

@@ -4,8 +4,8 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from raymask.train import quickstart
-from raymask.train.quickstart import ASIDES, CLAUSE_CUES, CONTRASTS, WORD_CUES, aside, contrast, turn
+from raymask.data import quickstart
+from raymask.data.quickstart import ASIDES, CLAUSE_CUES, CONTRASTS, WORD_CUES, add_cue, aside, contrast
 
 Splits = dict[str, tuple[list[str], list[int]]]
 
@@ -29,7 +29,7 @@ def test_no_text_occurs_twice(splits: Splits) -> None:
     assert len(set(texts)) == len(texts)
 
 
-@pytest.mark.parametrize(("name", "size"), [("train", quickstart.TRAIN_SIZE), ("report", quickstart.REPORT_SIZE)])
+@pytest.mark.parametrize(("name", "size"), [("train", quickstart.TRAIN_SIZE), ("report", quickstart.TEST_SIZE)])
 def test_splits_have_their_size_and_balanced_labels(splits: Splits, name: str, size: int) -> None:
     texts, labels = splits[name]
     assert len(texts) == len(labels) == size
@@ -69,18 +69,18 @@ def test_config_fits_the_tokenizer() -> None:
 @pytest.mark.parametrize("clause", [GOOD, BAD])
 @pytest.mark.parametrize("cues", [WORD_CUES, CLAUSE_CUES])
 def test_only_negations_turn_a_label(cues: tuple[tuple[str, ...], ...], clause: quickstart.Clause) -> None:
-    assert {turn(cue, clause)[1] for cue in cues[0]} == {clause[1]}
-    assert {turn(cue, clause)[1] for cue in cues[1]} == {1 - clause[1]}
+    assert {add_cue(cue, clause)[1] for cue in cues[0]} == {clause[1]}
+    assert {add_cue(cue, clause)[1] for cue in cues[1]} == {1 - clause[1]}
 
 
 def test_a_double_negation_restores_the_label() -> None:
-    assert turn("i doubt", turn("never", ("dull", 0))) == ("i doubt never dull", 0)
-    assert turn("i would say", turn("anything but", ("dull", 0)))[1] == 1
-    assert turn("i would say", turn("nothing but", ("dull", 0)))[1] == 0
+    assert add_cue("i doubt", add_cue("never", ("dull", 0))) == ("i doubt never dull", 0)
+    assert add_cue("i would say", add_cue("anything but", ("dull", 0)))[1] == 1
+    assert add_cue("i would say", add_cue("nothing but", ("dull", 0)))[1] == 0
 
 
 def test_an_empty_cue_changes_nothing() -> None:
-    assert turn("", GOOD) == GOOD
+    assert add_cue("", GOOD) == GOOD
 
 
 @pytest.mark.parametrize("frame", CONTRASTS)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import raymask
-from raymask.train.metrics import measure
+from raymask.data.metrics import compute_metrics
 
 ROWS = 48
 
@@ -27,23 +27,23 @@ def mrpc(glue: Path, tmp_path: Path) -> Path:
 
 
 def test_minilm_on_mrpc_exports_what_it_reports(minilm: Path, mrpc: Path, tmp_path: Path) -> None:
-    """One level at 16x, a control and a random mask, a step or two each; then the export, by transformers alone."""
+    """One level at 16x, a magnitude and a random mask, a step or two each; then the export, by transformers alone."""
     spec = {
         "model": str(minilm),
-        "task": {"name": "glue/mrpc", "folder": str(mrpc), "select_rows": 16},
+        "task": {"name": "glue/mrpc", "folder": str(mrpc), "validation_rows": 16},
         "levels": [0.9375],
-        "candidates": {"count": 1, "ratios": [3e-4]},
+        "candidates": {"count": 1, "sampling_ratios": [3e-4]},
         "dense": {"epochs": 1, "distill_epochs": 0, "learning_rate": 1e-4},
-        "probe": {"epochs": 0.5, "batch_size": 16},
+        "early_eval": {"epochs": 0.5, "batch_size": 16},
         "finetune": {"epochs": 1, "learning_rate": 1e-4},
         "imp": {"run": False},
     }
     result = raymask.search(spec, tmp_path / "run", in_process=True)
-    dense, selected = result.rows
-    assert set(dense.report) == {"accuracy", "f1"}
+    dense, selected = result.models
+    assert set(dense.test_metrics) == {"accuracy", "f1"}
     assert selected.sparsity["prunable"] == pytest.approx(0.9375)
     assert 0.43 < selected.sparsity["whole"] < 0.45  # embeddings stay dense
-    assert result.levels[0].evaluated == 2
+    assert result.levels[0].num_evaluated == 2
 
     folder = tmp_path / "run" / "export"
     module = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -58,5 +58,5 @@ def test_minilm_on_mrpc_exports_what_it_reports(minilm: Path, mrpc: Path, tmp_pa
             pair = (rows[name][start : start + 32] for name in ("sentence1", "sentence2"))
             batch = tokenizer(*pair, truncation=True, max_length=128, padding=True, return_tensors="pt")
             logits.append(module(**batch).logits.numpy())
-    found = measure(("accuracy", "f1"), np.concatenate(logits), np.array(rows["label"]))
-    assert found == pytest.approx(selected.report, abs=0.022)  # one row of 48 may fall on the other side
+    found = compute_metrics(("accuracy", "f1"), np.concatenate(logits), np.array(rows["label"]))
+    assert found == pytest.approx(selected.test_metrics, abs=0.022)  # one row of 48 may fall on the other side

@@ -1,4 +1,4 @@
-"""Does every record come back from JSON exactly as it went?"""
+"""Records come back from JSON exactly as they went."""
 
 from typing import get_args
 
@@ -10,27 +10,27 @@ from pydantic import ValidationError
 
 from raymask.core.records import (
     Candidate,
+    ConfidenceInterval,
+    EvalPoint,
     Evaluation,
-    FineTuned,
-    Interval,
-    Level,
+    FinetuneResult,
+    LevelRecord,
+    ModelMetrics,
     Noise,
-    Piece,
-    Point,
-    Purpose,
+    Phase,
     Record,
     Result,
-    Row,
-    Stage,
+    Span,
+    TrainConfig,
 )
 
 numbers = st.floats()  # infinities, NaN, subnormals and -0.0 included
 counts = st.integers(0, 2**63 - 1)
 words = st.text(st.characters(codec="utf-8"), max_size=12)
 
-noises = st.builds(Noise, exponent=numbers, ratio=numbers)
+noises = st.builds(Noise, exponent=numbers, sampling_ratio=numbers)
 candidates = st.builds(Candidate, level=counts, index=counts, seed=counts, density=numbers, noise=st.none() | noises)
-points = st.builds(Point, step=counts, loss=numbers, metric=numbers)
+points = st.builds(EvalPoint, step=counts, loss=numbers, metric=numbers)
 curves = st.lists(points, max_size=3).map(tuple)
 evaluations = st.builds(
     Evaluation,
@@ -45,8 +45,8 @@ evaluations = st.builds(
     worker=words,
     error=st.none() | words,
 )
-stages = st.builds(
-    Stage,
+configs = st.builds(
+    TrainConfig,
     epochs=numbers,
     batch_size=counts,
     learning_rate=numbers,
@@ -54,34 +54,34 @@ stages = st.builds(
     warmup=numbers,
     distill=st.booleans(),
 )
-finetunings = st.builds(FineTuned, curve=curves, best=counts, started=numbers, seconds=numbers, worker=words)
-intervals = st.builds(Interval, mean=numbers, low=numbers, high=numbers)
+finetunings = st.builds(FinetuneResult, curve=curves, best=counts, started=numbers, seconds=numbers, worker=words)
+intervals = st.builds(ConfidenceInterval, mean=numbers, low=numbers, high=numbers)
 levels = st.builds(
-    Level,
+    LevelRecord,
     level=counts,
     density=numbers,
-    kept=counts,
-    total=counts,
+    num_kept=counts,
+    num_prunable=counts,
     winner=evaluations,
-    evaluated=counts,
-    failed=counts,
+    num_evaluated=counts,
+    num_failed=counts,
     gain=st.none() | intervals,
-    finetuned=finetunings,
-    report=st.dictionaries(words, numbers, max_size=3),
+    finetune_result=finetunings,
+    test_metrics=st.dictionaries(words, numbers, max_size=3),
     digest=words,
-    parent=words,
-    data=words,
+    parent_key=words,
+    data_fingerprint=words,
     files=st.dictionaries(words, words, max_size=3),
 )
-rows = st.builds(
-    Row,
+models = st.builds(
+    ModelMetrics,
     name=words,
-    report=st.dictionaries(words, numbers, max_size=3),
+    test_metrics=st.dictionaries(words, numbers, max_size=3),
     intervals=st.dictionaries(words, intervals, max_size=3),
     sparsity=st.dictionaries(words, numbers, max_size=3),
 )
-pieces = st.builds(
-    Piece, worker=words, kind=st.sampled_from(get_args(Purpose)), level=counts, started=numbers, seconds=numbers
+spans = st.builds(
+    Span, worker=words, phase=st.sampled_from(get_args(Phase)), level=counts, started=numbers, seconds=numbers
 )
 results = st.builds(
     Result,
@@ -89,27 +89,27 @@ results = st.builds(
     model=words,
     task=words,
     metrics=st.lists(words, max_size=2).map(tuple),
-    rows=st.lists(rows, max_size=3).map(tuple),
+    models=st.lists(models, max_size=3).map(tuple),
     sizes=st.dictionaries(words, counts, max_size=3),
     gain=st.none() | intervals,
     levels=st.lists(levels, max_size=1).map(tuple),
-    imp=st.lists(levels, max_size=1).map(tuple),
+    baseline_levels=st.lists(levels, max_size=1).map(tuple),
     seconds=st.dictionaries(words, numbers, max_size=3),
-    scored=st.tuples(st.integers(), st.integers()),
-    timeline=st.lists(pieces, max_size=2).map(tuple),
+    rows_scored=st.tuples(st.integers(), st.integers()),
+    timeline=st.lists(spans, max_size=2).map(tuple),
     export=words,
 )
 RECORDS = {
     Noise: noises,
     Candidate: candidates,
-    Point: points,
+    EvalPoint: points,
     Evaluation: evaluations,
-    Stage: stages,
-    FineTuned: finetunings,
-    Interval: intervals,
-    Level: levels,
-    Row: rows,
-    Piece: pieces,
+    TrainConfig: configs,
+    FinetuneResult: finetunings,
+    ConfidenceInterval: intervals,
+    LevelRecord: levels,
+    ModelMetrics: models,
+    Span: spans,
     Result: results,
 }
 every_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
@@ -152,7 +152,7 @@ def test_a_record_refuses_what_it_does_not_know(record, data):
 
 @pytest.mark.parametrize("number", [5e-324, 1.7976931348623157e308, -0.0, 0.1 + 0.2, float("inf"), float("-inf")])
 def test_extreme_numbers_survive_json(number):
-    again = Point.model_validate_json(Point(step=0, loss=number, metric=0.0).model_dump_json())
+    again = EvalPoint.model_validate_json(EvalPoint(step=0, loss=number, metric=0.0).model_dump_json())
     assert np.float64(again.loss).tobytes() == np.float64(number).tobytes()
 
 
@@ -166,11 +166,11 @@ def test_row_losses_survive_json_bit_by_bit(losses):
     assert again.tobytes() == rows.tobytes()
 
 
-def test_a_candidate_without_noise_is_the_control():
-    control = Candidate(level=1, index=0, seed=0, density=0.5)
-    random = Candidate(level=1, index=4, seed=0, density=0.5, noise=Noise(exponent=5, ratio=1e-4))
-    assert (control.is_control, control.name) == (True, "control")
-    assert (random.is_control, random.name) == (False, "candidate 4")
+def test_a_candidate_without_noise_is_the_magnitude_mask():
+    magnitude = Candidate(level=1, index=0, seed=0, density=0.5)
+    random = Candidate(level=1, index=4, seed=0, density=0.5, noise=Noise(exponent=5, sampling_ratio=1e-4))
+    assert (magnitude.is_magnitude, magnitude.name) == (True, "magnitude mask")
+    assert (random.is_magnitude, random.name) == (False, "candidate 4")
 
 
 def test_an_evaluation_with_an_error_is_not_ok():
@@ -179,15 +179,15 @@ def test_an_evaluation_with_an_error_is_not_ok():
     assert not Evaluation(candidate=candidate, error="").ok
 
 
-def test_the_kept_point_of_a_fine_tuning_is_the_best_one():
-    curve = tuple(Point(step=step, loss=1.0 / step, metric=0.5) for step in (1, 2, 3))
-    assert FineTuned(curve=curve, best=1, started=0.0, seconds=1.0, worker="").kept.step == 2
+def test_the_best_evaluation_of_a_fine_tuning_is_the_one_whose_weights_are_kept():
+    curve = tuple(EvalPoint(step=step, loss=1.0 / step, metric=0.5) for step in (1, 2, 3))
+    assert FinetuneResult(curve=curve, best=1, started=0.0, seconds=1.0, worker="").best_eval.step == 2
 
 
 @given(levels, st.integers(0, 10**12), st.integers(0, 10**12))
 @settings(max_examples=10)
 def test_a_level_s_sparsity_is_the_share_of_prunable_weights_that_is_gone(level, kept, gone):
-    level = level.model_copy(update={"kept": kept, "total": kept + gone})
+    level = level.model_copy(update={"num_kept": kept, "num_prunable": kept + gone})
     assert level.sparsity == pytest.approx(gone / (kept + gone) if kept + gone else 0.0, abs=1e-12)
 
 
@@ -196,4 +196,4 @@ def test_a_level_s_sparsity_is_the_share_of_prunable_weights_that_is_gone(level,
     [(-1.0, 1.0, True), (0.0, 1.0, True), (-1.0, 0.0, True), (0.1, 1.0, False), (-1.0, -0.1, False)],
 )
 def test_an_interval_is_within_noise_when_it_contains_zero(low, high, noise):
-    assert Interval(mean=(low + high) / 2, low=low, high=high).within_noise is noise
+    assert ConfidenceInterval(mean=(low + high) / 2, low=low, high=high).within_noise is noise

@@ -1,4 +1,4 @@
-"""The driver's side of Ray without Ray: what the seams make of the pool's results, and what is said of a cluster."""
+"""The driver's side of Ray without Ray: what the executor makes of the pool's results, and messages on a cluster."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ import pytest
 import ray
 import torch
 from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError
-from support.builders import climbed, refused, tiny_job, tiny_snapshot
+from support.builders import climbed, refused, tiny_context, tiny_snapshot
+from support.callbacks import Ear
 from support.fake_ray import FakeRay
-from support.watch import Ear
 
 from raymask.core.errors import UserError
-from raymask.core.recipe import finetune_stage, propose, resolve
-from raymask.core.records import Climb, Evaluation, Settling, Snapshot
+from raymask.core.recipe import finetune_config, propose_candidates, resolve
+from raymask.core.records import Evaluation
+from raymask.core.tasks import EvalTask, FinetuneTask, Snapshot
 from raymask.core.tensors import pack
-from raymask.driver import cluster, local, remote
-from raymask.report.terminal import Silent
-from raymask.train.worker import Job
+from raymask.executor import actor_pool, connection, local_executor, resources, worker_actor
+from raymask.report.console import NullCallback
+from raymask.train.context import WorkerContext
 
 RUNGS = [0.5, 1.0]
 
 
 @pytest.fixture(scope="module")
-def job() -> Job:
-    return tiny_job(rows=(48, 400, 12))
+def job() -> WorkerContext:
+    return tiny_context(rows=(48, 400, 12))
 
 
 @pytest.fixture(scope="module")
-def parent(job: Job) -> Snapshot:
+def parent(job: WorkerContext) -> Snapshot:
     return tiny_snapshot(job)
 
 
@@ -42,10 +43,10 @@ def fake(patch: pytest.MonkeyPatch, *cpus: int) -> FakeRay:
 
 
 def test_an_early_evaluation_goes_on_where_it_paused(
-    job: Job, parent: Snapshot, monkeypatch: pytest.MonkeyPatch
+    job: WorkerContext, parent: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    simulated, pool = fake(monkeypatch, 1), propose(resolve(job.spec), 1)
-    with simulated.seams(probe={"rungs": RUNGS}) as (evaluate, _):
+    simulated, pool = fake(monkeypatch, 1), propose_candidates(resolve(job.spec), 1)
+    with simulated.seams(early_eval={"rungs": RUNGS}) as (evaluate, _):
         evaluations = list(climbed(evaluate, parent, pool, RUNGS))
     for place, below in zip(simulated.order, simulated.below, strict=True):
         index, rung, order = place
@@ -54,12 +55,12 @@ def test_an_early_evaluation_goes_on_where_it_paused(
 
 
 def test_pauses_of_which_no_candidate_can_make_use_are_forgotten(
-    job: Job, parent: Snapshot, monkeypatch: pytest.MonkeyPatch
+    job: WorkerContext, parent: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who is wanted on the next rung only later begins at its parent."""
-    simulated, [candidate, other, *_] = fake(monkeypatch, 1), propose(resolve(job.spec), 1)
-    steps = [[Climb(candidate)], [Climb(other)], [Climb(candidate, 1)], []]
-    with simulated.seams(probe={"rungs": RUNGS}) as (evaluate, _):
+    simulated, [candidate, other, *_] = fake(monkeypatch, 1), propose_candidates(resolve(job.spec), 1)
+    steps = [[EvalTask(candidate)], [EvalTask(other)], [EvalTask(candidate, 1)], []]
+    with simulated.seams(early_eval={"rungs": RUNGS}) as (evaluate, _):
         results = evaluate({1: parent}, lambda: steps[0])
         for _ in range(3):
             next(results)
@@ -68,69 +69,69 @@ def test_pauses_of_which_no_candidate_can_make_use_are_forgotten(
 
 
 def test_a_candidate_whose_machines_failed_is_recorded_as_the_machine_s_fault(
-    job: Job, parent: Snapshot, monkeypatch: pytest.MonkeyPatch
+    job: WorkerContext, parent: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    simulated, pool = fake(monkeypatch, 1), propose(resolve(job.spec), 1)
+    simulated, pool = fake(monkeypatch, 1), propose_candidates(resolve(job.spec), 1)
     fine = simulated.scored
-    simulated.scored = lambda climb: RayActorError() if climb.candidate.index == 1 else fine(climb)
-    with simulated.seams(workers={"retries": 1}) as (evaluate, _):
+    simulated.scored = lambda eval_task: RayActorError() if eval_task.candidate.index == 1 else fine(eval_task)
+    with simulated.seams(workers={"max_retries": 1}) as (evaluate, _):
         found = {evaluation.candidate.index: evaluation for evaluation in climbed(evaluate, parent, pool)}
     assert [found[index].ok for index in sorted(found)] == [True, False, True, True]
-    assert found[1].machine
+    assert found[1].system_failure
     assert str(found[1].error).startswith("its workers failed 2 times; the last one: ")
     assert found[1].score is None
     assert simulated.living() == 0
 
 
 def test_a_fine_tuning_that_may_not_be_repeated_ends_the_search_and_says_which(
-    job: Job, parent: Snapshot, monkeypatch: pytest.MonkeyPatch
+    job: WorkerContext, parent: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    simulated, [control, *_] = fake(monkeypatch, 1), propose(resolve(job.spec), 1)
+    simulated, [magnitude, *_] = fake(monkeypatch, 1), propose_candidates(resolve(job.spec), 1)
     simulated.settled = RayActorError()
-    work = [(parent, Settling("control (IMP)", control, finetune_stage(resolve(job.spec), 1)))]
+    work = [(parent, FinetuneTask("IMP", magnitude, finetune_config(resolve(job.spec), 1)))]
     with (
-        simulated.seams(workers={"retries": 0}) as (_, fine_tune),
-        pytest.raises(UserError, match=r"control \(IMP\): its workers failed 1 times.*same command goes on from here"),
+        simulated.seams(workers={"max_retries": 0}) as (_, fine_tune),
+        pytest.raises(UserError, match=r"IMP: its workers failed 1 times.*same command goes on from here"),
     ):
         list(fine_tune(work))
     assert simulated.living() == 0
 
 
 @pytest.mark.parametrize(("epochs", "seconds", "ends"), [(0.1, 9.0, True), (3.0, 29.0, True), (3.0, 40.0, False)])
-def test_a_fine_tuning_has_the_deadline_once_an_epoch(
-    job: Job, parent: Snapshot, monkeypatch: pytest.MonkeyPatch, epochs: float, seconds: float, ends: bool
+def test_a_fine_tuning_has_the_timeout_once_an_epoch(
+    job: WorkerContext, parent: Snapshot, monkeypatch: pytest.MonkeyPatch, epochs: float, seconds: float, ends: bool
 ) -> None:
-    simulated, [control, *_] = fake(monkeypatch, 1), propose(resolve(job.spec), 1)
+    simulated, [magnitude, *_] = fake(monkeypatch, 1), propose_candidates(resolve(job.spec), 1)
     simulated.settle_seconds = seconds
-    stage = finetune_stage(resolve(job.spec), 1).model_copy(update={"epochs": epochs})
-    with simulated.seams(workers={"deadline": 10}) as (_, fine_tune):
+    config = finetune_config(resolve(job.spec), 1).model_copy(update={"epochs": epochs})
+    with simulated.seams(workers={"timeout": 10}) as (_, fine_tune):
         if ends:
-            assert list(fine_tune([(parent, Settling("x", control, stage))])) == [(0, "checkpoint")]
+            assert list(fine_tune([(parent, FinetuneTask("x", magnitude, config))])) == [(0, "checkpoint")]
         else:
-            told = refused(list, fine_tune([(parent, Settling("x", control, stage))]))
-            assert told.startswith("x: took longer than the deadline of 30 s (workers.deadline)")
+            told = refused(list, fine_tune([(parent, FinetuneTask("x", magnitude, config))]))
+            assert told.startswith("x: took longer than the timeout of 30 s (workers.timeout)")
 
 
 @pytest.fixture
-def shelf(monkeypatch: pytest.MonkeyPatch) -> Iterator[remote.Pool]:
+def shelf(monkeypatch: pytest.MonkeyPatch) -> Iterator[actor_pool.WorkerPool]:
     """A pool that only puts."""
     monkeypatch.setattr(ray, "put", lambda packed: f"a reference to {packed.index}")
-    pool = object.__new__(remote.Pool)
-    pool.watch, pool.shelf = Ear(), {}
+    pool = object.__new__(actor_pool.WorkerPool)
+    pool.callback, pool.object_refs = Ear(), {}
     return pool
 
 
-def test_the_store_lets_go_of_weights_with_the_driver(shelf: remote.Pool) -> None:
+def test_the_store_lets_go_of_weights_with_the_driver(shelf: actor_pool.WorkerPool) -> None:
     snapshot = Snapshot("first", pack({"w": torch.ones(3)}), pack({"step": torch.ones(())}))
     refs = shelf.put(snapshot)
     assert set(refs) == {"weights", "optimizer"}
     assert shelf.put(Snapshot("second", snapshot.weights)) == {"weights": refs["weights"]}
-    assert len(shelf.shelf) == 2
+    assert len(shelf.object_refs) == 2
     del snapshot
-    assert shelf.shelf == {}
+    assert shelf.object_refs == {}
 
 
-def test_what_the_store_has_is_not_put_again(shelf: remote.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_store_has_is_not_put_again(shelf: actor_pool.WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
     puts = Counter[int]()
     monkeypatch.setattr(ray, "put", lambda packed: puts.update([id(packed)]))
     snapshot = Snapshot("first", pack({"w": torch.ones(3)}), pack({"step": torch.ones(())}))
@@ -147,15 +148,15 @@ def test_a_pause_that_is_lost_with_its_node_counts_as_none(monkeypatch: pytest.M
         return refs
 
     monkeypatch.setattr(ray, "get", get)
-    assert remote.still_there([]) is None
-    assert remote.still_there(["paused"]) == "paused"
+    assert worker_actor.get_if_alive([]) is None
+    assert worker_actor.get_if_alive(["paused"]) == "paused"
     for lost in (ObjectLostError("0" * 56, None, ""), OwnerDiedError("0" * 56, None, "")):
-        assert remote.still_there([lost]) is None
+        assert worker_actor.get_if_alive([lost]) is None
 
 
-def test_what_travels_for_a_candidate_is_small(job: Job, parent: Snapshot) -> None:
-    pool = propose(resolve(job.spec), 1)
-    with local.workers(job, Silent()) as (evaluate, _):
+def test_what_travels_for_a_candidate_is_small(job: WorkerContext, parent: Snapshot) -> None:
+    pool = propose_candidates(resolve(job.spec), 1)
+    with local_executor.workers(job, NullCallback()) as (evaluate, _):
         evaluations: list[Evaluation] = list(climbed(evaluate, parent, pool[:2]))
     assert all(len(ray.cloudpickle.dumps(candidate)) <= 2 * 2**10 for candidate in pool)
     assert all(len(ray.cloudpickle.dumps(evaluation)) <= 10 * 2**10 for evaluation in evaluations)
@@ -164,24 +165,24 @@ def test_what_travels_for_a_candidate_is_small(job: Job, parent: Snapshot) -> No
 def test_memory_that_no_node_has_is_said_with_what_there_is() -> None:
     need = {"CPU": 1.0, "GPU": 0.0, "memory": 64 * 2.0**30}
     nodes = [{"CPU": 8.0, "memory": 2.0**34}, {"CPU": 4.0, "GPU": 1.0, "memory": 2.0**35}]
-    said = refused(cluster.require_room, need, nodes)
+    said = refused(resources.require_capacity, need, nodes)
     assert "one asks for 1 CPUs, 0 GPUs, 64.0 GiB " in said
     assert "the nodes have 8 CPUs, 0 GPUs, 16.0" in said
-    assert cluster.slots(need | {"memory": 2.0**33}, nodes) == 2 + 4
+    assert resources.num_worker_slots(need | {"memory": 2.0**33}, nodes) == 2 + 4
 
 
 def test_half_a_cpu_makes_twice_as_many_workers() -> None:
     need = {"CPU": 0.5, "GPU": 0.0, "memory": 2.0**30}
-    assert cluster.slots(need, [{"CPU": 2.0, "memory": 2.0**34}, {"CPU": 1.0, "memory": 2.0**34}]) == 6
-    assert cluster.slots(need, [{"CPU": 2.0, "memory": 2.0**34}], gang=3) == 1
+    assert resources.num_worker_slots(need, [{"CPU": 2.0, "memory": 2.0**34}, {"CPU": 1.0, "memory": 2.0**34}]) == 6
+    assert resources.num_worker_slots(need, [{"CPU": 2.0, "memory": 2.0**34}], group=3) == 1
 
 
-def test_an_address_where_nothing_answers_is_an_error_that_names_it(job: Job) -> None:
+def test_an_address_where_nothing_answers_is_an_error_that_names_it(job: WorkerContext) -> None:
     assert not ray.is_initialized()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-        told = refused(cluster.connected(job, address).__enter__)  # Ray alone asks 20 times, for 14 minutes
+        told = refused(connection.ray_connection(job, address).__enter__)  # Ray alone asks 20 times, for 14 minutes
     assert told.startswith(f"--address {address}: no Ray cluster answers there")
 
 
@@ -200,16 +201,16 @@ def test_of_many_busy_workers_a_few_are_asked_at_a_time_and_all_in_turn() -> Non
             asked_workers[self.index] += 1
             return object()
 
-    pool = remote.Pool.__new__(remote.Pool)
-    calls = [remote.Call(index, "", 0.0, lambda actors: []) for index in range(20)]
-    pool.busy = {f"work {call.key}": (call, [Actor(call.key)], 0.0) for call in calls}
+    pool = actor_pool.WorkerPool.__new__(actor_pool.WorkerPool)
+    calls = [actor_pool.RemoteTask(index, "", 0.0, lambda actors: []) for index in range(20)]
+    pool.running = {f"work {call.key}": (call, [Actor(call.key)], 0.0) for call in calls}
     asked: dict[object, int] = {}
     for _ in range(5):
-        pool.ask(asked)
+        pool.poll_progress(asked)
         asked.clear()  # all have answered
     assert dict(asked_workers) == dict.fromkeys(range(20), 2)
     asked = {"owed": 3}
     for _ in range(5):
-        pool.ask(asked)
+        pool.poll_progress(asked)
     assert sorted(asked.values()) == list(range(20)), "a worker that owes an answer was asked again"
-    assert {call.key for call, _, _ in pool.busy.values()} == set(range(20))
+    assert {call.key for call, _, _ in pool.running.values()} == set(range(20))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,23 +11,20 @@ from typing import Any
 import fsspec
 import pyarrow.parquet
 import pytest
-from support.fakes import Fakes, Killed, plan_of
+from support.fakes import Killed, setup_of
+from support.reports import TREE, embedded, run_of, text_of
 
 from raymask.core import stats
 from raymask.core.errors import UserError
-from raymask.core.records import Evaluation, Level
-from raymask.driver.search import conclude
-from raymask.report import live, plots, sections
-from raymask.report.figures import Figures, gather, spent
-from raymask.report.live import Reporter, reporting, write_report
-from raymask.report.page import page
-from raymask.report.sections import Section, Table, differences, million, report
-from raymask.report.terminal import Silent
-from raymask.store import FIGURES, PAGE, RESULT, TABLE, RunDir, branch, open_run
-
-TREE = {"levels": [0.5, 0.6, 0.7], "select": {"keep": 2, "beam": True}, "probe": {"rungs": [0.5, 1.0]}}
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium or Chrome here")
+from raymask.core.lineage import branch
+from raymask.core.records import Evaluation, LevelRecord
+from raymask.report import plots, sections, writer
+from raymask.report.console import NullCallback
+from raymask.report.html import render_page
+from raymask.report.sections import Section, Table, differences, million, report_sections
+from raymask.report.summary import RunSummary, load_summary, spent
+from raymask.report.writer import ReportCallback, report_updates, write_report
+from raymask.runs.run_dir import REPORT_HTML, REPORT_JSON, RESULT, TABLE, RunDir, open_run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,21 +33,6 @@ def few_resamples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stats, "RESAMPLES", 50)
         yield
-
-
-def run_of(path: Path, lives: int | None = None, **changes: Any) -> RunDir:
-    """A search by fakes, whole or killed after so many pieces of work."""
-    plan, store = plan_of(**changes), RunDir(path)
-    scores = (0.1, 0.2, None, 0.3) if "select" not in changes else tuple(0.1 + index / 100 for index in range(8))
-    fakes = Fakes(plan, scores=scores, **({} if lives is None else {"lives": lives}))
-    store.write_spec(plan.recipe.spec)
-    if lives is None:
-        fakes.run(store)
-        conclude(plan, store, 61.0)
-    else:
-        with pytest.raises(Killed):
-            fakes.run(store)
-    return store
 
 
 @pytest.fixture(scope="module")
@@ -65,35 +45,24 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return run_of(tmp_path_factory.mktemp("tree"), **TREE)
 
 
-def text_of(store: RunDir, name: str) -> str:
-    return store.storage.read(name).decode()
-
-
-def embedded(html: str) -> list[Any]:
-    """The plots that a page draws."""
-    found = re.search(r"^const plots = (.*);$", html, re.MULTILINE)
-    assert found
-    return list(json.loads(found[1]))
-
-
 # --- what is written, and when ---------------------------------------------------------------------------------------
 
 
 def test_a_finished_search_leaves_a_page_its_figures_and_a_table(finished: RunDir) -> None:
     result = finished.read_result()
     assert result is not None
-    figures = Figures.model_validate_json(text_of(finished, FIGURES))
-    assert figures.state == "finished"
-    assert figures.result == result
-    assert figures == gather(finished).model_copy(update={"written": figures.written})
-    assert figures.densities == {"selected": {"w": 0.125}, "control (IMP)": {"w": 0.125}}
-    html = text_of(finished, PAGE)
+    summary = RunSummary.model_validate_json(text_of(finished, REPORT_JSON))
+    assert summary.state == "finished"
+    assert summary.result == result
+    assert summary == load_summary(finished).model_copy(update={"written": summary.written})
+    assert summary.densities == {"raymask": {"w": 0.125}, "IMP": {"w": 0.125}}
+    html = text_of(finished, REPORT_HTML)
     assert "http-equiv" not in html
-    for row in result.rows:
+    for row in result.models:
         for metric, spread in row.intervals.items():
-            assert row.report[metric] == pytest.approx(spread.mean)
+            assert row.test_metrics[metric] == pytest.approx(spread.mean)
             assert spread.low <= spread.mean <= spread.high
-            assert f"{row.report[metric]:.4f} [{spread.low:.3f}, {spread.high:.3f}]" in html
+            assert f"{row.test_metrics[metric]:.4f} [{spread.low:.3f}, {spread.high:.3f}]" in html
 
 
 def test_the_result_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +71,7 @@ def test_the_result_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def dies(*_: object) -> None:
         raise Killed
 
-    monkeypatch.setattr("raymask.driver.search.write_report", dies)
+    monkeypatch.setattr("raymask.driver.result.write_report", dies)
     with pytest.raises(Killed):
         run_of(tmp_path)
     assert not RunDir(tmp_path).storage.has(RESULT)
@@ -110,40 +79,40 @@ def test_the_result_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_table_has_a_row_an_evaluation(tree: RunDir) -> None:
     table = pyarrow.parquet.read_table(Path(tree.uri) / TABLE)
-    figures = gather(tree)
-    found = [(stand, one) for stand in figures.levels for one in stand.evaluations]
+    summary = load_summary(tree)
+    found = [(level_summary, one) for level_summary in summary.levels for one in level_summary.evaluations]
     assert table.num_rows == len(found) > 20
-    for row, (stand, one) in zip(table.to_pylist(), found, strict=True):
-        assert (row["level"], row["candidate"], row["rung"]) == (stand.level, one.candidate.index, one.rung)
+    for row, (level_summary, one) in zip(table.to_pylist(), found, strict=True):
+        assert (row["level"], row["candidate"], row["rung"]) == (level_summary.level, one.candidate.index, one.rung)
         assert (row["score"], row["error"], row["digest"]) == (one.score, one.error, one.digest)
-        assert row["control"] == (row["exponent"] is None) == one.candidate.is_control
-        assert row["winner"] == (one.candidate.index in stand.winners)
+        assert row["is_magnitude"] == (row["exponent"] is None) == one.candidate.is_magnitude
+        assert row["winner"] == (one.candidate.index in level_summary.winners)
         assert row["curve"] == [point.model_dump() for point in one.curve]
-    assert table.schema == live.COLUMNS
+    assert table.schema == writer.COLUMNS
 
 
 def test_it_is_refreshed_with_every_level_and_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, written = [100.0], []
-    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(writer.time, "monotonic", lambda: now[0])
 
     def write(store: RunDir, state: str) -> None:
         assert state == "running"
         written.append(now[0])
         now[0] += 2.0  # so long does it take
 
-    monkeypatch.setattr(live, "write_report", write)
-    watch = Reporter(Silent(), RunDir(tmp_path))
+    monkeypatch.setattr(writer, "write_report", write)
+    callback = ReportCallback(NullCallback(), RunDir(tmp_path))
     some: Any = object()
     for seconds in (0.0, 1.0, 38.0, 1.0, 1.0):
         now[0] += seconds
-        watch.evaluated(some)
+        callback.on_evaluation(some)
     assert written == [100.0, 143.0]  # behind 2 s of writing come 40 s without
-    watch.settled("", some)
+    callback.on_level_end("", some)
     assert written == [100.0, 143.0, 145.0]
 
 
 def test_whoever_listened_still_hears_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "write_report", lambda store, state: None)
+    monkeypatch.setattr(writer, "write_report", lambda store, state: None)
     heard: list[tuple[str, tuple[object, ...]]] = []
 
     class Ear:
@@ -151,16 +120,16 @@ def test_whoever_listened_still_hears_everything(tmp_path: Path, monkeypatch: py
             return lambda *arguments: heard.append((name, arguments))
 
     told: Any = {
-        "begins": ("stage", 1, 2, None),
-        "running": ({"control": 0.5},),
-        "evaluated": (Evaluation.model_construct(),),
-        "settled": ("", Level.model_construct()),
-        "sent": (7,),
-        "note": ("text",),
+        "on_phase_begin": ("phase", 1, 2, None),
+        "on_progress": ({"magnitude mask": 0.5},),
+        "on_evaluation": (Evaluation.model_construct(),),
+        "on_level_end": ("", LevelRecord.model_construct()),
+        "on_object_put": (7,),
+        "on_message": ("text",),
     }
-    watch = Reporter(Ear(), RunDir(tmp_path))  # type: ignore[arg-type]
+    callback = ReportCallback(Ear(), RunDir(tmp_path))  # type: ignore[arg-type]
     for name, arguments in told.items():
-        getattr(watch, name)(*arguments)
+        getattr(callback, name)(*arguments)
     assert heard == list(told.items())
 
 
@@ -169,13 +138,13 @@ def test_whoever_ends_a_search_the_report_says_that_it_stopped(tmp_path: Path, e
     """From its start on it says that the search runs, in an object store as well."""
     memory = fsspec.filesystem("memory")
     for place in (str(tmp_path / "run"), "memory://reports/run"):
-        plan, store = plan_of(), RunDir(place)
+        search_setup, store = setup_of(), RunDir(place)
         try:
-            with pytest.raises(end), open_run(store, plan.recipe.spec), reporting(Silent(), store):
-                assert Figures.model_validate_json(text_of(store, FIGURES)).state == "running"
+            with pytest.raises(end), open_run(store, search_setup.recipe.spec), report_updates(NullCallback(), store):
+                assert RunSummary.model_validate_json(text_of(store, REPORT_JSON)).state == "running"
                 raise end("no more")
-            assert Figures.model_validate_json(text_of(store, FIGURES)).state == "stopped"
-            assert "http-equiv" not in text_of(store, PAGE)
+            assert RunSummary.model_validate_json(text_of(store, REPORT_JSON)).state == "stopped"
+            assert "http-equiv" not in text_of(store, REPORT_HTML)
         finally:
             if place.startswith("memory") and memory.exists("/reports"):
                 memory.rm("/reports", recursive=True)
@@ -184,19 +153,19 @@ def test_whoever_ends_a_search_the_report_says_that_it_stopped(tmp_path: Path, e
 def test_a_report_that_cannot_be_written_ends_no_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
     run_of(tmp_path, 3)
-    monkeypatch.setattr(live, "page", lambda *_: 1 / 0)
+    monkeypatch.setattr(writer, "render_page", lambda *_: 1 / 0)
     write_report(RunDir(tmp_path, notes.append), "running")
     assert notes == ["the report cannot be written: division by zero"]
 
 
 def test_a_run_that_was_fetched_is_shown_without_what_it_lacks(finished: RunDir, tmp_path: Path) -> None:
-    for name in finished.results():
+    for name in finished.downloadable_files():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(finished.storage.read(name))
-    figures = gather(RunDir(tmp_path))
-    assert figures.densities == {}
-    assert figures.result == gather(finished).result
-    assert "Density by layer" not in {section.title for section in report(figures)}
+    summary = load_summary(RunDir(tmp_path))
+    assert summary.densities == {}
+    assert summary.result == load_summary(finished).result
+    assert "Density by layer" not in {section.title for section in report_sections(summary)}
 
 
 # --- what is in it ---------------------------------------------------------------------------------------------------
@@ -207,18 +176,18 @@ def test_a_search_is_reported_as_far_as_it_is(tmp_path: Path, lives: int) -> Non
     """And a page that runs is read again by the browser."""
     store = run_of(tmp_path, lives)
     write_report(store, "running")
-    figures = Figures.model_validate_json(text_of(store, FIGURES))
-    assert figures.state == "running"
-    html = text_of(store, PAGE)
+    summary = RunSummary.model_validate_json(text_of(store, REPORT_JSON))
+    assert summary.state == "running"
+    html = text_of(store, REPORT_HTML)
     assert '<meta http-equiv="refresh" content="15">' in html
     assert len(embedded(html)) == html.count('<div class="plot"')
     assert ("Early evaluation</h2>" in html) == (lives > 1)
 
 
-def test_every_candidate_has_its_curve_and_winner_and_control_stand_out(tree: RunDir) -> None:
-    for stand in gather(tree).levels:
-        traces = plots.curves(stand)["data"]
-        alive = {(found.candidate.index, found.order) for found in stand.evaluations if found.ok}
+def test_every_candidate_has_its_curve_and_winner_and_magnitude_mask_stand_out(tree: RunDir) -> None:
+    for level_summary in load_summary(tree).levels:
+        traces = plots.curves(level_summary)["data"]
+        alive = {(found.candidate.index, found.repeat) for found in level_summary.evaluations if found.ok}
         assert len(traces) == len(alive)
         assert sum(trace["name"] == "winner" for trace in traces) == 2
         assert traces[-1]["name"] == "winner"  # on top of the others
@@ -226,121 +195,136 @@ def test_every_candidate_has_its_curve_and_winner_and_control_stand_out(tree: Ru
 
 
 def test_failures_are_counted_and_told(finished: RunDir) -> None:
-    figures = gather(finished)
-    early = next(section for section in report(figures) if section.title == "Early evaluation")
+    summary = load_summary(finished)
+    early = next(section for section in report_sections(summary) if section.title == "Early evaluation")
     assert "2 evaluations failed: the table below says why." in early.lines
     table = early.more["All early evaluations"]
     assert isinstance(table, Table)
     assert sum(row[-1] == "it broke" for row in table.rows) == 2
-    assert "4 of 4, 1 failed" in text_of(finished, PAGE)
+    assert "4 of 4, 1 failed" in text_of(finished, REPORT_HTML)
 
 
 def test_a_failure_that_a_worker_told_of_is_marked_in_its_time(finished: RunDir) -> None:
-    figures = gather(finished)
+    summary = load_summary(finished)
     broken = [
         found.model_copy(update={"worker": "host/7 cpu", "started": 12.0, "seconds": 1.0})
-        for found in figures.levels[0].evaluations
+        for found in summary.levels[0].evaluations
         if not found.ok
     ]
-    stand = figures.levels[0].model_copy(update={"evaluations": tuple(broken)})
-    plot = plots.workers(figures.model_copy(update={"levels": (stand,)}))
-    begin = min(piece.started for piece in figures.timeline)
+    level_summary = summary.levels[0].model_copy(update={"evaluations": tuple(broken)})
+    plot = plots.workers(summary.model_copy(update={"levels": (level_summary,)}))
+    begin = min(span.started for span in summary.timeline)
     [cross] = [trace for trace in plot["data"] if trace["name"] == "failed"]
     assert (cross["x"], cross["y"], cross["text"]) == ([13.0 - begin], ["host/7"], ["candidate 2: it broke"])
 
 
 def test_a_stop_of_the_search_is_cut_out_of_the_workers_time(finished: RunDir) -> None:
-    figures = gather(finished)
-    whole = plots.workers(figures)
-    last = max(piece.started for piece in figures.timeline)
+    summary = load_summary(finished)
+    whole = plots.workers(summary)
+    last = max(span.started for span in summary.timeline)
     later = [
-        piece.model_copy(update={"started": piece.started + 86_430 * (piece.started == last)})
-        for piece in figures.timeline
+        span.model_copy(update={"started": span.started + 86_430 * (span.started == last)}) for span in summary.timeline
     ]
-    cut = plots.workers(figures.model_copy(update={"timeline": tuple(later)}))
+    cut = plots.workers(summary.model_copy(update={"timeline": tuple(later)}))
     assert cut["layout"]["xaxis"]["title"]["text"] == "seconds<br>24 h 0 min without work cut out"
     assert whole["layout"]["xaxis"]["title"]["text"] == "seconds"
     ends = [max(max(trace["base"]) for trace in plot["data"] if trace["type"] == "bar") for plot in (cut, whole)]
     assert ends[0] <= ends[1]
 
 
-def test_scores_are_against_the_control_of_the_same_parent_and_rung(tree: RunDir) -> None:
-    stand = gather(tree).levels[1]
-    looks = plots.last_looks(stand)
-    controls = {found.candidate.parent: found.score for found in stand.evaluations if found.candidate.is_control}
-    assert {found.candidate.parent for found, _ in looks} == {1, 2}
-    assert all(score == controls[found.candidate.parent] for found, score in looks)
-    tops = {found.candidate.index: found.rung for found in stand.evaluations if not found.candidate.is_control}
+def test_scores_are_against_the_magnitude_mask_of_the_same_parent_and_rung(tree: RunDir) -> None:
+    level_summary = load_summary(tree).levels[1]
+    looks = plots.highest_rung_scores(level_summary)
+    magnitude = {
+        found.candidate.parent_branch: found.score
+        for found in level_summary.evaluations
+        if found.candidate.is_magnitude
+    }
+    assert {found.candidate.parent_branch for found, _ in looks} == {1, 2}
+    assert all(score == magnitude[found.candidate.parent_branch] for found, score in looks)
+    tops = {
+        found.candidate.index: found.rung for found in level_summary.evaluations if not found.candidate.is_magnitude
+    }
     assert {found.candidate.index: found.rung for found, _ in looks} == tops
 
 
 def test_the_tree_has_an_edge_a_fine_tuned_mask_and_the_selected_path_is_bold(tree: RunDir) -> None:
-    figures = gather(tree)
-    edges = plots.tree(figures)["data"]
-    assert len(edges) == sum(len(stand.settled) for stand in figures.levels) == 9
-    assert sum(edge["line"]["width"] == 4 for edge in edges) == len(figures.levels)
+    summary = load_summary(tree)
+    edges = plots.tree(summary)["data"]
+    assert len(edges) == sum(len(level_summary.finetuned) for level_summary in summary.levels) == 9
+    assert sum(edge["line"]["width"] == 4 for edge in edges) == len(summary.levels)
     words = [edge["text"][1] for edge in edges]
-    assert words.count("IMP") == len(figures.levels)
-    assert all(word in ("IMP", "control") or word.isdigit() for word in words)  # short: a phone has 80 pixels a level
+    assert words.count("IMP") == len(summary.levels)
+    assert all(word in ("IMP", "magnitude") or word.isdigit() for word in words)  # short: a phone has 80 pixels a level
 
 
 def test_the_path_of_an_unfinished_tree_goes_from_parent_to_parent(tree: RunDir, tmp_path: Path) -> None:
     shutil.copytree(tree.uri, tmp_path / "copy")
     (tmp_path / "copy" / RESULT).unlink()
-    figures = gather(RunDir(tmp_path / "copy"))
-    above = [level.winner.candidate.parent for level in figures.path]
-    for level, parent in zip(figures.path, above[1:], strict=False):
-        assert level == figures.levels[level.level - 1].settled[branch(parent)]
-    assert list(figures.densities) == ["selected", "control (IMP)"]
+    summary = load_summary(RunDir(tmp_path / "copy"))
+    above = [level.winner.candidate.parent_branch for level in summary.path]
+    for level, parent in zip(summary.path, above[1:], strict=False):
+        assert level == summary.levels[level.level - 1].finetuned[branch(parent)]
+    assert list(summary.densities) == ["raymask", "IMP"]
 
 
 def test_a_level_that_somebody_deleted_is_no_mishap(tree: RunDir, tmp_path: Path) -> None:
     shutil.copytree(tree.uri, tmp_path / "copy")
     for path in [tmp_path / "copy" / RESULT, *(tmp_path / "copy" / "branch-2").rglob("level.json")]:
         path.unlink()
-    figures = gather(RunDir(tmp_path / "copy"))
-    assert plots.tree(figures)["data"]
-    assert report(figures)
+    summary = load_summary(RunDir(tmp_path / "copy"))
+    assert plots.tree(summary)["data"]
+    assert report_sections(summary)
 
 
-def test_intervals_on_report_stand_at_no_figures_on_select(finished: RunDir, tmp_path: Path) -> None:
-    whole, part = gather(finished), gather(run_of(tmp_path, 7))
+def test_intervals_on_test_stand_at_no_metrics_on_validation(finished: RunDir, tmp_path: Path) -> None:
+    whole, part = load_summary(finished), load_summary(run_of(tmp_path, 7))
     for runs, there in (({"": whole}, True), ({"a": whole, "b": part}, False)):
         traces = plots.metric_by_sparsity(runs)["data"]
         assert all(bool(trace["error_y"]) == there for trace in traces)
 
 
 def test_a_side_without_levels_has_no_line(finished: RunDir) -> None:
-    figures = gather(finished)
-    alone = [stand.model_copy(update={"settled": {"": stand.settled[""]}}) for stand in figures.levels]
-    [trace] = plots.metric_by_sparsity({"": figures.model_copy(update={"levels": tuple(alone)})})["data"]
-    assert trace["name"] == "selected"
+    summary = load_summary(finished)
+    alone = [
+        level_summary.model_copy(update={"finetuned": {"": level_summary.finetuned[""]}})
+        for level_summary in summary.levels
+    ]
+    [trace] = plots.metric_by_sparsity({"": summary.model_copy(update={"levels": tuple(alone)})})["data"]
+    assert trace["name"] == "raymask"
 
 
 def test_repeats_are_counted_in_the_budget_and_beyond_what_was_planned(finished: RunDir) -> None:
-    figures = gather(finished)
-    first = figures.levels[0]
-    again = tuple(found.model_copy(update={"order": order}) for order in (0, 1, 2) for found in first.evaluations)
-    stand = first.model_copy(update={"evaluations": again})
+    summary = load_summary(finished)
+    first = summary.levels[0]
+    again = tuple(found.model_copy(update={"repeat": repeat}) for repeat in (0, 1, 2) for found in first.evaluations)
+    level_summary = first.model_copy(update={"evaluations": again})
     assert sections.progress(first) == "4 of 4, 1 failed"
-    assert sections.progress(stand) == "12, 3 failed"
-    recipe = plan_of().recipe
-    assert spent(recipe, [stand], [])["early evaluation"] == 3 * spent(recipe, [first], [])["early evaluation"] == 9.0
+    assert sections.progress(level_summary) == "12, 3 failed"
+    recipe = setup_of().recipe
+    assert (
+        spent(recipe, [level_summary], [])["early evaluation"]
+        == 3 * spent(recipe, [first], [])["early evaluation"]
+        == 9.0
+    )
 
 
 def test_how_to_repeat_it_can_be_typed(finished: RunDir) -> None:
-    figures = gather(finished)
+    summary = load_summary(finished)
     start = {"versions": {"python": "3.12", "torch": "2.9", "ray": ""}, "machine": "m", "in_process": False}
 
     def told(run: str, **start_: object) -> str:
         starts = (start | {"address": None} | start_,)
-        return sections.again(figures.model_copy(update={"run": run, "starts": starts})).lines[0]
+        return sections.reproduce_section(summary.model_copy(update={"run": run, "starts": starts})).lines[0]
 
     assert told("a b") == "raymask search 'a b/spec.yaml' --run another"
     assert told("a", in_process=True) == "raymask search a/spec.yaml --run another --in-process"
     remote = "raymask search spec.yaml --run another --address auto, with s3://x/spec.yaml as spec.yaml"
     assert told("s3://x", address="auto") == remote
-    assert "ray==" not in sections.again(figures.model_copy(update={"starts": (start | {"address": None},)})).lines[1]
+    assert (
+        "ray=="
+        not in sections.reproduce_section(summary.model_copy(update={"starts": (start | {"address": None},)})).lines[1]
+    )
 
 
 def test_densities_stand_by_kind_and_layer() -> None:
@@ -352,25 +336,25 @@ def test_densities_stand_by_kind_and_layer() -> None:
 
 
 def test_budgets_are_compared_in_epochs(finished: RunDir) -> None:
-    figures = gather(finished)
+    summary = load_summary(finished)
 
-    def said(figures: Figures) -> str:
-        return next(section.lines[0] for section in report(figures) if section.title == "Budget")
+    def said(summary: RunSummary) -> str:
+        return next(section.lines[0] for section in report_sections(summary) if section.title == "Budget")
 
-    assert said(figures).endswith("Its baseline trains 30; `imp.epochs: 13` gives it as many.")
-    equal = figures.spent | {"baseline (IMP)": 26.0}  # what failed is not counted
-    assert said(figures.model_copy(update={"spent": equal})).endswith("So does its baseline: equal budgets.")
+    assert said(summary).endswith("Its baseline trains 30; `imp.epochs: 13` gives it as many.")
+    equal = summary.spent | {"baseline (IMP)": 26.0}  # what failed is not counted
+    assert said(summary.model_copy(update={"spent": equal})).endswith("So does its baseline: equal budgets.")
 
 
 def test_only_keys_that_differ_are_told() -> None:
     """As a spec has them."""
-    keys = {"seed": 1, "distill": True, "probe": {"score": "loss"}, "imp": {"epochs": 2}}
-    other = {"seed": 2, "distill": False, "probe": {"score": "metric"}, "imp": {"epochs": None}}
-    specs = {name: plan_of(**asked).recipe.spec for name, asked in (("a", keys), ("b", other))}
+    keys = {"seed": 1, "distill": True, "early_eval": {"score": "loss"}, "imp": {"epochs": 2}}
+    other = {"seed": 2, "distill": False, "early_eval": {"score": "metric"}, "imp": {"epochs": None}}
+    specs = {name: setup_of(**asked).recipe.spec for name, asked in (("a", keys), ("b", other))}
     assert sorted(differences(specs).rows) == [
         ["distill", "true", "false"],
+        ["early_eval.score", "loss", "metric"],
         ["imp.epochs", "2.0", "null"],
-        ["probe.score", "loss", "metric"],
         ["seed", "1", "2"],
     ]
 
@@ -379,75 +363,19 @@ def test_sizes_are_short() -> None:
     assert [million(count) for count in (7, 12_345, 10_646_400)] == ["7", "12,345", "10.65 M"]
 
 
-# --- in a browser ----------------------------------------------------------------------------------------------------
+# --- the page --------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_of_a_user_s_becomes_markup_or_script() -> None:
     nasty = "</script><script>alert(1)</script><b>"
     section = Section(nasty, [nasty], Table([nasty], [[nasty]]), [(nasty, {"data": [{"name": nasty}], "layout": {}})])
-    html = page(nasty, [section], "finished", 0.0)
+    html = render_page(nasty, [section], "finished", 0.0)
     assert nasty not in html
     assert html.count("<script>alert") == 0
     assert embedded(html)[0]["data"][0]["name"] == nasty
 
 
 def test_a_page_asks_the_network_for_nothing(finished: RunDir) -> None:
-    html = text_of(finished, PAGE)
+    html = text_of(finished, REPORT_HTML)
     outside = html[: html.index("<script>")] + html[html.rindex("<script>") :]
     assert not re.search(r"(src|href)\s*=|url\(|@import|https?:", outside)
-
-
-PROBE = """
-<script>
-addEventListener("load", () => setTimeout(() => {
-  const drawn = document.querySelectorAll(".plot .main-svg:first-child").length;
-  const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-  const paper = getComputedStyle(document.body).backgroundColor;
-  const seen = [...document.querySelectorAll(".plot")].every(plot => plot.getBoundingClientRect().width > 200);
-  parent.document.title = [drawn, wide, paper, seen, window.broken ?? "fine"].join("|");
-}, 1500));
-addEventListener("error", event => { window.broken = event.message; });
-</script>
-"""
-
-
-@pytest.fixture(scope="module")
-def pages(finished: RunDir, tree: RunDir, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both reports, with a few lines that tell how they are drawn."""
-    folder, found = tmp_path_factory.mktemp("pages"), {}
-    for name, store in (("finished", finished), ("tree", tree)):
-        found[name] = folder / f"{name}.html"
-        found[name].write_text(text_of(store, PAGE).replace("<head>", f"<head>{PROBE}", 1), encoding="utf-8")
-    return found
-
-
-@needs_browser
-@pytest.mark.parametrize("name", ["finished", "tree"])
-@pytest.mark.parametrize(("scheme", "paper"), [(1, "rgb(255, 255, 255)"), (0, "rgb(20, 23, 28)")])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_draws_it(
-    pages: dict[str, Path], tmp_path: Path, name: str, width: int, scheme: int, paper: str
-) -> None:
-    """On a phone and on a desk, in the light and in the dark, without a network."""
-    frame = tmp_path / "frame.html"  # a window cannot be as narrow as a phone
-    frame.write_text(
-        f'<!doctype html><meta name="color-scheme" content="light dark"><title>none</title>'
-        f'<iframe src="{pages[name].as_uri()}" style="width: {width}px; height: 3000px"></iframe>'
-    )
-    options = [
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--allow-file-access-from-files",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-        f"--blink-settings=preferredColorScheme={scheme}",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1400,3000",
-        "--virtual-time-budget=10000",
-        "--dump-dom",
-    ]
-    done = subprocess.run([str(BROWSER), *options, frame.as_uri()], capture_output=True, text=True, timeout=120)
-    title = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert title, done.stderr
-    plots_there = len(embedded(pages[name].read_text(encoding="utf-8")))
-    assert title[1].split("|") == [str(plots_there), "0", paper, "true", "fine"]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from raymask.core.errors import UserError
 from raymask.core.records import Candidate, Evaluation, Noise
-from raymask.core.rules import RULES, best, first
+from raymask.core.selection import SELECTIONS, best, first
 
 scores = st.sampled_from([-1.0, -0.5, 0.5]) | st.floats(-9, 9)  # ties are common
 outcomes = st.lists(st.none() | scores, min_size=1, max_size=9).filter(lambda found: set(found) != {None})
@@ -22,7 +22,7 @@ def failed_where_none(scores):
     return [evaluated(i, score, "out of memory" if score is None else None) for i, score in enumerate(scores)]
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("rule", SELECTIONS.values(), ids=SELECTIONS.keys())
 @given(scores=outcomes, keep=st.integers(1, 4), data=st.data())
 def test_no_rule_heeds_the_order_of_arrival_or_lets_a_failure_win(rule, scores, keep, data):
     evaluations = failed_where_none(scores)
@@ -39,8 +39,8 @@ def test_the_highest_score_wins_and_on_a_tie_the_lowest_index(scores, data):
     assert winner.candidate.index == scores.index(highest)
 
 
-def test_the_first_random_masks_win_whatever_their_scores_and_the_control_only_without_them():
-    noise = Noise(exponent=5.0, ratio=1e-4)
+def test_the_first_random_masks_win_whatever_their_scores_and_the_magnitude_mask_only_without_them():
+    noise = Noise(exponent=5.0, sampling_ratio=1e-4)
     pool = [evaluated(0, 9.0), evaluated(1, error="died"), evaluated(2, -3.0), evaluated(3, 5.0)]
     random = [found.candidate.model_copy(update={"noise": noise if found.candidate.index else None}) for found in pool]
     pool = [found.model_copy(update={"candidate": drawn}) for found, drawn in zip(pool, random, strict=True)]

@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from support.contests import unstructured
 
-from raymask.core import samplers
-from raymask.core.patterns import budget, winners
-from raymask.core.samplers import (
-    EXACT,
-    FEW,
+from raymask.core.masking import samplers
+from raymask.core.masking.patterns import num_kept, topk_mask
+from raymask.core.masking.samplers import (
     MARGIN,
+    MAX_EXACT_DRAWS,
+    MAX_EXACT_VOTES,
     SAMPLERS,
     histogram,
-    predict,
-    race,
-    rounds,
-    tally_contests,
-    tally_open,
-    uniform,
-    votes,
+    num_votes,
+    prepare_binomial,
+    random,
+    sample_exact,
+    sample_grouped,
+    sample_undecided,
+    voting,
 )
 
 SIDE = 96
@@ -37,8 +37,8 @@ EDGES = [0, KEPT // 2, 7 * KEPT // 8, KEPT, 9 * KEPT // 8, 3 * KEPT // 2, 3 * KE
 
 def method(scores, density, ratio, exponent=5.0):
     """The method's votes in one contest of all `scores`, (1, entries), with as many votes as it takes."""
-    kept = budget(scores.numel(), density)
-    return votes(scores, kept, exponent, rounds(scores.numel(), kept, ratio))
+    kept = num_kept(scores.numel(), density)
+    return voting(scores, kept, exponent, num_votes(scores.numel(), kept, ratio))
 
 
 def seeded(seed):
@@ -60,12 +60,12 @@ def masks_of(draw, scores, times, density=1 / 16):
     """bool (times, entries): masks drawn one after another, each of the exact count."""
     rng = seeded(11)
     masks = torch.stack([unstructured(draw(scores, rng), density).reshape(-1) for _ in range(times)])
-    assert set(masks.sum(1).tolist()) == {budget(scores.numel(), density)}
+    assert set(masks.sum(1).tolist()) == {num_kept(scores.numel(), density)}
     return masks
 
 
 def agree(found, expected, scores):
-    """Equal rates of inclusion by magnitude and an equal distance from the control, both within 4.5 sigma."""
+    """Equal rates of inclusion by magnitude and an equal distance from the magnitude mask, both within 4.5 sigma."""
     order = scores.reshape(-1).argsort(descending=True)
     for start, end in pairwise(EDGES):
         ours, theirs = (masks[:, order[start:end]].float().mean().item() for masks in (found, expected))
@@ -94,20 +94,20 @@ def square(gaussian):
 def test_both_paths_agree_with_the_slow_sampler(square, exponent, count):
     arguments = {"kept": KEPT, "exponent": exponent, "count": count}
     expected = torch.stack([judge(square, rng, **arguments).reshape(-1) for rng in map(seeded, range(40))])
-    agree(masks_of(partial(race, **arguments), square, 40), expected, square)
+    agree(masks_of(partial(sample_exact, **arguments), square, 40), expected, square)
     if count > 1:  # a single vote is always a race
-        agree(masks_of(predict(square, **arguments), square, 80), expected, square)
+        agree(masks_of(prepare_binomial(square, **arguments), square, 80), expected, square)
 
 
 def test_both_paths_agree_with_the_slow_sampler_on_a_parent_that_is_already_sparse(square):
     scores = square * (square >= square.reshape(-1).topk(3 * KEPT).values[-1])
     arguments = {"kept": KEPT, "exponent": 5.0, "count": 20}
     expected = torch.stack([judge(scores, rng, **arguments).reshape(-1) for rng in map(seeded, range(40))])
-    agree(masks_of(partial(race, **arguments), scores, 40), expected, scores)
-    agree(masks_of(predict(scores, **arguments), scores, 80), expected, scores)
+    agree(masks_of(partial(sample_exact, **arguments), scores, 40), expected, scores)
+    agree(masks_of(prepare_binomial(scores, **arguments), scores, 80), expected, scores)
 
 
-def voting(chances, kept, count):
+def slow_voting(chances, kept, count):
     """The exact probability of every kept set, over all orders, all sequences of votes and all broken ties."""
     single = Counter()
     for order in permutations(range(len(chances)), kept):
@@ -134,11 +134,11 @@ def voting(chances, kept, count):
 @pytest.mark.parametrize("count", [1, 3])
 def test_masks_of_a_tiny_matrix_follow_the_exact_plackett_luce_probabilities(count):
     scores = torch.tensor([[1.0, 1.3, 0.7, 1.1, 0.9]])
-    expected = voting((scores[0].double() ** 2).tolist(), 2, count)
+    expected = slow_voting((scores[0].double() ** 2).tolist(), 2, count)
     assert sum(expected.values()) == pytest.approx(1.0)
     rng, found = seeded(count), Counter()
     for _ in range(4000):
-        keys = race(scores, rng, kept=2, exponent=2.0, count=count)
+        keys = sample_exact(scores, rng, kept=2, exponent=2.0, count=count)
         found[frozenset(unstructured(keys, 0.4)[0].nonzero()[:, 0].tolist())] += 1
     assert set(found) <= set(expected)
     observed = [found[outcome] for outcome in expected]
@@ -147,10 +147,10 @@ def test_masks_of_a_tiny_matrix_follow_the_exact_plackett_luce_probabilities(cou
 
 def test_one_vote_is_a_race_and_many_votes_on_a_large_matrix_are_predicted(gaussian):
     scores = gaussian(1, 1024 * 1024).abs()
-    assert method(scores, 1 / 16, ratio=1e-7).func is race
-    assert method(scores, 1 / 16, ratio=1e-5).func is tally_open
-    assert method(scores[:, :64], 1 / 16, ratio=1.0).func is race
-    assert scores.numel() == EXACT
+    assert method(scores, 1 / 16, ratio=1e-7).func is sample_exact
+    assert method(scores, 1 / 16, ratio=1e-5).func is sample_undecided
+    assert method(scores[:, :64], 1 / 16, ratio=1.0).func is sample_exact
+    assert scores.numel() == MAX_EXACT_DRAWS
 
 
 @pytest.mark.parametrize("kind", ["race", "predicted"])
@@ -168,9 +168,9 @@ def test_score_zero_is_never_kept_and_the_count_is_exact_whatever_the_noise(kind
     kept = max(1, int(share * live))
     arguments = {"kept": kept, "exponent": exponent, "count": count}
     keys = (
-        race(scores, seeded(seed), **arguments)
+        sample_exact(scores, seeded(seed), **arguments)
         if kind == "race"
-        else predict(scores, **arguments)(scores, seeded(seed))
+        else prepare_binomial(scores, **arguments)(scores, seeded(seed))
     )
     mask = unstructured(keys, kept / scores.numel())
     assert not mask[scores == 0].any()
@@ -181,7 +181,7 @@ def test_score_zero_is_never_kept_and_the_count_is_exact_whatever_the_noise(kind
 def test_score_zero_is_never_kept_where_too_few_entries_got_a_vote():
     scores = torch.rand(1, 400, generator=seeded(0))
     scores[:, ::2] = 0
-    draw = predict(scores, kept=40, exponent=1000.0, count=2)
+    draw = prepare_binomial(scores, kept=40, exponent=1000.0, count=2)
     short = 0
     for seed in range(100):
         keys = draw(scores, seeded(seed))
@@ -194,7 +194,7 @@ def test_score_zero_is_never_kept_where_too_few_entries_got_a_vote():
 def test_ties_are_broken_at_random_and_not_by_position(kind):
     equal = torch.ones(1, SIDE * SIDE)
     arguments = {"kept": KEPT, "exponent": 5.0, "count": 20}
-    draw = predict(equal, **arguments) if kind == "predicted" else partial(race, **arguments)
+    draw = prepare_binomial(equal, **arguments) if kind == "predicted" else partial(sample_exact, **arguments)
     front = masks_of(draw, equal, 40)[:, : SIDE * SIDE // 2].float().mean().item()
     assert front == pytest.approx(1 / 16, abs=4.5 * sqrt(15 / 16 / 16 / (40 * SIDE * SIDE / 2)))
 
@@ -214,7 +214,7 @@ def test_every_sampler_fills_the_places_of_every_contest_with_live_entries_only(
     scores = torch.tensor(values[:whole], dtype=torch.float32).view(-1, contestants) if whole else torch.zeros(1, 0)
     before, places = scores.clone(), int(share * scores.shape[1])
     keys = sampler(scores, places, exponent, count)(scores, seeded(0))
-    mask = winners(keys, places)
+    mask = topk_mask(keys, places)
     assert keys.shape == scores.shape
     assert mask.sum(1).tolist() == scores.count_nonzero(1).clamp(max=places).tolist()
     assert not mask[scores == 0].any()
@@ -223,7 +223,7 @@ def test_every_sampler_fills_the_places_of_every_contest_with_live_entries_only(
 
 def test_chance_alone_keeps_any_entry_that_has_a_score(square):
     scores = torch.where(square.abs() > 0.3, square.abs(), 0.0)
-    masks = masks_of(uniform(scores, KEPT, 5.0, 7), scores, 300).float()
+    masks = masks_of(random(scores, KEPT, 5.0, 7), scores, 300).float()
     live = scores.flatten() > 0
     rate = KEPT / int(live.sum())
     found = masks.reshape(300, -1)[:, live].mean(0)
@@ -242,15 +242,17 @@ def test_the_same_generator_gives_the_same_keys_and_another_gives_others(gaussia
 
 
 @pytest.mark.parametrize("count", [1, 30])
-def test_a_very_large_exponent_gives_the_control(square, count):
+def test_a_very_large_exponent_gives_the_magnitude_mask(square, count):
     arguments = {"kept": KEPT, "exponent": 1000.0, "count": count}
-    assert strays(unstructured(race(square, seeded(0), **arguments), 1 / 16), square, 1 / 16) <= 0.01
-    assert strays(unstructured(predict(square, **arguments)(square, seeded(0)), 1 / 16), square, 1 / 16) <= 0.01
+    assert strays(unstructured(sample_exact(square, seeded(0), **arguments), 1 / 16), square, 1 / 16) <= 0.01
+    assert (
+        strays(unstructured(prepare_binomial(square, **arguments)(square, seeded(0)), 1 / 16), square, 1 / 16) <= 0.01
+    )
 
 
-def test_more_and_more_votes_converge_to_the_control(square):
+def test_more_and_more_votes_converge_to_the_magnitude_mask(square):
     far = [
-        strays(unstructured(predict(square, KEPT, 5.0, count)(square, seeded(0)), 1 / 16), square, 1 / 16)
+        strays(unstructured(prepare_binomial(square, KEPT, 5.0, count)(square, seeded(0)), 1 / 16), square, 1 / 16)
         for count in (10, 1000, 100_000, 10_000_000)
     ]
     assert far == sorted(far, reverse=True)
@@ -259,7 +261,7 @@ def test_more_and_more_votes_converge_to_the_control(square):
 
 
 def test_a_tiny_exponent_forgets_the_magnitudes(square):
-    mask = unstructured(race(square, seeded(0), kept=KEPT, exponent=1e-3, count=1), 1 / 16)
+    mask = unstructured(sample_exact(square, seeded(0), kept=KEPT, exponent=1e-3, count=1), 1 / 16)
     assert strays(mask, square, 1 / 16) == pytest.approx(15 / 16, abs=0.04)
 
 
@@ -274,9 +276,9 @@ def test_a_tiny_exponent_forgets_the_magnitudes(square):
         (1 / 100, 3e-4, 175, 0.11),
     ],
 )
-def test_masks_stray_from_the_control_as_far_as_was_measured(gaussian, density, ratio, count, share):
+def test_masks_stray_from_the_magnitude_mask_as_far_as_was_measured(gaussian, density, ratio, count, share):
     scores = gaussian(1, 768 * 768).abs()
-    assert rounds(scores.numel(), budget(scores.numel(), density), ratio) == count
+    assert num_votes(scores.numel(), num_kept(scores.numel(), density), ratio) == count
     keys = method(scores, density, ratio)(scores, seeded(1))
     assert strays(unstructured(keys, density), scores, density) == pytest.approx(share, abs=0.015)
 
@@ -295,17 +297,17 @@ def outside(arguments, miss):
 
 @pytest.mark.parametrize("miss", ["boundary too high", "boundary too low", "span too high", "span too low"])
 def test_a_mispredicted_boundary_falls_back_to_drawing_every_live_entry(square, miss):
-    arguments = predict(square, KEPT, 5.0, 100).keywords
+    arguments = prepare_binomial(square, KEPT, 5.0, 100).keywords
     assert 0 < arguments["span"][0] < arguments["span"][1] < float("inf")
-    expected = masks_of(partial(tally_open, **{**arguments, "span": (0.0, float("inf"))}), square, 60)
-    found = masks_of(partial(tally_open, **outside(arguments, miss)), square, 60)
+    expected = masks_of(partial(sample_undecided, **{**arguments, "span": (0.0, float("inf"))}), square, 60)
+    found = masks_of(partial(sample_undecided, **outside(arguments, miss)), square, 60)
     agree(found, expected, square)
-    drawn = tally_open(square, seeded(0), **outside(arguments, miss))
+    drawn = sample_undecided(square, seeded(0), **outside(arguments, miss))
     assert int(drawn.count_nonzero()) == square.numel()  # nothing was left out as certain
 
 
 def test_a_well_predicted_boundary_draws_only_what_is_open(square):
-    draw = predict(square, KEPT, 5.0, 1000)
+    draw = prepare_binomial(square, KEPT, 5.0, 1000)
     keys = draw(square, seeded(0))
     low, high = draw.keywords["span"]
     assert torch.equal(keys > 0, square >= low)
@@ -318,8 +320,8 @@ def test_a_well_predicted_boundary_draws_only_what_is_open(square):
 def test_the_boundary_is_well_predicted_however_many_votes_there_are(monkeypatch, count):
     """A bin of the histogram is worth many votes of a large matrix, but the whole matrix must not be drawn for that."""
     weights = torch.randn(1, 300_000, generator=seeded(4)).abs()
-    draws = [predict(scores, scores.numel() // 16, 5.0, count) for scores in (weights, weights[:, :100_000])]
-    monkeypatch.setattr(samplers, "tally_open", lambda *args, **more: pytest.fail("every live entry is drawn"))
+    draws = [prepare_binomial(scores, scores.numel() // 16, 5.0, count) for scores in (weights, weights[:, :100_000])]
+    monkeypatch.setattr(samplers, "sample_undecided", lambda *args, **more: pytest.fail("every live entry is drawn"))
     for draw, scores in zip(draws, (weights, weights[:, :100_000]), strict=True):
         for seed in range(3):
             draw(scores, seeded(seed))
@@ -337,7 +339,7 @@ def test_the_histogram_counts_every_live_entry(values):
 
 @pytest.mark.parametrize(("entries", "kept", "ratio", "count"), [(10, 5, 1.0, 5), (10, 5, 1e-9, 1), (10, 10, 1.0, 1)])
 def test_the_number_of_votes_is_the_method_s(entries, kept, ratio, count):
-    assert rounds(entries, kept, ratio) == count
+    assert num_votes(entries, kept, ratio) == count
 
 
 def test_a_matrix_of_more_than_16_million_entries_is_drawn_exactly(gaussian):
@@ -345,7 +347,7 @@ def test_a_matrix_of_more_than_16_million_entries_is_drawn_exactly(gaussian):
     assert scores.numel() > 2**24  # which torch.multinomial refuses
     keys = method(scores, 1 / 16, ratio=5e-5)(scores, seeded(0))
     mask = unstructured(keys, 1 / 16)
-    assert int(mask.sum()) == budget(scores.numel(), 1 / 16)
+    assert int(mask.sum()) == num_kept(scores.numel(), 1 / 16)
     assert strays(mask, scores, 1 / 16) == pytest.approx(0.022, abs=0.005)  # as sqrt(27 / 788) of 11.5 % at V = 27
 
 
@@ -361,24 +363,24 @@ def rates(mask, order):
 def test_a_race_of_many_small_contests_is_the_exact_one_in_each(count):
     chances = [1.0, 1.3, 0.7, 1.1, 0.9]
     scores = torch.tensor([chances]).repeat(4000, 1)
-    keys = race(scores, seeded(count), kept=2, exponent=2.0, count=count)
-    found = Counter(frozenset(row.nonzero()[:, 0].tolist()) for row in winners(keys, 2))
-    expected = voting([chance**2 for chance in chances], 2, count)
+    keys = sample_exact(scores, seeded(count), kept=2, exponent=2.0, count=count)
+    found = Counter(frozenset(row.nonzero()[:, 0].tolist()) for row in topk_mask(keys, 2))
+    expected = slow_voting([chance**2 for chance in chances], 2, count)
     assert set(found) <= set(expected)
     assert chisquare([found[outcome] for outcome in expected], [4000 * p for p in expected.values()]).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(("size", "kept"), [(2, 1), (4, 1), (4, 2), (4, 3), (8, 4), (16, 1), (16, 4), (16, 8)])
-@pytest.mark.parametrize("count", [FEW + 1, 200])
+@pytest.mark.parametrize("count", [MAX_EXACT_VOTES + 1, 200])
 def test_votes_of_many_contests_agree_with_their_race(gaussian, size, kept, count):
     """To as much as `tally_contests` claims, beside four standard errors."""
     scores = gaussian(24_000 // size, size).abs()
-    order, control = scores.argsort(1, descending=True), winners(scores, kept)
+    order, magnitude = scores.argsort(1, descending=True), topk_mask(scores, kept)
     arguments = {"kept": kept, "exponent": 5.0, "count": count}
-    fast, slow = (winners(draw(scores, seeded(1), **arguments), kept) for draw in (tally_contests, race))
+    fast, slow = (topk_mask(draw(scores, seeded(1), **arguments), kept) for draw in (sample_grouped, sample_exact))
     assert fast.sum(1).tolist() == slow.sum(1).tolist() == [kept] * len(scores)
     close = 0.04 if size < 16 or kept < 3 else 0.15
-    ours, theirs = (float((mask & ~control).float().mean()) * size / kept for mask in (fast, slow))
+    ours, theirs = (float((mask & ~magnitude).float().mean()) * size / kept for mask in (fast, slow))
     assert abs(ours - theirs) <= close * theirs + 4 * sqrt(2 * theirs / (len(scores) * kept))
     error = 4 * (0.5 / len(scores)) ** 0.5
     assert float((rates(fast, order) - rates(slow, order)).abs().max()) <= close * 0.3 + error
@@ -386,40 +388,40 @@ def test_votes_of_many_contests_agree_with_their_race(gaussian, size, kept, coun
 
 def test_few_votes_are_raced_and_many_tallied(gaussian):
     scores = gaussian(300_000, 4).abs()
-    assert votes(scores, 2, 5.0, FEW).func is race
-    assert votes(scores, 2, 5.0, FEW + 1).func is tally_contests
-    assert votes(scores[:1000], 2, 5.0, 100).func is race
-    assert scores.numel() * (FEW + 1) > EXACT
+    assert voting(scores, 2, 5.0, MAX_EXACT_VOTES).func is sample_exact
+    assert voting(scores, 2, 5.0, MAX_EXACT_VOTES + 1).func is sample_grouped
+    assert voting(scores[:1000], 2, 5.0, 100).func is sample_exact
+    assert scores.numel() * (MAX_EXACT_VOTES + 1) > MAX_EXACT_DRAWS
 
 
-@pytest.mark.parametrize("draw", [race, tally_contests])
+@pytest.mark.parametrize("draw", [sample_exact, sample_grouped])
 def test_contests_with_too_few_live_entries_keep_these_and_the_others_their_places(gaussian, draw):
     scores = gaussian(2000, 8).abs()
     scores[torch.rand(2000, 8, generator=seeded(0)) < 0.6] = 0
-    mask = winners(draw(scores, seeded(1), kept=4, exponent=5.0, count=20), 4)
+    mask = topk_mask(draw(scores, seeded(1), kept=4, exponent=5.0, count=20), 4)
     assert not mask[scores == 0].any()
     assert mask.sum(1).tolist() == scores.count_nonzero(1).clamp(max=4).tolist()
 
 
-@pytest.mark.parametrize("draw", [race, tally_contests])
+@pytest.mark.parametrize("draw", [sample_exact, sample_grouped])
 def test_ties_within_contests_are_broken_at_random_and_not_by_position(draw):
     equal = torch.ones(20_000, 4)
-    kept = winners(draw(equal, seeded(0), kept=2, exponent=5.0, count=10), 2).float().mean(0)
+    kept = topk_mask(draw(equal, seeded(0), kept=2, exponent=5.0, count=10), 2).float().mean(0)
     assert kept.tolist() == pytest.approx([0.5] * 4, abs=4.5 * sqrt(0.25 / 20_000))
 
 
 @pytest.mark.parametrize(("exponent", "count"), [(1000.0, 20), (5.0, 10**7)])
-def test_certain_contests_are_the_control_s(gaussian, exponent, count):
+def test_certain_groups_are_the_magnitude_mask_s(gaussian, exponent, count):
     """An entry that gets all votes, and one that gets none, are still ranked."""
     scores = gaussian(5000, 8).abs()
-    mask = winners(tally_contests(scores, seeded(0), kept=4, exponent=exponent, count=count), 4)
-    assert float((mask & ~winners(scores, 4)).sum() / mask.sum()) <= 0.01
+    mask = topk_mask(sample_grouped(scores, seeded(0), kept=4, exponent=exponent, count=count), 4)
+    assert float((mask & ~topk_mask(scores, 4)).sum() / mask.sum()) <= 0.01
 
 
 @pytest.mark.parametrize("count", [2, 20])
 def test_contests_depend_on_the_generator_alone(gaussian, count):
     scores = gaussian(3000, 4).abs()
-    for draw in (race, tally_contests):
+    for draw in (sample_exact, sample_grouped):
         first, again, other = (draw(scores, seeded(seed), kept=2, exponent=5.0, count=count) for seed in (1, 1, 2))
         assert torch.equal(first, again)
-        assert not torch.equal(winners(first, 2), winners(other, 2))
+        assert not torch.equal(topk_mask(first, 2), topk_mask(other, 2))

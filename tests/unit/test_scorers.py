@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymask.core.scorers import BLIND, FAINT, SCORERS, Calibration, magnitude, saliency, wanda
+from raymask.core.masking.scorers import DATA_FREE, MIN_RELATIVE_SCORE, SCORERS, Calibration, magnitude, saliency, wanda
 
 WEIGHT = torch.tensor([[1.0, -2.0, 0.0], [0.5, 0.0, -4.0]])
 SEEN = Calibration(inputs=torch.tensor([3.0, 0.5, 1.0]), gradient=torch.tensor([[-1.0, 0.0, 9.0], [2.0, 9.0, 0.25]]))
@@ -15,7 +15,7 @@ def test_the_formulas():
     assert magnitude(WEIGHT).tolist() == [[1.0, 2.0, 0.0], [0.5, 0.0, 4.0]]
     assert wanda(WEIGHT, SEEN).tolist() == [[3.0, 1.0, 0.0], [1.5, 0.0, 4.0]]
     found = saliency(WEIGHT, SEEN)
-    assert found[0, 1] == pytest.approx(FAINT)  # it is there, though it changes nothing
+    assert found[0, 1] == pytest.approx(MIN_RELATIVE_SCORE)  # it is there, though it changes nothing
     assert found.tolist() == [[1.0, found[0, 1].item(), 0.0], [1.0, 0.0, 1.0]]
 
 
@@ -39,7 +39,7 @@ def test_every_scorer_is_zero_where_the_weight_is_and_only_there(scorer, seed, s
 
 
 def test_only_the_magnitude_needs_no_calibration():
-    assert {name for name, scorer in SCORERS.items() if scorer in BLIND} == {"magnitude"}
-    for scorer in set(SCORERS.values()) - BLIND:
-        with pytest.raises(AssertionError, match="looks at"):
+    assert {name for name, scorer in SCORERS.items() if scorer in DATA_FREE} == {"magnitude"}
+    for scorer in set(SCORERS.values()) - DATA_FREE:
+        with pytest.raises(AssertionError, match="needs calibration"):
             scorer(WEIGHT, None)

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from support.builders import refused
-from support.fakes import Fakes, Killed, plan_of
+from support.fakes import Fakes, Killed, setup_of
 
+from raymask.commands.show import short_names, show_comparison, show_run
 from raymask.core import stats
-from raymask.driver.search import conclude
-from raymask.report.figures import Figures
-from raymask.report.show import short_names, show_comparison, show_run
-from raymask.store import RunDir, open_run
+from raymask.driver.result import build_result
+from raymask.report.summary import RunSummary
+from raymask.runs.run_dir import RunDir, open_run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,16 +39,16 @@ def shown(path: Path) -> str:
 
 
 def stop_after(lives: int, path: Path, **changes: object) -> None:
-    plan = plan_of(**changes)
-    with pytest.raises(Killed), open_run(RunDir(path), plan.recipe.spec) as store:
-        Fakes(plan, lives=lives).run(store)
+    search_setup = setup_of(**changes)
+    with pytest.raises(Killed), open_run(RunDir(path), search_setup.recipe.spec) as store:
+        Fakes(search_setup, lives=lives).run(store)
 
 
 def finish(path: Path, **changes: object) -> None:
-    plan = plan_of(**changes)
-    with open_run(RunDir(path), plan.recipe.spec) as store:
-        Fakes(plan).run(store)
-        conclude(plan, store, 61.0)
+    search_setup = setup_of(**changes)
+    with open_run(RunDir(path), search_setup.recipe.spec) as store:
+        Fakes(search_setup).run(store)
+        build_result(search_setup, store, 61.0)
 
 
 def cells(text: str, begins: str) -> list[str]:
@@ -68,7 +68,9 @@ def test_a_search_that_has_no_dense_model_yet_says_so(tmp_path: Path) -> None:
 def test_a_stopped_search_is_shown_with_its_evaluations(tmp_path: Path) -> None:
     stop_after(1 + 4 + 2 + 2, tmp_path)  # the dense model, level 1, and two candidates of level 2
     text = shown(tmp_path)
-    assert "This search is stopped; the same command goes on from here.\ndense, sparsity 50.00%: select loss " in text
+    assert (
+        "This search is stopped. Run the same command again to continue.\ndense, sparsity 50.00%: validation loss "
+    ) in text
     assert cells(text, "1 of 2") == ["1 of 2", "50.00%", "4 of 4", "candidate 2", "0.00%", *cells(text, "1 of 2")[5:]]
     assert cells(text, "1 of 2")[-2:] == ["0.5000", "0.5000"]
     assert cells(text, "2 of 2") == ["2 of 2", "90.00%", "2 of 4"]
@@ -78,9 +80,9 @@ def test_a_stopped_search_is_shown_with_its_evaluations(tmp_path: Path) -> None:
 def test_a_finished_search_is_shown_with_its_table_and_where_its_time_went(tmp_path: Path) -> None:
     finish(tmp_path)
     text = shown(tmp_path)
-    assert text.startswith(f"{tmp_path}: finished\n\nVerdict\nSelected against control on ")
-    assert len([line for line in text.splitlines() if line.startswith("  selected ")]) == 1
-    assert "The last start took 1 min 1 s by the clock." in text
+    assert text.startswith(f"{tmp_path}: finished\n\nVerdict\nraymask against IMP on ")
+    assert len([line for line in text.splitlines() if line.startswith("  raymask ")]) == 1
+    assert "The last start took 1 min 1 s of wall time." in text
     lines = text.splitlines()
     head = lines.index("Workers' time, 0.4 s a letter:")
     bar, legend = lines[head + 1 : head + 3]
@@ -92,7 +94,7 @@ def test_a_finished_search_is_shown_with_its_table_and_where_its_time_went(tmp_p
 
 
 def test_a_search_at_work_is_called_running(tmp_path: Path) -> None:
-    with open_run(RunDir(tmp_path), plan_of().recipe.spec):
+    with open_run(RunDir(tmp_path), setup_of().recipe.spec):
         assert shown(tmp_path).startswith(f"{tmp_path}: running")
     assert shown(tmp_path).startswith(f"{tmp_path}: stopped")
 
@@ -106,11 +108,11 @@ def test_other_programs_get_the_same_as_json(tmp_path: Path, capsys: pytest.Capt
     assert [level["sparsity"] for level in found["levels"]] == pytest.approx([0.5, 0.9])
     journals = [[one["candidate"]["index"] for one in level["evaluations"]] for level in found["levels"]]
     assert journals == [[3, 2, 1, 0], [3, 2]]
-    assert [sorted(level["settled"]) for level in found["levels"]] == [["", "imp"], []]
-    assert Figures.model_validate_json(printed).model_dump_json(indent=1) == printed.rstrip()
+    assert [sorted(level["finetuned"]) for level in found["levels"]] == [["", "imp"], []]
+    assert RunSummary.model_validate_json(printed).model_dump_json(indent=1) == printed.rstrip()
 
 
-def test_searches_stand_side_by_side_with_what_was_asked_differently(tmp_path: Path) -> None:
+def test_searches_stand_side_by_side_with_the_keys_that_differ(tmp_path: Path) -> None:
     finish(tmp_path / "one")
     stop_after(1 + 4 + 2 + 2, tmp_path / "other", seed=3)
     console = Console(file=io.StringIO(), width=250)
@@ -146,5 +148,5 @@ def test_one_that_is_no_run_and_a_page_that_cannot_be_written_are_refused(tmp_pa
         (["runs/a/"], ["a"]),
     ],
 )
-def test_names_leave_out_what_all_places_share(runs: list[str], names: list[str]) -> None:
+def test_names_leave_out_what_all_locations_share(runs: list[str], names: list[str]) -> None:
     assert short_names(runs) == names

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from support.builders import refused, tiny_config
 from torch import Tensor, nn
 
-from raymask.export.shrink import LAYOUTS, Removed, narrow, shrink
-from raymask.train.model import blocks, build, find_prunable
+from raymask.export.shrink import LAYOUTS, Removed, remove_units, shrink
+from raymask.train.model import build_model
+from raymask.train.prunable import find_prunable, transformer_blocks
 
 KNOWN = ["bert", "roberta", "distilbert", "electra"]
 
@@ -21,7 +22,7 @@ def random_module(family: str, seed: int = 0) -> Any:
     """Two blocks of two heads and 32 neurons, with biases that matter."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        module = build(tiny_config(family)).eval()
+        module = build_model(tiny_config(family)).eval()
         for name, parameter in module.named_parameters():
             if name.endswith("bias"):
                 nn.init.normal_(parameter)
@@ -55,16 +56,16 @@ def test_outputs_stay_and_dead_units_go(family: str, seed: int, density: float) 
         weight *= torch.rand(weight.shape, generator=rng) < density
     small, removed = shrink(module)
     assert torch.allclose(outputs(small), outputs(module), atol=1e-4)
-    [before], [after] = blocks(module).values(), blocks(small).values()
+    [before], [after] = transformer_blocks(module).values(), transformer_blocks(small).values()
     kept = 0
     for old, new in zip(before, after, strict=True):
-        rising, falling = linear(old, "rising", family).weight, linear(old, "falling", family).weight
-        alive = int((rising.abs().sum(1) * falling.abs().sum(0) > 0).sum())
-        assert linear(new, "rising", family).weight.shape == (max(alive, 1), 16)
-        assert linear(new, "falling", family).weight.shape == (16, max(alive, 1))
+        up, down = linear(old, "ffn_up", family).weight, linear(old, "ffn_down", family).weight
+        alive = int((up.abs().sum(1) * down.abs().sum(0) > 0).sum())
+        assert linear(new, "ffn_up", family).weight.shape == (max(alive, 1), 16)
+        assert linear(new, "ffn_down", family).weight.shape == (16, max(alive, 1))
         kept += max(alive, 1)
-        values, mixed = linear(old, "values", family).weight, linear(old, "mixed", family).weight
-        heads = int(((values.abs().sum(1) * mixed.abs().sum(0)).view(2, 8).sum(1) > 0).sum())
+        values, attn_out = linear(old, "values", family).weight, linear(old, "attn_out", family).weight
+        heads = int(((values.abs().sum(1) * attn_out.abs().sum(0)).view(2, 8).sum(1) > 0).sum())
         for which in ("values", "keys", "queries"):
             assert linear(new, which, family).weight.shape == (8 * max(heads, 1), 16)
     assert removed.neurons == (64 - kept, 64)
@@ -81,22 +82,22 @@ def test_where_nothing_is_dead_nothing_changes() -> None:
     assert small is not module
 
 
-@pytest.mark.parametrize("which", ["values", "mixed", "rising", "falling"])
+@pytest.mark.parametrize("which", ["values", "attn_out", "ffn_up", "ffn_down"])
 def test_of_a_block_that_is_all_dead_one_unit_stays(which: str) -> None:
     module = random_module("bert")
-    [layers] = blocks(module).values()
+    [layers] = transformer_blocks(module).values()
     linear(layers[0], which, "bert").weight.zero_()
     small, removed = shrink(module)
     assert torch.allclose(outputs(small), outputs(module), atol=1e-5)
-    attention = which in ("values", "mixed")
+    attention = which in ("values", "attn_out")
     assert (removed.neurons[0], removed.heads[0]) == ((0, 1) if attention else (31, 0))
     assert str(removed).startswith("0 of 64 neurons, 1 of 4 att" if attention else "31 of 64 neurons, 0 of 4 att")
 
 
 def test_the_original_stays_as_it_is() -> None:
     module = random_module("bert")
-    [layers] = blocks(module).values()
-    linear(layers[1], "rising", "bert").weight[3:] = 0
+    [layers] = transformer_blocks(module).values()
+    linear(layers[1], "ffn_up", "bert").weight[3:] = 0
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     shrink(module)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
@@ -108,10 +109,10 @@ def test_a_unit_is_dead_only_when_all_of_it_is() -> None:
     with torch.no_grad():
         first.weight[[0, 2]] = 0
         second.weight[:, 1] = 0
-        assert narrow([first], second, first.bias, 2) == (1, 2)
+        assert remove_units([first], second, first.bias, 2) == (1, 2)
     assert (first.out_features, second.in_features) == (2, 2)
 
 
 def test_other_models_are_refused() -> None:
-    said = "--shrink: knows bert, roberta, xlm-roberta, electra, distilbert, not albert; leave it out"
+    said = "--shrink: supports bert, roberta, xlm-roberta, electra, distilbert, not albert; leave out --shrink"
     assert refused(shrink, random_module("albert")) == said

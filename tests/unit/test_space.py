@@ -8,7 +8,7 @@ import pytest
 from support.builders import refused
 
 from raymask.config import load_spec
-from raymask.space import Way, load_space
+from raymask.tune.space import Domain, load_space
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = {"model": "m", "task": "glue/mrpc", "levels": [0.5, 0.9]}
@@ -25,17 +25,17 @@ def test_every_way_to_vary_is_read(tmp_path: Path) -> None:
 candidates.exponent: {uniform: [2, 10]}
 finetune.learning_rate: {loguniform: [1e-5, 1e-3]}
 candidates.count: {randint: [4, 16]}
-candidates.ratios: {choice: [[0.005], [0.005, 0.02]]}
-probe.score: {grid: [loss, metric]}
+candidates.sampling_ratios: {choice: [[0.005], [0.005, 0.02]]}
+early_eval.score: {grid: [loss, metric]}
 model.exclude: {choice: [[], ["*.attention.*"]]}
 """
     assert load_space(space(tmp_path, text), DATA) == {
-        "candidates.exponent": Way(uniform=(2.0, 10.0)),
-        "finetune.learning_rate": Way(loguniform=(1e-5, 1e-3)),
-        "candidates.count": Way(randint=(4, 16)),
-        "candidates.ratios": Way(choice=[[0.005], [0.005, 0.02]]),
-        "probe.score": Way(grid=["loss", "metric"]),
-        "model.exclude": Way(choice=[[], ["*.attention.*"]]),
+        "candidates.exponent": Domain(uniform=(2.0, 10.0)),
+        "finetune.learning_rate": Domain(loguniform=(1e-5, 1e-3)),
+        "candidates.count": Domain(randint=(4, 16)),
+        "candidates.sampling_ratios": Domain(choice=[[0.005], [0.005, 0.02]]),
+        "early_eval.score": Domain(grid=["loss", "metric"]),
+        "model.exclude": Domain(choice=[[], ["*.attention.*"]]),
     }
 
 
@@ -57,8 +57,14 @@ model.exclude: {choice: [[], ["*.attention.*"]]}
         ("candidates.count: {uniform: [2, 8]}", "candidates.count=2.0: candidates.count: input should be a valid int"),
         ("candidates.count: {randint: [2.5, 8]}", "candidates.count: randint.0: input should be a valid integer"),
         ("candidates.count: {randint: [-1, 8]}", "candidates.count: input should be greater than or equal to 0"),
-        ("candidates.ratios: {choice: []}", "candidates.ratios: choice: list should have at least 1 item"),
-        ("candidates.ratios: {choice: [[0.1], 0.2]}", "candidates.ratios=0.2: candidates.ratios: input should be a"),
+        (
+            "candidates.sampling_ratios: {choice: []}",
+            "candidates.sampling_ratios: choice: list should have at least 1 item",
+        ),
+        (
+            "candidates.sampling_ratios: {choice: [[0.1], 0.2]}",
+            "candidates.sampling_ratios=0.2: candidates.sampling_ratios: input should be a",
+        ),
         ("task.name.inner: {choice: [1]}", "task.name.inner: name is 'glue/mrpc', which has no keys"),
         ("seed: {grid: [1, x]}", "seed=x: seed: input should be a valid integer (it is 'x')"),
         ("levels.sparsity: {choice: [0.9]}\nlevels.sparsities: {choice: [[0.5]]}", "the first values, taken together"),

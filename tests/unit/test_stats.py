@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from raymask.core.stats import bootstrap, chances, paired_gain, rank_agreement
+from raymask.core.stats import bootstrap, paired_gain, spearman_interval, win_probabilities
 
 
 @pytest.fixture(scope="module")
@@ -83,24 +83,24 @@ def test_any_measure_over_rows_can_be_compared():
 
 def test_a_clear_winner_is_sure_and_a_clear_loser_is_not(losses):
     pool = np.stack([losses(300, 0), losses(300, 0) - 0.5, losses(300, 0) + 0.5])
-    assert chances(pool, 0).tolist() == [0.0, 1.0, 0.0]
+    assert win_probabilities(pool, 0).tolist() == [0.0, 1.0, 0.0]
 
 
 def test_among_equals_the_confidence_is_shared(losses):
     pool = np.stack([losses(500, seed) for seed in range(2)])
-    assert chances(pool, 0).sum() == pytest.approx(1.0)
-    assert chances(np.stack([losses(9, 0)] * 2), 0).tolist() == [1.0, 1.0], "no other is below"
+    assert win_probabilities(pool, 0).sum() == pytest.approx(1.0)
+    assert win_probabilities(np.stack([losses(9, 0)] * 2), 0).tolist() == [1.0, 1.0], "no other is below"
 
 
 @given(st.lists(st.integers(-99, 99), min_size=3, max_size=9, unique=True), st.randoms())
 @settings(max_examples=10, deadline=None)
 def test_the_rank_correlation_is_scipys(early, rng):
     final = rng.sample(range(100), len(early))
-    found = rank_agreement(np.array(early, float), np.array(final, float), 0)
+    found = spearman_interval(np.array(early, float), np.array(final, float), 0)
     assert found.mean == pytest.approx(spearmanr(early, final).statistic)
     assert -1 <= found.low <= found.high <= 1
-    assert rank_agreement(np.array(early), np.array(early) ** 3, 0).mean == pytest.approx(1.0)
+    assert spearman_interval(np.array(early), np.array(early) ** 3, 0).mean == pytest.approx(1.0)
 
 
 def test_a_score_that_is_the_same_everywhere_says_nothing():
-    assert rank_agreement(np.zeros(5), np.arange(5.0), 0).mean == 0.0
+    assert spearman_interval(np.zeros(5), np.arange(5.0), 0).mean == 0.0

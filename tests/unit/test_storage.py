@@ -28,15 +28,19 @@ from support.builders import refused, reviews, tiny_model, write_table
 from support.records import checkpoint, evaluation, write
 from support.storage_contract import GO_ON, Place, StorageContract, folder_at, memory_at
 
-from raymask import storage
 from raymask.config import make_spec
 from raymask.core.errors import UserError
-from raymask.core.records import Level
+from raymask.core.lineage import DENSE, IMP, SEARCH
+from raymask.core.records import LevelRecord
 from raymask.core.tensors import pack
 from raymask.driver.search import search
-from raymask.report.terminal import Silent
-from raymask.storage import Bucket, Folder, open_storage
-from raymask.store import DENSE, IMP, SEARCH, RunDir, level_name, write_tensors
+from raymask.report.console import NullCallback
+from raymask.runs import local_storage, object_storage, storage
+from raymask.runs import open as open_module
+from raymask.runs.local_storage import LocalStorage
+from raymask.runs.object_storage import ObjectStorage
+from raymask.runs.open import open_storage
+from raymask.runs.run_dir import RunDir, level_name, write_tensors
 
 
 @pytest.fixture
@@ -74,7 +78,8 @@ def sleeping(monkeypatch: pytest.MonkeyPatch) -> Callable[[Slept], list[float]]:
             slept.append(seconds)
             then(len(slept))
 
-        monkeypatch.setattr(storage, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: 0.0))
+        for module in (local_storage, object_storage):
+            monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: 0.0))
         return slept
 
     return instead
@@ -118,7 +123,7 @@ def test_a_file_that_cannot_be_read_just_now_is_no_reason_to_delete_anything(
         with monkeypatch.context() as patch:
             patch.setattr(reader, "read_bytes" if reader is Path else "file_digest", stale)
             said = refused(read, SEARCH, 1)
-        assert "cannot be read: Stale file handle. Mend that and the same command goes on from here" in said
+        assert "cannot be read: Stale file handle. Fix this and the same command goes on from here" in said
         assert "Delete" not in said
 
 
@@ -129,7 +134,7 @@ def test_a_name_that_would_lead_out_of_a_folder_counts_for_nothing(memory: Place
             stream.write(b"x")
     memory.write("result.json", b"{}")
     assert list(memory.open().names()) == ["result.json"]
-    assert not any(map(storage.counts, ("../x", "/x", "a//b", "a/../../x", ".", "./x")))
+    assert not any(map(storage.is_run_file, ("../x", "/x", "a//b", "a/../../x", ".", "./x")))
 
 
 # --- one driver at a time --------------------------------------------------------------------------------------------
@@ -150,14 +155,14 @@ def test_a_driver_that_wakes_up_after_it_was_held_for_dead_is_looked_at_again(
         path.touch()
     with there.writing("beats/sleeper") as path:
         path.write_text("7")
-    assert not there.busy()
-    assert looks == [1.0] * storage.LOOKS
+    assert not there.is_locked()
+    assert looks == [1.0] * object_storage.MAX_HEARTBEAT_POLLS
     memory.write("beats/sleeper", b"8")
     awake = True
-    assert "another raymask is working in it" in refused(there.held().__enter__)
-    assert len(looks) == storage.LOOKS + 1
+    assert "another raymask is working in it" in refused(there.lock().__enter__)
+    assert len(looks) == object_storage.MAX_HEARTBEAT_POLLS + 1
     awake = False
-    with there.held():
+    with there.lock():
         assert not memory.open().has("claims/sleeper")
 
 
@@ -165,21 +170,21 @@ def test_a_driver_that_ends_while_it_is_looked_at_is_not_waited_for(
     memory: Place, sleeping: Callable[[Slept], list[float]]
 ) -> None:
     with ExitStack() as first:
-        first.enter_context(memory.open().held())
+        first.enter_context(memory.open().lock())
         looks = sleeping(lambda count: first.close())
-        assert not memory.open().busy()
+        assert not memory.open().is_locked()
     assert len(looks) == 1
 
 
 def test_a_sign_of_life_that_comes_late_does_not_bring_a_claim_back(memory: Place) -> None:
     first, second = memory.open(), memory.open()
-    assert isinstance(first, Bucket)
-    assert isinstance(second, Bucket)
-    with first.held():
-        second.remove(first.mine.rpartition("/")[2])
+    assert isinstance(first, ObjectStorage)
+    assert isinstance(second, ObjectStorage)
+    with first.lock():
+        second.remove_claim(first.mine.rpartition("/")[2])
         memory.write(first.mine.replace("claims", "beats"), b"99")
         assert "another raymask has taken it over" in refused(first.append, "journal", b"x")
-        assert not second.busy()
+        assert not second.is_locked()
     assert memory.files() == {}
 
 
@@ -261,8 +266,8 @@ class Slow:
         return call
 
 
-class SlowBucket(Bucket):
-    def send(self, name: str, path: Path) -> None:
+class SlowBucket(ObjectStorage):
+    def upload_once(self, name: str, path: Path) -> None:
         with self.filesystem.open_output_stream(f"{self.root}/{name}") as stream:
             stream.write(path.read_bytes())
 
@@ -302,7 +307,7 @@ def test_of_drivers_that_come_at_any_time_one_at_most_is_in(
         world.sleep(start)
         there = SlowBucket("memory://", Slow(world, inner), root, lambda text: None)
         try:
-            with there.held():
+            with there.lock():
                 inside.append(number)
                 entered.append(number)
                 crowds.append(list(inside))
@@ -313,8 +318,8 @@ def test_of_drivers_that_come_at_any_time_one_at_most_is_in(
             refusals.append(str(error))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "time", SimpleNamespace(sleep=world.sleep, monotonic=lambda: world.now))
-        patch.setattr(storage, "threading", SimpleNamespace(Thread=world.thread, Event=world.event))
+        patch.setattr(object_storage, "time", SimpleNamespace(sleep=world.sleep, monotonic=lambda: world.now))
+        patch.setattr(object_storage, "threading", SimpleNamespace(Thread=world.thread, Event=world.event))
         world.running = 1  # this thread
         drivers = [world.thread(drive, args) for args in enumerate(starts)]
         for one in drivers:
@@ -335,15 +340,15 @@ def no_locks(file: Any, kind: int) -> None:
 
 
 def test_a_file_system_without_locks_is_refused(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    with folder.open().held():
+    with folder.open().lock():
         pass
     monkeypatch.setattr(fcntl, "flock", no_locks)
     expected = (
         f"{folder.uri}: its file system has no locks (No locks available), so that two drivers could work in it at "
         "once: choose another with --run"
     )
-    assert refused(folder.open().held().__enter__) == expected
-    assert refused(folder.open().busy) == expected
+    assert refused(folder.open().lock().__enter__) == expected
+    assert refused(folder.open().is_locked) == expected
 
 
 def test_on_nfs_a_hold_is_seen_without_the_right_to_write(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,35 +361,35 @@ def test_on_nfs_a_hold_is_seen_without_the_right_to_write(folder: Place, monkeyp
         flock(file, kind)
 
     monkeypatch.setattr(fcntl, "flock", like_nfs)
-    with folder.open().held():
-        assert folder.open().busy()
-    assert not folder.open().busy()
+    with folder.open().lock():
+        assert folder.open().is_locked()
+    assert not folder.open().is_locked()
 
 
 def test_two_that_look_do_not_see_a_driver_in_each_other(folder: Place) -> None:
-    with folder.open().held():
+    with folder.open().lock():
         pass
     with Path(folder.uri, "lock").open() as other:
         fcntl.flock(other, fcntl.LOCK_SH)
-        assert not folder.open().busy()
+        assert not folder.open().is_locked()
 
 
 def test_a_driver_is_not_refused_for_one_who_only_looks(
     folder: Place, sleeping: Callable[[Slept], list[float]]
 ) -> None:
-    with folder.open().held():
+    with folder.open().lock():
         pass
     with Path(folder.uri, "lock").open() as other:
         fcntl.flock(other, fcntl.LOCK_SH)
         waited = sleeping(lambda count: fcntl.flock(other, fcntl.LOCK_UN) if count == 2 else None)
-        with folder.open().held():
+        with folder.open().lock():
             assert len(waited) == 2
 
 
 def test_who_loses_the_race_for_a_folder_is_told(folder: Place, sleeping: Callable[[Slept], list[float]]) -> None:
     sleeping(lambda count: None)
-    with folder.open().held():
-        said = refused(folder.open().held().__enter__)
+    with folder.open().lock():
+        said = refused(folder.open().lock().__enter__)
     assert said == f"{folder.uri}: another raymask has just started in it; wait for it"
 
 
@@ -398,27 +403,29 @@ def test_what_is_missing_is_an_answer_to_who_reads_and_an_error_to_who_writes(me
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "bucket")
 
     there = memory.open()
-    assert isinstance(there, Bucket)
+    assert isinstance(there, ObjectStorage)
     with pytest.raises(FileNotFoundError):
-        there.patiently("read", missing)
-    assert "cannot be written: [Errno 2] No such file or directory: 'bucket'. Mend that" in refused(
-        there.patiently, "written", missing
+        there.with_retries("read", missing)
+    assert "cannot be written: [Errno 2] No such file or directory: 'bucket'. Fix this" in refused(
+        there.with_retries, "written", missing
     )
 
 
 def test_a_storage_that_nobody_writes_to_is_said() -> None:
     told: list[str] = []
     there = open_storage("http://127.0.0.1:9/run", told.append)
-    assert refused(there.held().__enter__).startswith("http://127.0.0.1:9/run: cannot be written: ")
+    assert refused(there.lock().__enter__).startswith("http://127.0.0.1:9/run: cannot be written: ")
     assert told == []
 
 
 def test_google_s_client_is_not_left_to_be_patient_alone() -> None:
     """Without credentials or a network it would try for a quarter of an hour before anything is said."""
-    assert storage.bounded("gs://b/run") == "gs://b/run?retry_limit_seconds=5"
-    assert storage.bounded("gcs://b/run?scheme=http") == "gcs://b/run?scheme=http&retry_limit_seconds=5"
+    assert object_storage.limit_gcs_retries("gs://b/run") == "gs://b/run?retry_limit_seconds=5"
+    assert (
+        object_storage.limit_gcs_retries("gcs://b/run?scheme=http") == "gcs://b/run?scheme=http&retry_limit_seconds=5"
+    )
     for other in ("gs://b/run?retry_limit_seconds=9", "s3://b/run?region=x"):
-        assert storage.bounded(other) == other
+        assert object_storage.limit_gcs_retries(other) == other
     assert open_storage("gs://b/run").uri == "gs://b/run"
 
 
@@ -466,7 +473,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 LARGE = pack({"a": torch.ones(2**19)})  # 2 MiB
 
 
-def write_large(store: RunDir) -> Level:
+def write_large(store: RunDir) -> LevelRecord:
     """A level whose model has 2 MiB."""
     with tempfile.TemporaryDirectory() as elsewhere:
         record = write(RunDir(elsewhere))
@@ -528,7 +535,7 @@ def test_a_local_disk_on_which_nothing_can_be_prepared_for_a_bucket_is_said(
 
 def test_a_place_that_is_not_ours_to_write_is_said_and_still_read(disk: Disk) -> None:
     there = open_storage(disk.path / "run")
-    with there.held():
+    with there.lock():
         there.append("journal", b"line")
     assert disk.mount(REMOUNT | READ_ONLY)
 
@@ -540,11 +547,11 @@ def test_a_place_that_is_not_ours_to_write_is_said_and_still_read(disk: Disk) ->
         ("/file", file),
         ("/export", there.writing_folder("export").__enter__),
         ("/journal", lambda: there.append("journal", b"x")),
-        ("", there.held().__enter__),
+        ("", there.lock().__enter__),
     ):
         assert refused(work) == f"{there.at()}{name}: cannot be written: Read-only file system. {GO_ON} --run"
     assert there.read("journal") == b"line\n"
-    assert not there.busy()
+    assert not there.is_locked()
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -573,7 +580,7 @@ def test_a_password_in_a_uri_is_refused_and_not_repeated(uri: str) -> None:
     ["memory://x", "s3://bucket/run?region=us-east-1", "gs://anonymous@bucket/run", "hdfs://h:9000/user@x/run"],
 )
 def test_a_uri_without_one_is_not_taken_for_one_with(uri: str) -> None:
-    assert not storage.SECRET.search(uri)
+    assert not open_module.SECRET.search(uri)
 
 
 @pytest.mark.parametrize(
@@ -595,7 +602,7 @@ def test_local_places_are_folders_however_they_are_written(tmp_path: Path, monke
     monkeypatch.setenv("HOME", str(tmp_path))
     for place in ("a/run", tmp_path / "a" / "run", str(tmp_path / "a" / "run"), f"file://{tmp_path}/a/run", "~/a/run"):
         there = open_storage(place)
-        assert isinstance(there, Folder)
+        assert isinstance(there, LocalStorage)
         with there.writing("x") as path:
             path.write_text(str(place))
         assert (tmp_path / "a" / "run" / "x").read_text() == str(place)
@@ -614,7 +621,7 @@ def test_a_level_s_name_has_nothing_of_the_user_s_in_it(lineage: str, level: int
 
 
 def test_no_name_in_a_spec_changes_or_leaves_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same model and rows under plain names, and under names that climb, point elsewhere, or look like a run's."""
+    """The same model and rows under plain names, and under names that go up, point elsewhere, or look like a run's."""
     inputs = tmp_path / "inputs"
     columns = dict(zip(("text", "label"), reviews(60), strict=True))
     found = {}
@@ -630,18 +637,18 @@ def test_no_name_in_a_spec_changes_or_leaves_the_run_directory(tmp_path: Path, m
             "model": str(model) if kind == "plain" else f"{relative}/{where}/../{Path(where).name}/model",
             "task": {
                 "train": str(inputs / kind / where / "..train..csv"),
-                "report": f"{relative}/{where}/..report..csv",
+                "test": f"{relative}/{where}/..report..csv",
                 "text": "text",
             },
             "levels": [0.5],
-            "candidates": {"count": 1, "ratios": [0.02]},
+            "candidates": {"count": 1, "sampling_ratios": [0.02]},
             "dense": {"epochs": 1},
-            "probe": {"epochs": 1},
+            "early_eval": {"epochs": 1},
             "finetune": {"epochs": 1},
             "distill": False,
         }
         before = {path for path in tmp_path.rglob("*") if here not in path.parents}
-        search(make_spec(spec), "run", Silent(), in_process=True)
+        search(make_spec(spec), "run", NullCallback(), in_process=True)
         after = {path for path in tmp_path.rglob("*") if here not in path.parents}
         assert after == before
         assert [entry.name for entry in here.iterdir()] == ["run"]

@@ -14,8 +14,9 @@ from support.records import checkpoint, evaluation, write
 
 from raymask.config import make_spec
 from raymask.core.errors import UserError
+from raymask.core.lineage import DENSE, IMP, SEARCH
 from raymask.core.spec import Spec
-from raymask.store import DENSE, IMP, MASK, MODEL, SEARCH, RunDir, check_run, open_run
+from raymask.runs.run_dir import FORMAT, MASK, MODEL, RunDir, check_run, open_run
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_a_level_gives_back_what_was_written(store: RunDir) -> None:
         "mask.safetensors",
         "model.safetensors",
         "optimizer.safetensors",
-        "report.safetensors",
+        "test.safetensors",
     ]
     assert store.read_weights(SEARCH, 1).views()["a"].tolist() == [[1.0, 0.0, 2.0]]
     assert store.read_optimizer(SEARCH, 1).views()["step"].item() == 3.0
@@ -80,7 +81,7 @@ def test_a_level_gives_back_what_was_written(store: RunDir) -> None:
         "a:shape": [1, 3],
         "b:shape": [1],
     }
-    assert np.array_equal(store.read_logits(SEARCH, 1), done.logits)
+    assert np.array_equal(store.read_logits(SEARCH, 1), done.test_outputs)
 
 
 def test_the_lineages_do_not_share_files(store: RunDir) -> None:
@@ -161,7 +162,7 @@ def test_a_place_that_cannot_be_written_is_said_at_once(tmp_path: Path, spec: Sp
 @pytest.mark.parametrize("content", ["model: [", "- 1", "model: x\ntask: y\n", "!!python/object/apply:os.getcwd []"])
 def test_a_damaged_spec_is_said(store: RunDir, spec: Spec, content: str) -> None:
     write(store, DENSE, 0)
-    (Path(store.uri) / "spec.yaml").write_text(content)
+    (Path(store.uri) / "spec.yaml").write_text(f"# raymask run directory, format {FORMAT}\n{content}")
     with pytest.raises(UserError, match=r"spec.yaml: is damaged"):
         check_run(store, spec)
 
@@ -177,14 +178,14 @@ def test_what_is_no_run_directory_is_said(tmp_path: Path) -> None:
 
 
 def test_every_start_is_noted_with_its_versions(store: RunDir) -> None:
-    store.note_start(address=None)
-    store.note_start(address="auto")
+    store.record_start(address=None)
+    store.record_start(address="auto")
     starts = json.loads((Path(store.uri) / "env.json").read_text())
     assert [start["address"] for start in starts] == [None, "auto"]
     assert starts[0]["versions"]["torch"] == torch.__version__
     (Path(store.uri) / "env.json").write_text("[{")
     with pytest.raises(UserError, match=r"env.json: is damaged. Delete it"):
-        store.note_start()
+        store.record_start()
 
 
 def test_what_a_user_may_want_elsewhere_has_every_export_and_no_tensors_to_go_on_from(tmp_path: Path) -> None:
@@ -192,4 +193,4 @@ def test_what_a_user_may_want_elsewhere_has_every_export_and_no_tensors_to_go_on
     for name in (*wanted, "dense/model.safetensors", "level-1/optimizer.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert RunDir(tmp_path).results() == sorted(wanted)
+    assert RunDir(tmp_path).downloadable_files() == sorted(wanted)

@@ -16,11 +16,11 @@ from support.builders import refused, write_table
 from support.projects import project_in
 from support.records import evaluation
 
-from raymask import submit
+from raymask.commands import jobs
 from raymask.config import load_spec, make_spec
-from raymask.core.records import Point
-from raymask.driver.cluster import auth_mode
-from raymask.report import terminal
+from raymask.core.records import EvalPoint
+from raymask.executor.connection import auth_mode
+from raymask.report import console
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_job_carries_the_code_the_spec_and_what_it_names_by_relative_paths(project: Path, tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
-    submit.pack(load_spec("spec.yaml"), tmp_path / "job")
+    jobs.build_working_dir(load_spec("spec.yaml"), tmp_path / "job")
     files = {path.relative_to(tmp_path / "job").as_posix() for path in (tmp_path / "job").rglob("*") if path.is_file()}
     carried = {name for name in files if not name.startswith("raymask/")}
     assert carried >= {
@@ -43,9 +43,9 @@ def test_a_job_carries_the_code_the_spec_and_what_it_names_by_relative_paths(pro
         "packed/model.name/mine/model.safetensors",
         "packed/model.name/mine/config.json",
         "packed/task.train/train.csv",
-        "packed/task.report/report.csv",
+        "packed/task.test/report.csv",
     }
-    assert {"raymask/cli.py", "raymask/quickstart.yaml", "raymask/core/masks.py"} <= files
+    assert {"raymask/cli.py", "raymask/quickstart.yaml", "raymask/core/masking/masks.py"} <= files
     assert not any("__pycache__" in name for name in files)
     here, there = load_spec("spec.yaml"), load_spec(tmp_path / "job" / "spec.yaml")
     assert there.model.name == "packed/model.name/mine"
@@ -55,7 +55,7 @@ def test_a_job_carries_the_code_the_spec_and_what_it_names_by_relative_paths(pro
 def test_absolute_paths_and_hub_ids_stay_as_they_are(project: Path, tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
     overrides = [f"model={project / 'models' / 'mine'}", "task={name: glue/mrpc, folder: /on/the/cluster}"]
-    submit.pack(load_spec("spec.yaml", overrides), tmp_path / "job")
+    jobs.build_working_dir(load_spec("spec.yaml", overrides), tmp_path / "job")
     assert not (tmp_path / "job" / "packed").exists()
     assert load_spec(tmp_path / "job" / "spec.yaml").task.folder == "/on/the/cluster"
 
@@ -64,16 +64,16 @@ def test_of_a_glue_folder_only_the_task_travels(project: Path, tmp_path: Path) -
     (tmp_path / "job").mkdir()
     for name in ("mrpc", "rte"):
         write_table(project / "glue" / name / "train.parquet", {"a": [1]})
-    submit.pack(load_spec("spec.yaml", ["task={name: glue/mrpc, folder: glue}"]), tmp_path / "job")
+    jobs.build_working_dir(load_spec("spec.yaml", ["task={name: glue/mrpc, folder: glue}"]), tmp_path / "job")
     assert [path.name for path in (tmp_path / "job/packed/task.folder/glue").iterdir()] == ["mrpc"]
 
 
 def test_no_name_in_a_spec_leaves_the_job_s_folder(project: Path, tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
-    overrides = ["task.report=../shared/../shared/report.csv", "model=../project/models/../models/mine"]
-    submit.pack(load_spec("spec.yaml", overrides), tmp_path / "job")
+    overrides = ["task.test=../shared/../shared/report.csv", "model=../project/models/../models/mine"]
+    jobs.build_working_dir(load_spec("spec.yaml", overrides), tmp_path / "job")
     there = load_spec(tmp_path / "job" / "spec.yaml")
-    for path in (there.model.name, there.task.report, there.task.train):
+    for path in (there.model.name, there.task.test, there.task.train):
         assert path is not None
         assert (tmp_path / "job" / path).resolve().is_relative_to((tmp_path / "job").resolve())
         assert ".." not in path
@@ -84,28 +84,28 @@ def test_a_link_travels_by_its_own_name_and_nothing_is_left_behind(project: Path
     (project / "data" / "train.csv").rename(project / "blob")
     (project / "data" / "train.csv").symlink_to(project / "blob")
     (project / "models" / "mine" / ".gitignore").write_text("*\n")
-    submit.pack(load_spec("spec.yaml"), tmp_path / "job")
+    jobs.build_working_dir(load_spec("spec.yaml"), tmp_path / "job")
     assert (tmp_path / "job/packed/task.train/train.csv").read_bytes() == (project / "blob").read_bytes()
     assert not (tmp_path / "job/packed/model.name/mine/.gitignore").exists()
 
 
 def test_a_file_that_is_not_here_is_said_unless_its_path_is_the_cluster_s(project: Path, tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200)
-    overrides = ["task.train=/on/the/cluster.csv", "task.report=typo.csv"]
-    said = refused(submit.check, console, load_spec("spec.yaml", overrides))
-    assert said == "task.report: typo.csv: there is no such file here; absolute paths are the cluster's"
-    submit.check(console, load_spec("spec.yaml", overrides[:1]))
+    overrides = ["task.train=/on/the/cluster.csv", "task.test=typo.csv"]
+    said = refused(jobs.check, console, load_spec("spec.yaml", overrides))
+    assert said == "task.test: typo.csv: there is no such file here; only absolute paths are looked up on the cluster"
+    jobs.check(console, load_spec("spec.yaml", overrides[:1]))
     assert console.file.getvalue().startswith("Not checked here: /on/the/cluster.csv")  # type: ignore[attr-defined]
     (project / "models" / "mine" / "broken").symlink_to("nowhere")
-    assert "models/mine: cannot be packed" in refused(submit.pack, load_spec("spec.yaml"), tmp_path)
+    assert "models/mine: cannot be copied" in refused(jobs.build_working_dir, load_spec("spec.yaml"), tmp_path)
 
 
 def test_what_is_too_large_to_travel_is_said_with_what_to_do(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit, "LIMIT", 10_000)
+    monkeypatch.setattr(jobs, "MAX_PACKAGE_BYTES", 10_000)
     (tmp_path / "job").mkdir()
-    said = refused(submit.pack, load_spec("spec.yaml"), tmp_path / "job")
+    said = refused(jobs.build_working_dir, load_spec("spec.yaml"), tmp_path / "job")
     assert "models/mine" in said
     assert "name them by absolute paths" in said
 
@@ -114,20 +114,20 @@ def test_what_is_too_large_to_travel_is_said_with_what_to_do(
 
 
 def test_a_run_directory_that_would_end_with_the_job_is_refused() -> None:
-    assert "--run runs/x: a job's own folder ends with it" in refused(submit.place, "runs/x", "x")
-    assert submit.place("s3://bucket/x?region=us-east-1", "x") == "s3://bucket/x?region=us-east-1"
-    assert submit.place(None, "x") == "~/raymask-runs/x"
+    assert "--run runs/x: a job's own folder is deleted with the job" in refused(jobs.job_run_dir, "runs/x", "x")
+    assert jobs.job_run_dir("s3://bucket/x?region=us-east-1", "x") == "s3://bucket/x?region=us-east-1"
+    assert jobs.job_run_dir(None, "x") == "~/raymask-runs/x"
 
 
 def test_a_password_never_becomes_a_job_s_metadata() -> None:
-    said = refused(submit.place, "s3://key:hunter2@bucket/x", "x")
+    said = refused(jobs.job_run_dir, "s3://key:hunter2@bucket/x", "x")
     assert "credentials do not belong in a URI" in said
     assert "hunter2" not in said
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8265", "ftp://host", "http://h:abc", "http://h:99999", "http://[::1"])
 def test_an_address_that_is_none_is_said(address: str) -> None:
-    said = refused(submit.show_jobs, Console(file=io.StringIO()), address)
+    said = refused(jobs.show_jobs, Console(file=io.StringIO()), address)
     assert said == f"--address {address}: the jobs server's address looks like http://127.0.0.1:8265"
 
 
@@ -135,7 +135,7 @@ def test_an_address_where_nothing_answers_is_said_at_once() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    said = refused(submit.show_jobs, Console(file=io.StringIO()), address)
+    said = refused(jobs.show_jobs, Console(file=io.StringIO()), address)
     assert f"--address {address}: no Ray jobs server answers there" in said
 
 
@@ -162,20 +162,22 @@ def test_a_token_is_used_where_there_is_one(
 # --- what a job's log tells -------------------------------------------------------------------------------------------
 
 
-POINT = Point(step=1, loss=0.5, metric=0.5)
+POINT = EvalPoint(step=1, loss=0.5, metric=0.5)
 
 
 def test_the_status_of_a_job_says_from_its_log_how_far_it_is_until_it_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now))
     log = Console(file=io.StringIO(), width=80)
-    lines = terminal.Lines(log, make_spec({"model": "quickstart", "task": "quickstart", "candidates": {"count": 3}}))
-    lines.begins("level 1/4: early evaluation", 1, 4)
+    lines = console.LogCallback(
+        log, make_spec({"model": "quickstart", "task": "quickstart", "candidates": {"count": 3}})
+    )
+    lines.on_phase_begin("level 1/4: early evaluation", 1, 4)
     for now in (11.0, 22.0):
-        lines.running({"candidate 1": now / 44, "control": 0.1})
-        lines.evaluated(evaluation(int(now)).model_copy(update={"seconds": 9.0, "curve": (POINT,)}))
+        lines.on_progress({"candidate 1": now / 44, "magnitude mask": 0.1})
+        lines.on_evaluation(evaluation(int(now)).model_copy(update={"seconds": 9.0, "curve": (POINT,)}))
     job = SimpleNamespace(
         submission_id="raymask-x",
         status=SimpleNamespace(value="RUNNING"),
@@ -188,11 +190,11 @@ def test_the_status_of_a_job_says_from_its_log_how_far_it_is_until_it_has_ended(
         text = log.file.getvalue()  # type: ignore[attr-defined]
         yield SimpleNamespace(list_jobs=lambda: [job], get_job_logs=lambda name: text)
 
-    monkeypatch.setattr(submit, "connected", connected)
+    monkeypatch.setattr(jobs, "job_client", connected)
 
     def status() -> list[str]:
         console = Console(file=io.StringIO(), width=300)
-        submit.show_status(console, "raymask-x", None)
+        jobs.show_status(console, "raymask-x", None)
         return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
     first, run, progress, last = status()
@@ -202,5 +204,5 @@ def test_the_status_of_a_job_says_from_its_log_how_far_it_is_until_it_has_ended(
     job.status.value = "FAILED"
     said = status()
     assert said[0] == "raymask-x: FAILED"
-    assert said[-1] == "To go on, submit the same spec with --run /runs/x"
+    assert said[-1] == "To continue, submit the same spec with --run /runs/x"
     assert not any(line.startswith("level 1/4") for line in said)

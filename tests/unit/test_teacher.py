@@ -1,16 +1,18 @@
+"""Teacher outputs cached for the next candidates of a level."""
+
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from raymask.train.teacher import MEMORY, Teacher, memory
+from raymask.train.teacher import MAX_CACHE_BYTES, Teacher, cache_bytes
 
-SIZE = 4 * (2 + 2 * 3 + 5)  # bytes of one answer below
+SIZE = 4 * (2 + 2 * 3 + 5)  # bytes of one batch's outputs below
 
 
 class Dense(torch.nn.Module):
-    """Counts its calls and answers each with other numbers."""
+    """Counts its calls and returns other numbers at each."""
 
     calls = 0
 
@@ -24,64 +26,64 @@ class Dense(torch.nn.Module):
         )
 
 
-def answers(teacher, order, batches=4, keep=True):
-    teacher.begin(order, keep=keep)
+def outputs_of(teacher, order, batches=4, keep=True):
+    teacher.start(order, keep=keep)
     return [float(teacher(batch=batch).logits[0]) for batch in range(batches)]
 
 
-def test_the_next_candidate_hears_what_the_first_one_heard():
+def test_the_next_candidate_gets_the_outputs_that_the_first_one_got():
     module = Dense()
     teacher = Teacher(module)
-    first = answers(teacher, "level 1")
-    assert answers(teacher, "level 1") == first
+    first = outputs_of(teacher, "level 1")
+    assert outputs_of(teacher, "level 1") == first
     assert module.calls == 4
 
 
-def test_another_level_is_answered_anew_and_what_was_kept_of_the_last_is_gone():
+def test_another_level_computes_anew_and_drops_the_cache_of_the_last():
     teacher = Teacher(Dense())
-    first = answers(teacher, "level 1")
-    answers(teacher, "level 2", batches=1)
+    first = outputs_of(teacher, "level 1")
+    outputs_of(teacher, "level 2", batches=1)
     assert len(teacher.kept) == 1
-    assert answers(teacher, "level 1") != first
+    assert outputs_of(teacher, "level 1") != first
 
 
 def test_a_candidate_that_failed_in_between_leaves_no_gap():
     module = Dense()
     teacher = Teacher(module)
-    answers(teacher, "level 1", batches=2)
-    first = answers(teacher, "level 1")
-    assert answers(teacher, "level 1") == first
+    outputs_of(teacher, "level 1", batches=2)
+    first = outputs_of(teacher, "level 1")
+    assert outputs_of(teacher, "level 1") == first
     assert module.calls == 4
 
 
 @pytest.mark.parametrize(("room", "kept"), [(0, 0), (SIZE - 1, 0), (SIZE, 1), (2 * SIZE + 1, 2), (9 * SIZE, 4)])
-def test_no_more_is_kept_than_memory_allows(room, kept):
+def test_the_cache_takes_no_more_memory_than_allowed(room, kept):
     module = Dense()
     teacher = Teacher(module, room)
-    answers(teacher, "level 1")
-    answers(teacher, "level 1")
+    outputs_of(teacher, "level 1")
+    outputs_of(teacher, "level 1")
     assert len(teacher.kept) == kept
     assert module.calls == 4 + (4 - kept)
 
 
-def test_nothing_is_kept_where_nobody_else_comes():
+def test_nothing_is_cached_where_nobody_else_comes():
     teacher = Teacher(Dense())
-    answers(teacher, "fine-tuning", keep=False)
+    outputs_of(teacher, "fine-tuning", keep=False)
     assert teacher.kept == []
 
 
-def test_answers_are_rounded_under_autocast_whether_kept_or_not():
+def test_outputs_are_rounded_under_autocast_whether_cached_or_not():
     for keep in (True, False):
-        teacher = Teacher(Dense()).begin("level 1", keep=keep)
+        teacher = Teacher(Dense()).start("level 1", keep=keep)
         with torch.autocast("cpu", torch.bfloat16):
-            lesson = teacher(batch=1)
-        assert {tensor.dtype for tensor in lesson.tensors()} == {torch.bfloat16}
-        assert {tensor.dtype for tensor in teacher.begin("other", keep=keep)(batch=1).tensors()} == {torch.float32}
+            outputs = teacher(batch=1)
+        assert {tensor.dtype for tensor in outputs.tensors()} == {torch.bfloat16}
+        assert {tensor.dtype for tensor in teacher.start("other", keep=keep)(batch=1).tensors()} == {torch.float32}
 
 
-def test_the_memory_asked_for_is_that_of_the_answers_up_to_a_bound():
+def test_the_memory_asked_for_is_that_of_the_outputs_up_to_a_bound():
     config = SimpleNamespace(num_hidden_layers=2, hidden_size=8, num_attention_heads=3)
     lengths = np.array([4, 6])
-    assert memory(10, lengths, config) == 4 * (10 * 5 * 8 * 3 + 10 * 26 * 3 * 2)
-    assert memory(0, lengths, config) == 0
-    assert memory(10**9, lengths, config) == memory(10, lengths, SimpleNamespace()) == MEMORY
+    assert cache_bytes(10, lengths, config) == 4 * (10 * 5 * 8 * 3 + 10 * 26 * 3 * 2)
+    assert cache_bytes(0, lengths, config) == 0
+    assert cache_bytes(10**9, lengths, config) == cache_bytes(10, lengths, SimpleNamespace()) == MAX_CACHE_BYTES

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymask.core.tensors import ALIGN, Packed, load, pack
+from raymask.core.tensors import ALIGN, PackedTensors, copy_into, pack
 
 DTYPES = (
     torch.float64,
@@ -50,7 +50,7 @@ def test_loading_restores_the_live_tensors_in_place(live):
     packed = pack(live)
     target = {name: torch.zeros_like(tensor) for name, tensor in live.items()}
     addresses = {name: tensor.data_ptr() for name, tensor in target.items()}
-    load(packed, target)
+    copy_into(packed, target)
     assert all(same(target[name], live[name]) for name in live)
     assert addresses == {name: tensor.data_ptr() for name, tensor in target.items()}
 
@@ -112,31 +112,31 @@ def test_a_read_only_buffer_can_be_loaded_from():
     packed = pack({"w": torch.arange(5.0), "n": torch.tensor(7)})
     packed.buffer.setflags(write=False)
     target = {"w": torch.zeros(5), "n": torch.tensor(0)}
-    load(packed, target)
+    copy_into(packed, target)
     assert target["w"].tolist() == [0, 1, 2, 3, 4]
     assert target["n"].item() == 7
 
 
 def test_a_parameter_that_wants_gradients_can_be_loaded_into():
     parameter = torch.nn.Parameter(torch.zeros(3))
-    load(pack({"w": torch.ones(3)}), {"w": parameter})
+    copy_into(pack({"w": torch.ones(3)}), {"w": parameter})
     assert parameter.tolist() == [1, 1, 1]
     assert parameter.grad_fn is None
 
 
 def test_only_the_names_of_the_target_are_loaded():
     target = {"a": torch.zeros(1)}
-    load(pack({"a": torch.ones(1), "b": torch.ones(1)}), target)
+    copy_into(pack({"a": torch.ones(1), "b": torch.ones(1)}), target)
     assert target["a"].item() == 1
     assert list(target) == ["a"]
 
 
 def test_a_name_that_was_never_packed_is_refused():
     with pytest.raises(KeyError, match="missing"):
-        load(pack({"a": torch.ones(1)}), {"missing": torch.zeros(1)})
+        copy_into(pack({"a": torch.ones(1)}), {"missing": torch.zeros(1)})
 
 
 def test_nothing_packs_into_nothing():
     packed = pack({})
     assert packed.buffer.size == 0
-    assert Packed(packed.buffer, packed.index).views() == {}
+    assert PackedTensors(packed.buffer, packed.index).views() == {}

@@ -20,7 +20,7 @@ def noise() -> ModuleType:
 
 
 def trial(exponent: float, seed: int, loss: float, level: int = 2, error: object = None) -> SimpleNamespace:
-    config = {"candidates.exponent": exponent, "candidates.ratios": [0.02], "seed": seed}
+    config = {"candidates.exponent": exponent, "candidates.sampling_ratios": [0.02], "seed": seed}
     return SimpleNamespace(config=config, error=error, metrics={"level": level, "levels": 2, "loss": loss})
 
 

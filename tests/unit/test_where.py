@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from support.builders import reviews, tiny_model, write_table
 
 import raymask
-from raymask.check import level_table
+from raymask.commands.check import level_table
 from raymask.config import make_spec
+from raymask.core.lineage import IMP, SEARCH
 from raymask.core.records import Result
-from raymask.driver.search import prepare
-from raymask.store import IMP, MASK, SEARCH, RunDir
+from raymask.driver.setup import prepare
+from raymask.runs.run_dir import MASK, RunDir
 
 LEVELS = (0.5, 0.75)
 
@@ -25,16 +26,16 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of a search of a tiny model."""
     folder = tmp_path_factory.mktemp("where")
     files = {}
-    for split, rows in (("train", 60), ("report", 20)):
+    for split, rows in (("train", 60), ("test", 20)):
         texts, labels = reviews(rows)
         files[split] = str(write_table(folder / f"{split}.csv", {"text": texts, "label": labels}))
     return {
         "model": str(tiny_model(folder / "model")),
         "task": files | {"text": "text", "label": "label"},
         "levels": list(LEVELS),
-        "candidates": {"count": 1, "ratios": [0.02]},
+        "candidates": {"count": 1, "sampling_ratios": [0.02]},
         "dense": {"epochs": 0},
-        "probe": {"epochs": 0.5},
+        "early_eval": {"epochs": 0.5},
         "finetune": {"epochs": 0.5},
         "distill": False,
         "precision": "fp32",
@@ -45,9 +46,9 @@ def searched(run: Path, spec: dict[str, Any], **mask: str) -> tuple[Result, dict
     """The result, and by name where the export's pruned matrices are not zero; levels nest in both lineages."""
     result = raymask.search(spec | {"mask": mask}, run, in_process=True)
     foretold = level_table(prepare(make_spec(spec | {"mask": mask}))).columns[2].cells
-    assert list(foretold) == [f"{level.kept:,}" for level in result.levels]
+    assert list(foretold) == [f"{level.num_kept:,}" for level in result.levels]
     store = RunDir(run)
-    for lineage, levels in ((SEARCH, result.levels), (IMP, result.imp)):
+    for lineage, levels in ((SEARCH, result.levels), (IMP, result.baseline_levels)):
         for level in levels:
             assert level.sparsity == pytest.approx(LEVELS[level.level - 1], abs=0.001)
         first, second = (store.read_weights(lineage, level).views() for level in (1, 2))

@@ -10,26 +10,30 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from support.builders import FAMILIES, random_weights, refused, tiny_config, tiny_job, tiny_snapshot, tiny_tokenizer
+from support.builders import FAMILIES, random_weights, refused, tiny_config, tiny_context, tiny_snapshot, tiny_tokenizer
 
-from raymask.core.masks import kept, unpack_bits
-from raymask.core.recipe import control, dense_stage, finetune_stage, propose, resolve
-from raymask.core.records import Climb, Point, Settling, Snapshot
-from raymask.core.scorers import SCORERS
+from raymask.core.masking.masks import num_kept_bits, unpack_bits
+from raymask.core.masking.scorers import SCORERS
+from raymask.core.recipe import dense_config, deterministic_candidate, finetune_config, propose_candidates, resolve
+from raymask.core.records import EvalPoint
+from raymask.core.tasks import EvalTask, FinetuneTask, Snapshot
 from raymask.core.tensors import pack
-from raymask.train import loop, worker
+from raymask.data.metrics import compute_metrics
+from raymask.train import device, trainer, worker
 from raymask.train.calibration import calibrate
-from raymask.train.metrics import measure
-from raymask.train.model import build, describe, persistent
-from raymask.train.objectives import OBJECTIVES
-from raymask.train.worker import Job, MachineFault, Worker, autocasting, deterministic
+from raymask.train.context import WorkerContext
+from raymask.train.device import autocast_factory, deterministic
+from raymask.train.failures import SystemFailure
+from raymask.train.losses import TASK_LOSSES
+from raymask.train.model import build_model, inspect_model, state_tensors
+from raymask.train.worker import Worker
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def job():
-    return tiny_job()
+    return tiny_context()
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +42,12 @@ def dense(job):
 
 
 def pool(job, level=1):
-    return propose(resolve(job.spec), level)
+    return propose_candidates(resolve(job.spec), level)
 
 
-def settling(job, candidate, digest=None):
-    stage = finetune_stage(resolve(job.spec), candidate.level) if candidate.level else dense_stage(job.spec)
-    return Settling(name="search", candidate=candidate, stage=stage, digest=digest)
+def finetune_task(job, candidate, digest=None):
+    config = finetune_config(resolve(job.spec), candidate.level) if candidate.level else dense_config(job.spec)
+    return FinetuneTask(name="search", candidate=candidate, config=config, digest=digest)
 
 
 def findings(evaluation):
@@ -51,22 +55,22 @@ def findings(evaluation):
     return evaluation.model_dump(exclude={"started", "seconds", "worker", "candidate"})
 
 
-def probed(job, snapshot, candidate):
+def evaluated(job, snapshot, candidate):
     """A fresh worker's evaluation, which must have gone well."""
-    found = probe(Worker(job, "cpu"), snapshot, candidate)
+    found = evaluate(Worker(job, "cpu"), snapshot, candidate)
     assert found.ok, found.error
     return found
 
 
-def probe(worker, snapshot, candidate):
+def evaluate(worker, snapshot, candidate):
     """An early evaluation in one go."""
-    evaluation, paused = worker.probe(snapshot, Climb(candidate))
+    evaluation, paused = worker.evaluate(snapshot, EvalTask(candidate))
     assert paused is None
     return evaluation
 
 
-def settled(job, snapshot, candidate):
-    return Worker(job, "cpu").settle(snapshot, settling(job, candidate))
+def finetuned(job, snapshot, candidate):
+    return Worker(job, "cpu").finetune(snapshot, finetune_task(job, candidate))
 
 
 def after(snapshot, checkpoint, key="later"):
@@ -81,27 +85,27 @@ def with_nan(snapshot, name):
     return Snapshot("broken", pack(tensors), teacher=snapshot.teacher)
 
 
-# A probe is a pure function.
+# An early evaluation is a pure function.
 
 
 @pytest.mark.parametrize("distill", [False, True])
-def test_a_probe_is_the_same_on_any_worker_in_any_order_and_after_any_work(distill):
-    job = tiny_job(distill=distill)
+def test_an_early_evaluation_is_the_same_on_any_worker_in_any_order_and_after_any_work(distill):
+    job = tiny_context(distill=distill)
     dense = tiny_snapshot(job)
-    first = {candidate: findings(probed(job, dense, candidate)) for candidate in pool(job)}
+    first = {candidate: findings(evaluated(job, dense, candidate)) for candidate in pool(job)}
     busy = Worker(job, "cpu")
-    later = after(dense, busy.settle(dense, settling(job, pool(job)[2])))
+    later = after(dense, busy.finetune(dense, finetune_task(job, pool(job)[2])))
     work = [(later, candidate) for candidate in pool(job, 2)] + [(dense, candidate) for candidate in pool(job)]
     random.Random(0).shuffle(work)
     work += [(dense, pool(job)[1]), (later, pool(job)[1]), (dense, pool(job)[1])]
-    found = [(snapshot, candidate, findings(probe(busy, snapshot, candidate))) for snapshot, candidate in work]
+    found = [(snapshot, candidate, findings(evaluate(busy, snapshot, candidate))) for snapshot, candidate in work]
     for snapshot, candidate, again in found:
-        expected = first[candidate] if snapshot is dense else findings(probed(job, later, candidate))
+        expected = first[candidate] if snapshot is dense else findings(evaluated(job, later, candidate))
         assert again == expected
 
 
 def test_candidates_differ_in_their_masks(job, dense):
-    found = [probed(job, dense, candidate) for candidate in pool(job)]
+    found = [evaluated(job, dense, candidate) for candidate in pool(job)]
     assert len({evaluation.digest for evaluation in found}) == 4
     assert found[0].distance == 0.0
     assert all(0 < evaluation.distance < 1 for evaluation in found[1:])
@@ -111,51 +115,51 @@ def test_candidates_differ_in_their_masks(job, dense):
 def test_candidates_of_the_same_mask_get_the_same_score(job, dense):
     first = pool(job)[0]
     other = first.model_copy(update={"index": 7, "seed": 99})
-    assert findings(probed(job, dense, other)) == findings(probed(job, dense, first))
+    assert findings(evaluated(job, dense, other)) == findings(evaluated(job, dense, first))
     everything = [candidate.model_copy(update={"density": 1 - 1e-12}) for candidate in pool(job)]
-    found = [findings(probed(job, dense, candidate)) for candidate in everything]
+    found = [findings(evaluated(job, dense, candidate)) for candidate in everything]
     assert found[1:] == found[:-1]
-    assert found[0]["digest"] != findings(probed(job, dense, first))["digest"]
+    assert found[0]["digest"] != findings(evaluated(job, dense, first))["digest"]
 
 
 def test_another_level_or_seed_of_the_search_has_other_random_numbers(job, dense):
     first = pool(job)[0]
-    moved = probed(job, dense, first.model_copy(update={"level": 2}))
-    reseeded = probed(tiny_job(seed=1), dense, first)
-    digests = {found.digest for found in (moved, reseeded, probed(job, dense, first))}
-    scores = {found.score for found in (moved, reseeded, probed(job, dense, first))}
+    moved = evaluated(job, dense, first.model_copy(update={"level": 2}))
+    reseeded = evaluated(tiny_context(seed=1), dense, first)
+    digests = {found.digest for found in (moved, reseeded, evaluated(job, dense, first))}
+    scores = {found.score for found in (moved, reseeded, evaluated(job, dense, first))}
     assert (len(digests), len(scores)) == (1, 3)
 
 
-def test_a_probe_leaves_the_snapshot_as_it_was(job):
+def test_an_early_evaluation_leaves_the_snapshot_as_it_was(job):
     dense = tiny_snapshot(job)
     before = dense.weights.buffer.copy()
-    probed(job, dense, pool(job)[1])
+    evaluated(job, dense, pool(job)[1])
     assert np.array_equal(dense.weights.buffer, before)
 
 
 # What an evaluation holds.
 
 
-def test_the_score_is_the_negative_mean_loss_of_the_last_looks(dense):
-    all_looks = probed(tiny_job(), dense, pool(tiny_job())[1])
-    found = probed(tiny_job(probe={"last": 2}), dense, pool(tiny_job())[1])
+def test_the_score_is_the_negative_mean_loss_of_the_last_evaluations(dense):
+    all_looks = evaluated(tiny_context(), dense, pool(tiny_context())[1])
+    found = evaluated(tiny_context(early_eval={"score_window": 2}), dense, pool(tiny_context())[1])
     assert [point.step for point in all_looks.curve] == [1, 2, 3]
     assert found.curve == all_looks.curve[-2:]
     assert found.score == pytest.approx(-np.mean([point.loss for point in found.curve]))
 
 
 def test_the_score_is_the_mean_metric_where_that_is_asked_for(dense):
-    job = tiny_job(probe={"last": 2, "score": "metric", "epochs": 3})
-    found = probed(job, dense, pool(job)[1])
+    job = tiny_context(early_eval={"score_window": 2, "score": "metric", "epochs": 3})
+    found = evaluated(job, dense, pool(job)[1])
     assert found.score == pytest.approx(np.mean([point.metric for point in found.curve]))
     assert 0 < found.score <= 1
 
 
 def test_row_losses_average_to_the_score(dense):
-    job = tiny_job(probe={"last": 2})
-    found = probed(job, dense, pool(job)[1])
-    assert found.losses().shape == (len(job.data.select),)
+    job = tiny_context(early_eval={"score_window": 2})
+    found = evaluated(job, dense, pool(job)[1])
+    assert found.losses().shape == (len(job.data.validation),)
     assert found.losses().mean() == pytest.approx(-found.score, rel=1e-5)
     assert found.losses().std() > 0
 
@@ -164,27 +168,27 @@ def test_row_losses_average_to_the_score(dense):
     ("every", "last", "steps"),
     [(1, 10, [1, 2, 3]), (2, 10, [2]), (3, 10, [3]), (50, 10, [3]), (1, 2, [2, 3]), (1, 1, [3]), (2, 1, [2])],
 )
-def test_only_looks_that_count_are_taken_and_at_least_one(dense, every, last, steps):
-    job = tiny_job(probe={"eval_every": every, "last": last})
-    assert [point.step for point in probed(job, dense, pool(job)[0]).curve] == steps
+def test_only_evaluations_that_count_are_taken_and_at_least_one(dense, every, last, steps):
+    job = tiny_context(early_eval={"eval_steps": every, "score_window": last})
+    assert [point.step for point in evaluated(job, dense, pool(job)[0]).curve] == steps
 
 
-def test_a_look_is_at_a_fixed_sample_of_a_large_select_split(dense):
-    job, whole = tiny_job(probe={"rows": 5}), tiny_job()
-    few = [probed(job, dense, candidate).losses() for candidate in pool(job)]
+def test_an_evaluation_is_on_a_fixed_sample_of_a_large_validation_split(dense):
+    job, whole = tiny_context(early_eval={"max_rows": 5}), tiny_context()
+    few = [evaluated(job, dense, candidate).losses() for candidate in pool(job)]
     assert [len(losses) for losses in few] == [5] * len(few)
     places = [
-        np.isclose(probed(whole, dense, candidate).losses()[:, None], losses, rtol=1e-5).any(1)
+        np.isclose(evaluated(whole, dense, candidate).losses()[:, None], losses, rtol=1e-5).any(1)
         for candidate, losses in zip(pool(job), few, strict=True)
     ]
     assert all(place.sum() == 5 for place in places)
     assert all((place == places[0]).all() for place in places), "each candidate met other rows"
-    assert len(settled(job, dense, pool(job)[1]).logits) == len(job.data.report)
+    assert len(finetuned(job, dense, pool(job)[1]).test_outputs) == len(job.data.test)
 
 
 def test_an_evaluation_says_where_and_when_it_was_made_and_how_long_it_took(job, dense):
     before = time.time()
-    found = probed(job, dense, pool(job)[0])
+    found = evaluated(job, dense, pool(job)[0])
     assert found.worker == f"{platform.node()}/{os.getpid()} cpu 1 threads fp32"
     assert found.seconds > 0
     assert before <= found.started <= time.time() - found.seconds + 0.1  # seconds, for two clocks that may drift
@@ -195,10 +199,10 @@ def test_an_evaluation_says_where_and_when_it_was_made_and_how_long_it_took(job,
 
 
 def test_training_that_diverges_is_a_record_and_no_exception(dense):
-    job = tiny_job(probe={"learning_rate": 1e30})
-    found = probe(Worker(job, "cpu"), dense, pool(job)[1])
+    job = tiny_context(early_eval={"learning_rate": 1e30})
+    found = evaluate(Worker(job, "cpu"), dense, pool(job)[1])
     assert not found.ok
-    assert found.error.startswith("FloatingPointError: the loss on select is ")
+    assert found.error.startswith("FloatingPointError: the loss on validation is ")
     assert found.error.endswith(" steps")
     assert (found.score, found.curve, found.row_losses) == (None, (), b"")
     assert (found.candidate, found.worker != "") == (pool(job)[1], True)
@@ -208,23 +212,23 @@ def test_training_that_diverges_is_a_record_and_no_exception(dense):
 @pytest.mark.parametrize(
     ("name", "error"),
     [
-        ("classifier.weight", "FloatingPointError: the loss on select is nan after 1 steps"),
+        ("classifier.weight", "FloatingPointError: the loss on validation is nan after 1 steps"),
         ("{matrix}", "ValueError: {matrix} holds values that are not finite: it cannot be pruned"),
     ],
 )
 def test_a_broken_snapshot_fails_its_candidates_and_nobody_after_them(job, dense, name, error, index):
     busy, candidate, matrix = Worker(job, "cpu"), pool(job)[index], job.prunable[-1]
     broken = with_nan(dense, name.format(matrix=matrix))
-    assert probe(busy, broken, candidate).error == error.format(matrix=matrix)
-    assert findings(probe(busy, dense, candidate)) == findings(probed(job, dense, candidate))
+    assert evaluate(busy, broken, candidate).error == error.format(matrix=matrix)
+    assert findings(evaluate(busy, dense, candidate)) == findings(evaluated(job, dense, candidate))
 
 
 def test_any_other_error_of_a_candidate_is_recorded_by_kind_and_cut(job, dense, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("x" * 5000)
 
-    monkeypatch.setattr(Worker, "look", fail)
-    found = probe(Worker(job, "cpu"), dense, pool(job)[0])
+    monkeypatch.setattr(Worker, "evaluate_model", fail)
+    found = evaluate(Worker(job, "cpu"), dense, pool(job)[0])
     assert found.error.startswith("ZeroDivisionError: xxx")
     assert len(found.error) == 2000
 
@@ -239,24 +243,24 @@ def test_any_other_error_of_a_candidate_is_recorded_by_kind_and_cut(job, dense, 
         RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer, no room"),
         dist.DistNetworkError("no room"),
     ],
-    ids=["python", "cuda", "cpu", "sticky", "a gang's", "a gang's start"],
+    ids=["python", "cuda", "cpu", "sticky", "a group's", "a group's start"],
 )
-@pytest.mark.parametrize("work", ["probe", "settle"])
+@pytest.mark.parametrize("work", ["evaluate", "finetune"])
 def test_the_machine_s_own_faults_are_raised(job, dense, monkeypatch, fault, work):
     def fail(*_):
         raise fault
 
-    monkeypatch.setattr(Worker, "look", fail)
+    monkeypatch.setattr(Worker, "evaluate_model", fail)
     candidate = pool(job)[0]
     busy = Worker(job, "cpu")
-    with pytest.raises(MachineFault, match="no room"):
-        probe(busy, dense, candidate) if work == "probe" else busy.settle(dense, settling(job, candidate))
+    with pytest.raises(SystemFailure, match="no room"):
+        evaluate(busy, dense, candidate) if work == "evaluate" else busy.finetune(dense, finetune_task(job, candidate))
 
 
 def test_memory_that_really_runs_out_is_the_machine_s_fault(job, dense, monkeypatch):
-    monkeypatch.setattr(Worker, "look", lambda *_: torch.empty(2**60, dtype=torch.uint8))
-    with pytest.raises(MachineFault, match="allocate"):
-        probe(Worker(job, "cpu"), dense, pool(job)[0])
+    monkeypatch.setattr(Worker, "evaluate_model", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(SystemFailure, match="allocate"):
+        evaluate(Worker(job, "cpu"), dense, pool(job)[0])
 
 
 # Fine-tuning.
@@ -267,11 +271,11 @@ def scripted(monkeypatch, points):
     seen, script = [], iter(points)
 
     def look(self, step, rows, *_):
-        seen.append(pack(self.live).buffer)
+        seen.append(pack(self.named_tensors).buffer)
         loss, metric = next(script)
-        return Point(step=step, loss=loss, metric=metric), torch.zeros(1)
+        return EvalPoint(step=step, loss=loss, metric=metric), torch.zeros(1)
 
-    monkeypatch.setattr(Worker, "look", look)
+    monkeypatch.setattr(Worker, "evaluate_model", look)
     return seen
 
 
@@ -285,109 +289,109 @@ def scripted(monkeypatch, points):
         ([(float("nan"), 0.9), (0.5, 0.6), (0.6, 0.6)], 1),
     ],
 )
-def test_the_best_look_is_kept_with_its_optimizer(dense, monkeypatch, points, best):
-    job = tiny_job(finetune={"epochs": 3})
+def test_the_best_evaluation_is_kept_with_its_optimizer(dense, monkeypatch, points, best):
+    job = tiny_context(finetune={"epochs": 3})
     seen = scripted(monkeypatch, points)
-    found = settled(job, dense, pool(job)[1])
-    assert [point.step for point in found.finetuned.curve] == [3, 6, 9]
-    assert found.finetuned.best == best
-    assert found.finetuned.kept.step == 3 * (best + 1)
+    found = finetuned(job, dense, pool(job)[1])
+    assert [point.step for point in found.finetune_result.curve] == [3, 6, 9]
+    assert found.finetune_result.best == best
+    assert found.finetune_result.best_eval.step == 3 * (best + 1)
     assert np.array_equal(found.weights.buffer, seen[best])
     assert float(found.optimizer.views()["step"]) == 3 * (best + 1)
     assert len({buffer.tobytes() for buffer in seen}) == 3
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(0.5, [2]), (1, [3]), (1.5, [3, 4]), (2, [3, 6])])
-def test_a_look_is_taken_after_every_epoch_and_at_the_end(dense, epochs, steps):
-    job = tiny_job(finetune={"epochs": epochs})
-    assert [point.step for point in settled(job, dense, pool(job)[0]).finetuned.curve] == steps
+def test_an_evaluation_is_made_after_every_epoch_and_at_the_end(dense, epochs, steps):
+    job = tiny_context(finetune={"epochs": epochs})
+    assert [point.step for point in finetuned(job, dense, pool(job)[0]).finetune_result.curve] == steps
 
 
 def test_what_is_returned_is_what_was_measured(job, dense):
-    found = settled(job, dense, pool(job)[1])
-    module = build(job.config).eval()
+    found = finetuned(job, dense, pool(job)[1])
+    module = build_model(job.config).eval()
     module.load_state_dict(found.weights.views(), strict=False)
-    how = {"padding": 0, "autocast": autocasting("fp32", CPU), "objective": OBJECTIVES["classification"]}
-    report = loop.predict(module, job.data.report, **how)
-    assert np.array_equal(found.logits, report.numpy())
-    select = loop.predict(module, job.data.select, **how)
-    metric = measure(("accuracy",), select.numpy(), job.data.select.labels)["accuracy"]
-    assert found.finetuned.kept.metric == metric
-    assert found.finetuned.worker == f"{platform.node()}/{os.getpid()} cpu 1 threads fp32"
+    how = {"padding": 0, "autocast": autocast_factory("fp32", CPU), "objective": TASK_LOSSES["classification"]}
+    test = trainer.predict(module, job.data.test, **how)
+    assert np.array_equal(found.test_outputs, test.numpy())
+    validation = trainer.predict(module, job.data.validation, **how)
+    metric = compute_metrics(("accuracy",), validation.numpy(), job.data.validation.labels)["accuracy"]
+    assert found.finetune_result.best_eval.metric == metric
+    assert found.finetune_result.worker == f"{platform.node()}/{os.getpid()} cpu 1 threads fp32"
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_mask_that_was_scored_is_drawn_again(job, dense, index):
     candidate = pool(job)[index]
-    digest = probed(job, dense, candidate).digest
-    found = Worker(job, "cpu").settle(dense, settling(job, candidate, digest))
+    digest = evaluated(job, dense, candidate).digest
+    found = Worker(job, "cpu").finetune(dense, finetune_task(job, candidate, digest))
     bits, weights = unpack_bits(found.mask), found.weights.views()
     assert found.digest == digest
     assert set(bits) == set(job.prunable)
-    assert (found.kept, found.total) == (kept(found.mask), 4096)
-    assert found.kept == 2048  # half of every matrix
+    assert (found.num_kept, found.num_prunable) == (num_kept_bits(found.mask), 4096)
+    assert found.num_kept == 2048  # half of every matrix
     for name, mask in bits.items():
         assert not weights[name][~mask].any()
         assert weights[name][mask].count_nonzero() == mask.sum()
 
 
 def test_another_mask_than_the_scored_one_is_refused(job, dense):
-    first, second = (probed(job, dense, candidate) for candidate in pool(job)[1:3])
-    message = refused(Worker(job, "cpu").settle, dense, settling(job, first.candidate, second.digest))
+    first, second = (evaluated(job, dense, candidate) for candidate in pool(job)[1:3])
+    message = refused(Worker(job, "cpu").finetune, dense, finetune_task(job, first.candidate, second.digest))
     assert message.startswith(f"candidate 1 of level 1 drew mask {first.digest} here (")
     assert f"but mask {second.digest} was scored" in message
     assert message.endswith("Use workers of one kind")
 
 
 def test_levels_nest_and_go_on_with_the_optimizer(job, dense):
-    first = settled(job, dense, pool(job)[1])
+    first = finetuned(job, dense, pool(job)[1])
     parent = after(dense, first)
-    second = settled(job, parent, pool(job, 2)[1])
+    second = finetuned(job, parent, pool(job, 2)[1])
     outer, inner = unpack_bits(first.mask), unpack_bits(second.mask)
     assert all(not (inner[name] & ~outer[name]).any() for name in outer)
-    assert second.kept == 1024
+    assert second.num_kept == 1024
     step = float(first.optimizer.views()["step"])
-    assert float(second.optimizer.views()["step"]) == step + second.finetuned.kept.step
-    fresh = settled(job, Snapshot("fresh", first.weights), pool(job, 2)[1])
+    assert float(second.optimizer.views()["step"]) == step + second.finetune_result.best_eval.step
+    fresh = finetuned(job, Snapshot("fresh", first.weights), pool(job, 2)[1])
     assert fresh.digest == second.digest
     assert not np.array_equal(fresh.weights.buffer, second.weights.buffer)
 
 
-def test_settling_is_the_same_on_a_fresh_worker_and_after_other_work(job, dense):
+def test_fine_tuning_is_the_same_on_a_fresh_worker_and_after_other_work(job, dense):
     busy = Worker(job, "cpu")
-    busy.settle(dense, settling(job, pool(job)[2]))
-    found, again = busy.settle(dense, settling(job, pool(job)[1])), settled(job, dense, pool(job)[1])
+    busy.finetune(dense, finetune_task(job, pool(job)[2]))
+    found, again = busy.finetune(dense, finetune_task(job, pool(job)[1])), finetuned(job, dense, pool(job)[1])
     assert np.array_equal(found.weights.buffer, again.weights.buffer)
     assert np.array_equal(found.optimizer.buffer, again.optimizer.buffer)
-    assert np.array_equal(found.logits, again.logits)
+    assert np.array_equal(found.test_outputs, again.test_outputs)
 
 
 def test_a_dense_fine_tuning_prunes_nothing(job, dense):
-    found = settled(job, dense, control(resolve(job.spec), 0))
-    assert (found.kept, found.total, found.mask.index) == (0, 0, {})
+    found = finetuned(job, dense, deterministic_candidate(resolve(job.spec), 0))
+    assert (found.num_kept, found.num_prunable, found.mask.index) == (0, 0, {})
     weights = found.weights.views()
     assert all(weights[name].count_nonzero() == weights[name].numel() for name in job.prunable)
     assert not np.array_equal(found.weights.buffer, dense.weights.buffer)
 
 
 def test_no_epochs_return_the_weights_unchanged():
-    job = tiny_job(dense={"epochs": 1})
-    dense, candidate = tiny_snapshot(job), control(resolve(job.spec), 0)
-    stage = dense_stage(job.spec).model_copy(update={"epochs": 0.0})
-    work = Settling(name="dense", candidate=candidate, stage=stage)
-    found = Worker(job, "cpu").settle(dense, work)
+    job = tiny_context(dense={"epochs": 1})
+    dense, candidate = tiny_snapshot(job), deterministic_candidate(resolve(job.spec), 0)
+    config = dense_config(job.spec).model_copy(update={"epochs": 0.0})
+    work = FinetuneTask(name="dense", candidate=candidate, config=config)
+    found = Worker(job, "cpu").finetune(dense, work)
     assert np.array_equal(found.weights.buffer, dense.weights.buffer)
     assert found.optimizer.index == {}
-    assert [point.step for point in found.finetuned.curve] == [0]
-    assert found.logits.shape == (len(job.data.report), 2)
+    assert [point.step for point in found.finetune_result.curve] == [0]
+    assert found.test_outputs.shape == (len(job.data.test), 2)
 
 
 @pytest.mark.parametrize("level", [0, 1])
 def test_a_fine_tuning_that_diverges_is_refused_with_advice(level):
-    job = tiny_job(finetune={"learning_rate": 1e30}, dense={"learning_rate": 1e30})
-    candidate = control(resolve(job.spec), level)
-    message = refused(Worker(job, "cpu").settle, tiny_snapshot(job), settling(job, candidate))
-    assert message.startswith(f"level {level}: fine-tuning diverged, the loss on select is ")
+    job = tiny_context(finetune={"learning_rate": 1e30}, dense={"learning_rate": 1e30})
+    candidate = deterministic_candidate(resolve(job.spec), level)
+    message = refused(Worker(job, "cpu").finetune, tiny_snapshot(job), finetune_task(job, candidate))
+    assert message.startswith(f"level {level}: fine-tuning diverged, the loss on validation is ")
     assert "Lower finetune.learning_rate (dense.learning_rate at level 0)" in message
 
 
@@ -396,96 +400,98 @@ def test_a_fine_tuning_that_diverges_is_refused_with_advice(level):
 
 @pytest.mark.parametrize("distill", [False, True])
 def test_labels_matter_exactly_when_nothing_is_distilled(distill):
-    job = tiny_job(distill=distill)
+    job = tiny_context(distill=distill)
     dense = tiny_snapshot(job)
-    plain = findings(probed(job, dense, pool(job)[1]))
+    plain = findings(evaluated(job, dense, pool(job)[1]))
     job.data.train.labels[:] = 1 - job.data.train.labels
-    assert (findings(probed(job, dense, pool(job)[1])) == plain) is distill
+    assert (findings(evaluated(job, dense, pool(job)[1])) == plain) is distill
 
 
 def test_the_teacher_is_what_a_student_learns_from():
-    job = tiny_job(distill=True)
+    job = tiny_context(distill=True)
     dense = tiny_snapshot(job)
     own = Snapshot("own", dense.weights, teacher=dense.weights)
-    assert findings(probed(job, dense, pool(job)[1])) != findings(probed(job, own, pool(job)[1]))
-    assert settled(job, dense, pool(job)[1]).kept == 2048
+    assert findings(evaluated(job, dense, pool(job)[1])) != findings(evaluated(job, own, pool(job)[1]))
+    assert finetuned(job, dense, pool(job)[1]).num_kept == 2048
 
 
 def test_a_teacher_may_be_a_deeper_model():
-    job, deep = tiny_job(distill=True), tiny_config(num_hidden_layers=4)
-    teacher = describe(job.spec.model, deep, tiny_tokenizer(), ("bad", "good"))
-    taught, candidate = replace(job, teacher=teacher), control(resolve(job.spec), 0)
-    lessons = [replace(tiny_snapshot(job), teacher=random_weights(deep, seed)) for seed in (1, 2)]
-    first, other = (settled(taught, lesson, candidate) for lesson in lessons)
-    assert first.finetuned != other.finetuned
-    assert taught.memory(on_gpu=False) > job.memory(on_gpu=False)
+    job, deep = tiny_context(distill=True), tiny_config(num_hidden_layers=4)
+    teacher = inspect_model(job.spec.model, deep, tiny_tokenizer(), ("bad", "good"))
+    taught, candidate = replace(job, teacher=teacher), deterministic_candidate(resolve(job.spec), 0)
+    parents = [replace(tiny_snapshot(job), teacher=random_weights(deep, seed)) for seed in (1, 2)]
+    first, other = (finetuned(taught, parent, candidate) for parent in parents)
+    assert first.finetune_result != other.finetune_result
+    assert taught.peak_host_memory(on_gpu=False) > job.peak_host_memory(on_gpu=False)
 
 
 def test_bf16_is_near_float32_and_keeps_float32_weights(job, dense):
-    half = tiny_job(precision="bf16")
-    exact, rough = probed(job, dense, pool(job)[1]), probed(half, dense, pool(half)[1])
+    half = tiny_context(precision="bf16")
+    exact, rough = evaluated(job, dense, pool(job)[1]), evaluated(half, dense, pool(half)[1])
     assert rough.digest == exact.digest
     assert rough.score != exact.score
     assert rough.score == pytest.approx(exact.score, abs=0.1)
-    found = settled(half, dense, pool(half)[1])
+    found = finetuned(half, dense, pool(half)[1])
     assert {tensor.dtype for tensor in found.weights.views().values() if tensor.is_floating_point()} == {torch.float32}
-    assert found.logits.dtype == np.float32
+    assert found.test_outputs.dtype == np.float32
 
 
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("distill", [False, True])
 def test_weights_in_bf16_are_multiplied_as_they_are_and_stay_so(monkeypatch, distill, native):
-    monkeypatch.setattr(worker, "native_bf16", lambda device: native)
-    exact, half = (tiny_job(model={"dtype": dtype}, precision="auto", distill=distill) for dtype in ("fp32", "bf16"))
+    monkeypatch.setattr(device, "native_bf16", lambda device: native)
+    exact, half = (
+        tiny_context(model={"dtype": dtype}, precision="auto", distill=distill) for dtype in ("fp32", "bf16")
+    )
     dense = tiny_snapshot(half)
     busy = Worker(half, "cpu")
     with busy.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-    found = probe(busy, dense, pool(half)[1])
+    found = evaluate(busy, dense, pool(half)[1])
     assert found.ok, found.error
     assert found.worker.endswith(" bf16")
-    assert found.score == pytest.approx(probed(exact, tiny_snapshot(exact), pool(exact)[1]).score, rel=0.1)
-    assert findings(probed(half, dense, pool(half)[1])) == findings(found)
-    settled_here = busy.settle(dense, settling(half, pool(half)[1], found.digest))
-    weights, state = settled_here.weights.views(), settled_here.optimizer.views()
+    assert found.score == pytest.approx(evaluated(exact, tiny_snapshot(exact), pool(exact)[1]).score, rel=0.1)
+    assert findings(evaluated(half, dense, pool(half)[1])) == findings(found)
+    tuned = busy.finetune(dense, finetune_task(half, pool(half)[1], found.digest))
+    weights, state = tuned.weights.views(), tuned.optimizer.views()
     for name in half.prunable:
         assert {weights[name].dtype, state[f"exp_avg/{name}"].dtype} == {torch.bfloat16}
-        assert not weights[name][~unpack_bits(settled_here.mask)[name]].any()
-    assert settled_here.logits.dtype == np.float32
-    second = probed(half, after(dense, settled_here), pool(half, 2)[1])
+        assert not weights[name][~unpack_bits(tuned.mask)[name]].any()
+    assert tuned.test_outputs.dtype == np.float32
+    second = evaluated(half, after(dense, tuned), pool(half, 2)[1])
     assert np.isfinite(second.score)
 
 
 @pytest.mark.parametrize("native", [False, True])
 def test_auto_is_bf16_where_the_device_has_it(monkeypatch, native):
-    monkeypatch.setattr(worker, "native_bf16", lambda device: native)
-    with autocasting("auto", CPU)():
+    monkeypatch.setattr(device, "native_bf16", lambda device: native)
+    with autocast_factory("auto", CPU)():
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == (torch.bfloat16 if native else torch.float32)
 
 
 @pytest.mark.parametrize("distill", [False, True])
-def test_a_regression_is_probed_and_settled(distill):
-    job = tiny_job(regression=True, distill=distill, finetune={"epochs": 9})
+def test_a_regression_is_evaluated_and_fine_tuned(distill):
+    job = tiny_context(regression=True, distill=distill, finetune={"epochs": 9})
     dense = tiny_snapshot(job)
-    found = probed(job, dense, pool(job)[1])
+    found = evaluated(job, dense, pool(job)[1])
     assert found.losses().mean() == pytest.approx(-found.score, rel=1e-5)
-    checkpoint = settled(job, dense, pool(job)[1])
-    assert checkpoint.logits.shape == (len(job.data.report), 1)
-    curve = checkpoint.finetuned.curve
+    checkpoint = finetuned(job, dense, pool(job)[1])
+    assert checkpoint.test_outputs.shape == (len(job.data.test), 1)
+    curve = checkpoint.finetune_result.curve
     assert curve[-1].loss < curve[0].loss / 2
     assert len({point.metric for point in curve}) > 1
-    assert checkpoint.finetuned.kept.metric == max(point.metric for point in curve)
+    assert checkpoint.finetune_result.best_eval.metric == max(point.metric for point in curve)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_probed_and_settled_with_a_teacher(family):
-    job = tiny_job(family, distill=True, finetune={"epochs": 1})
+def test_every_family_is_evaluated_and_fine_tuned_with_a_teacher(family):
+    job = tiny_context(family, distill=True, finetune={"epochs": 1})
     dense = tiny_snapshot(job)
-    evaluation = probed(job, dense, pool(job)[1])
-    found = Worker(job, "cpu").settle(dense, settling(job, pool(job)[1], evaluation.digest))
-    assert found.kept == found.total / 2
-    assert np.isfinite(found.logits).all()
+    evaluation = evaluated(job, dense, pool(job)[1])
+    found = Worker(job, "cpu").finetune(dense, finetune_task(job, pool(job)[1], evaluation.digest))
+    assert found.num_kept == found.num_prunable / 2
+    assert np.isfinite(found.test_outputs).all()
 
 
 # Checkpointing.
@@ -502,27 +508,27 @@ def test_every_family_is_probed_and_settled_with_a_teacher(family):
     ],
 )
 def test_checkpointing_changes_no_bit(family, settings):
-    plain, frugal = (tiny_job(family, **settings, checkpointing=on) for on in (False, True))
+    plain, frugal = (tiny_context(family, **settings, gradient_checkpointing=on) for on in (False, True))
     dense, candidate = tiny_snapshot(plain), pool(plain)[1]
-    found = probed(plain, dense, candidate)
-    assert findings(probed(frugal, dense, candidate)) == findings(found)
+    found = evaluated(plain, dense, candidate)
+    assert findings(evaluated(frugal, dense, candidate)) == findings(found)
     first, second = (
-        Worker(job, "cpu").settle(dense, settling(job, candidate, found.digest)) for job in (plain, frugal)
+        Worker(job, "cpu").finetune(dense, finetune_task(job, candidate, found.digest)) for job in (plain, frugal)
     )
-    assert first.finetuned.curve == second.finetuned.curve
+    assert first.finetune_result.curve == second.finetune_result.curve
     assert np.array_equal(first.weights.buffer, second.weights.buffer)
     assert np.array_equal(first.optimizer.buffer, second.optimizer.buffer)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("distill", [False, True])
-def test_checkpointed_layers_run_again_in_each_step_and_in_no_look(checkpointing, distill):
-    job, trained, looked = tiny_job(checkpointing=checkpointing, distill=distill), [], []
+def test_checkpointed_layers_run_again_in_each_step_and_in_no_evaluation(gradient_checkpointing, distill):
+    job, trained, looked = tiny_context(gradient_checkpointing=gradient_checkpointing, distill=distill), [], []
     busy = Worker(job, "cpu")
     for layer in busy.module.bert.encoder.layer:
         layer.output.register_forward_pre_hook(lambda part, _: (trained if part.training else looked).append(part))
-    assert probe(busy, tiny_snapshot(job), pool(job)[1]).ok
-    assert len(trained) == 3 * 2 * (1 + checkpointing)  # steps, layers
+    assert evaluate(busy, tiny_snapshot(job), pool(job)[1]).ok
+    assert len(trained) == 3 * 2 * (1 + gradient_checkpointing)  # steps, layers
     assert len(looked) == (3 + distill) * 2  # and the dense model, which the candidates are held against
 
 
@@ -539,41 +545,43 @@ WHERE = [
 
 @pytest.mark.parametrize("where", WHERE, ids=lambda where: " ".join(where.values()))
 def test_every_worker_draws_the_same_masks_wherever_sparsity_goes(where):
-    job = tiny_job(mask=where)
+    job = tiny_context(mask=where)
     dense = tiny_snapshot(job)
     candidates = pool(job)
     busy = Worker(job, "cpu")
-    found = [probe(busy, dense, candidate) for candidate in candidates]
+    found = [evaluate(busy, dense, candidate) for candidate in candidates]
     assert all(evaluation.ok for evaluation in found), [evaluation.error for evaluation in found]
     assert len({evaluation.digest for evaluation in found}) == len(candidates)
-    assert findings(probed(job, dense, candidates[2])) == findings(found[2])
-    first = Worker(job, "cpu").settle(dense, settling(job, candidates[1], found[1].digest))
+    assert findings(evaluated(job, dense, candidates[2])) == findings(found[2])
+    first = Worker(job, "cpu").finetune(dense, finetune_task(job, candidates[1], found[1].digest))
     later = after(dense, first)
-    second = busy.settle(later, settling(job, pool(job, 2)[1], probed(job, later, pool(job, 2)[1]).digest))
+    second = busy.finetune(later, finetune_task(job, pool(job, 2)[1], evaluated(job, later, pool(job, 2)[1]).digest))
     parent, child = unpack_bits(first.mask), unpack_bits(second.mask)
     assert all(not (child[name] & ~parent[name]).any() for name in job.prunable)
-    assert (first.kept / first.total, second.kept / second.total) == pytest.approx((0.5, 0.25), abs=0.001)
+    assert (first.num_kept / first.num_prunable, second.num_kept / second.num_prunable) == pytest.approx(
+        (0.5, 0.25), abs=0.001
+    )
 
 
 @pytest.mark.parametrize("score", sorted(set(SCORERS) - {"magnitude"}))
-def test_a_score_that_looks_at_data_gives_another_control(job, dense, score):
-    seeing = tiny_job(mask={"score": score})
-    assert probed(seeing, dense, pool(job)[0]).digest != probed(job, dense, pool(job)[0]).digest
+def test_a_score_that_looks_at_data_gives_another_magnitude_mask(job, dense, score):
+    seeing = tiny_context(mask={"score": score})
+    assert evaluated(seeing, dense, pool(job)[0]).digest != evaluated(job, dense, pool(job)[0]).digest
 
 
 @pytest.mark.parametrize(("score", "passes"), [("magnitude", 0), ("wanda", 2), ("saliency", 2)])
 def test_a_worker_calibrates_once_a_parent_and_level_if_at_all(score, passes, monkeypatch):
-    job, calls = tiny_job(mask={"score": score}), []
+    job, calls = tiny_context(mask={"score": score}), []
 
     def counting(module, names, rows, **more):
         calls.append(len(rows))
         return calibrate(module, names, rows, **more)
 
     monkeypatch.setattr(worker, "calibrate", counting)
-    monkeypatch.setattr(worker, "ROWS", 20)
+    monkeypatch.setattr(worker, "CALIBRATION_ROWS", 20)
     busy, dense = Worker(job, "cpu"), tiny_snapshot(job)
     for candidate in (*pool(job), *pool(job, 2)):
-        assert probe(busy, dense, candidate).ok
+        assert evaluate(busy, dense, candidate).ok
     assert calls == [20] * passes
 
 
@@ -584,68 +592,72 @@ def test_a_worker_calibrates_once_a_parent_and_level_if_at_all(score, passes, mo
 def test_neither_random_state_nor_threads_of_the_caller_change(job, dense, fails):
     threads = []
     busy = Worker(
-        tiny_job(workers={"cpus": 2.5}, finetune={"epochs": 0.3}),
+        tiny_context(workers={"cpus": 2.5}, finetune={"epochs": 0.3}),
         "cpu",
         lambda share: threads.append(torch.get_num_threads()),
     )
     snapshot = with_nan(dense, "classifier.weight") if fails else dense
     torch.manual_seed(1)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), torch.get_num_threads()
-    assert probe(busy, snapshot, pool(job)[1]).ok is not fails
+    assert evaluate(busy, snapshot, pool(job)[1]).ok is not fails
     if fails:
-        refused(busy.settle, snapshot, settling(job, pool(job)[1]))
+        refused(busy.finetune, snapshot, finetune_task(job, pool(job)[1]))
     else:
-        busy.settle(snapshot, settling(job, pool(job)[1]))
+        busy.finetune(snapshot, finetune_task(job, pool(job)[1]))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_num_threads()) == states[1:]
     assert set(threads) == {2}
 
 
-@pytest.mark.parametrize("work", ["probe", "settle"])
+@pytest.mark.parametrize("work", ["evaluate", "finetune"])
 def test_the_share_that_is_done_rises_to_one(job, dense, work):
     shares = []
     busy = Worker(job, "cpu", shares.append)
-    if work == "probe":
-        probe(busy, dense, pool(job)[1])
+    if work == "evaluate":
+        evaluate(busy, dense, pool(job)[1])
     else:
-        busy.settle(dense, settling(job, pool(job)[1]))
-    steps = 3 if work == "probe" else 6
+        busy.finetune(dense, finetune_task(job, pool(job)[1]))
+    steps = 3 if work == "evaluate" else 6
     assert shares == pytest.approx([(step + 1) / steps for step in range(steps)])
 
 
 def test_memory_counts_the_weights_and_the_teacher(job):
-    other = Job(job.spec, job.config, job.data, job.prunable, job.parameters + 1000)
-    taught = Job(tiny_job(distill=True).spec, job.config, job.data, job.prunable, job.parameters)
-    grown = other.memory(on_gpu=False) - job.memory(on_gpu=False)
+    other = WorkerContext(job.spec, job.config, job.data, job.prunable, job.num_parameters + 1000)
+    taught = WorkerContext(tiny_context(distill=True).spec, job.config, job.data, job.prunable, job.num_parameters)
+    grown = other.peak_host_memory(on_gpu=False) - job.peak_host_memory(on_gpu=False)
     assert grown >= 1000 * 4 * 4  # weights, gradients and two moments at the least
-    assert taught.memory(on_gpu=False) - job.memory(on_gpu=False) >= 4 * job.parameters
-    seeing = Job(tiny_job(mask={"score": "wanda"}).spec, job.config, job.data, job.prunable, job.parameters)
-    assert seeing.memory(on_gpu=False) - job.memory(on_gpu=False) >= 4 * job.parameters
-    assert 0 < other.memory(on_gpu=True) - job.memory(on_gpu=True) < grown
-    assert other.shared_memory > job.shared_memory
+    assert taught.peak_host_memory(on_gpu=False) - job.peak_host_memory(on_gpu=False) >= 4 * job.num_parameters
+    seeing = WorkerContext(
+        tiny_context(mask={"score": "wanda"}).spec, job.config, job.data, job.prunable, job.num_parameters
+    )
+    assert seeing.peak_host_memory(on_gpu=False) - job.peak_host_memory(on_gpu=False) >= 4 * job.num_parameters
+    assert 0 < other.peak_host_memory(on_gpu=True) - job.peak_host_memory(on_gpu=True) < grown
+    assert other.object_store_memory > job.object_store_memory
 
 
 def test_memory_is_less_by_each_key_that_is_there_to_save_it(job):
     def bytes_a_weight(**settings):
-        spec = tiny_job(**settings).spec
-        large, none = (Job(spec, job.config, job.data, job.prunable, count) for count in (10**9, 0))
-        sizes = (large.memory(on_gpu=False), large.memory(on_gpu=True), large.shared_memory)
+        spec = tiny_context(**settings).spec
+        large, none = (WorkerContext(spec, job.config, job.data, job.prunable, count) for count in (10**9, 0))
+        sizes = (large.peak_host_memory(on_gpu=False), large.peak_host_memory(on_gpu=True), large.object_store_memory)
         return [
             (size - rest) / 10**9
             for size, rest in zip(
-                sizes, (none.memory(on_gpu=False), none.memory(on_gpu=True), none.shared_memory), strict=True
+                sizes,
+                (none.peak_host_memory(on_gpu=False), none.peak_host_memory(on_gpu=True), none.object_store_memory),
+                strict=True,
             )
         ]
 
     assert bytes_a_weight() == [64, 12, 52]
     assert bytes_a_weight(model={"dtype": "bf16"}, precision="auto") == [32, 6, 26]
     assert bytes_a_weight(optimizer={"name": "adafactor"}) == [32, 4, 20]
-    assert bytes_a_weight(checkpointing=True) == [40, 12, 52]
+    assert bytes_a_weight(gradient_checkpointing=True) == [40, 12, 52]
 
 
 def test_a_worker_s_live_tensors_are_its_module_s(job):
     fresh = Worker(job, "cpu")
-    assert all(fresh.live[name] is tensor for name, tensor in persistent(fresh.module).items())
+    assert all(fresh.named_tensors[name] is tensor for name, tensor in state_tensors(fresh.module).items())
 
 
 def test_deterministic_kernels_are_for_the_block_alone():
@@ -664,23 +676,25 @@ def test_deterministic_kernels_are_for_the_block_alone():
 
 
 def test_a_worker_that_has_no_teacher_asks_for_no_memory_for_its_answers():
-    job = tiny_job()
+    job = tiny_context()
     unknown = replace(job, config=object())  # tells nothing of its layers
-    assert unknown.memory(on_gpu=False) == job.memory(on_gpu=False)
+    assert unknown.peak_host_memory(on_gpu=False) == job.peak_host_memory(on_gpu=False)
 
 
 # --- rungs -----------------------------------------------------------------------------------------------------------
 
 
-def climbing(**changes):
-    return tiny_job(probe={"rungs": [0.3, 0.6, 1.0], "epochs": 3.0} | changes)
+def halving(**changes):
+    return tiny_context(early_eval={"rungs": [0.3, 0.6, 1.0], "epochs": 3.0} | changes)
 
 
-def climb(job, snapshot, candidate, *, forget=False):
+def eval_task(job, snapshot, candidate, *, forget=False):
     """The evaluations of a candidate at each rung, every one on another worker; `forget`: what was paused is lost."""
     found, paused = [], None
-    for rung in range(len(job.spec.probe.rungs)):
-        evaluation, paused = Worker(job, "cpu").probe(snapshot, Climb(candidate, rung), None if forget else paused)
+    for rung in range(len(job.spec.early_eval.rungs)):
+        evaluation, paused = Worker(job, "cpu").evaluate(
+            snapshot, EvalTask(candidate, rung), None if forget else paused
+        )
         assert evaluation.ok, evaluation.error
         found.append(evaluation)
     assert paused is None
@@ -689,9 +703,9 @@ def climb(job, snapshot, candidate, *, forget=False):
 
 @pytest.mark.parametrize("distill", [False, True])
 def test_a_candidate_goes_on_where_it_paused_or_from_its_parent_with_the_same_result(distill):
-    job = tiny_job(probe={"rungs": [0.3, 0.6, 1.0], "epochs": 3.0}, distill=distill)
+    job = tiny_context(early_eval={"rungs": [0.3, 0.6, 1.0], "epochs": 3.0}, distill=distill)
     snapshot = tiny_snapshot(job)
-    paused, forgotten = (climb(job, snapshot, pool(job)[1], forget=forget) for forget in (False, True))
+    paused, forgotten = (eval_task(job, snapshot, pool(job)[1], forget=forget) for forget in (False, True))
     assert [findings(evaluation) for evaluation in paused] == [findings(evaluation) for evaluation in forgotten]
     assert [point.step for evaluation in paused for point in evaluation.curve] == list(range(1, 10))
     assert [evaluation.rung for evaluation in paused] == [0, 1, 2]
@@ -701,44 +715,46 @@ def test_without_dropout_rungs_change_nothing_but_where_it_pauses(monkeypatch):
     """Neither order, rate, moments nor mask: the last looks are those of an evaluation in one go."""
     monkeypatch.setitem(FAMILIES["bert"], "hidden_dropout_prob", 0.0)
     monkeypatch.setitem(FAMILIES["bert"], "attention_probs_dropout_prob", 0.0)
-    job, whole = climbing(), climbing(rungs=[1.0])
+    job, whole = halving(), halving(rungs=[1.0])
     snapshot = tiny_snapshot(job)
-    expected = probed(whole, snapshot, pool(job)[1])
-    found = climb(job, snapshot, pool(job)[1])
+    expected = evaluated(whole, snapshot, pool(job)[1])
+    found = eval_task(job, snapshot, pool(job)[1])
     assert [point for evaluation in found for point in evaluation.curve] == list(expected.curve)
 
 
-def test_a_rung_too_short_for_a_look_is_looked_at_where_it_ends(dense):
-    job = climbing(eval_every=100)
-    found = climb(job, dense, pool(job)[1])
+def test_a_rung_too_short_for_an_evaluation_is_evaluated_where_it_ends(dense):
+    job = halving(eval_steps=100)
+    found = eval_task(job, dense, pool(job)[1])
     assert [[point.step for point in evaluation.curve] for evaluation in found] == [[3], [5], [9]]
 
 
 @pytest.mark.parametrize("regression", [False, True])
 def test_agreement_with_the_dense_model_is_a_score(regression):
-    job = tiny_job(regression=regression, probe={"score": "agreement", "last": 1})
+    job = tiny_context(regression=regression, early_eval={"score": "agreement", "score_window": 1})
     snapshot = tiny_snapshot(job)
     assert snapshot.teacher is not None
-    found = probed(job, snapshot, pool(job)[1])
+    found = evaluated(job, snapshot, pool(job)[1])
     assert found.score == found.curve[-1].agreement
     assert found.score < 0
     itself = Worker(job, "cpu")
-    probe(itself, snapshot, pool(job)[0])
+    evaluate(itself, snapshot, pool(job)[0])
     with torch.no_grad():
-        assert itself.objective.agreement(itself.standard, itself.standard) == pytest.approx(0.0, abs=1e-12)
+        assert itself.task_loss.agreement(itself.dense_predictions, itself.dense_predictions) == pytest.approx(
+            0.0, abs=1e-12
+        )
 
 
 def test_agreement_is_minus_the_divergence_of_the_probabilities():
     ours, theirs = torch.tensor([[0.0, 1.0], [2.0, -1.0]]), torch.tensor([[1.0, 0.0], [2.0, -1.0]])
     p, q = theirs.softmax(-1), ours.softmax(-1)
     expected = -float((p * (p / q).log()).sum(-1).mean())
-    assert OBJECTIVES["classification"].agreement(ours, theirs) == pytest.approx(expected, rel=1e-6)
-    assert OBJECTIVES["regression"].agreement(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]])) == -2.0
+    assert TASK_LOSSES["classification"].agreement(ours, theirs) == pytest.approx(expected, rel=1e-6)
+    assert TASK_LOSSES["regression"].agreement(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]])) == -2.0
 
 
 def test_a_repeat_is_the_same_mask_in_another_order(dense):
-    job = climbing()
-    first, again = (Worker(job, "cpu").probe(dense, Climb(pool(job)[1], 2, order))[0] for order in (0, 1))
+    job = halving()
+    first, again = (Worker(job, "cpu").evaluate(dense, EvalTask(pool(job)[1], 2, order))[0] for order in (0, 1))
     assert (first.digest, first.distance) == (again.digest, again.distance)
-    assert again.order == 1
+    assert again.repeat == 1
     assert first.curve != again.curve

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
+from support.callbacks import Ear
 from support.fake_ray import FakeRay, Ref, Task
-from support.watch import Ear
 
 from raymask.core.errors import UserError
-from raymask.driver import remote
-from raymask.train.worker import MachineFault
+from raymask.executor import actor_pool
+from raymask.train.failures import SystemFailure
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def fake(patch: pytest.MonkeyPatch, *cpus: int, start_seconds: float = 1.0) -> F
 
 
 def failed(outcome: object) -> str:
-    assert isinstance(outcome, remote.Failed)
-    return outcome.why
+    assert isinstance(outcome, actor_pool.TaskFailed)
+    return outcome.reason
 
 
 def test_tasks_are_dispatched_in_their_order_to_as_many_workers_as_there_is_room_for(patch: pytest.MonkeyPatch) -> None:
@@ -67,14 +67,14 @@ def test_workers_are_kept_for_the_next_round_and_dead_ones_are_nobody_s_fault(pa
 
 
 @pytest.mark.parametrize(
-    "error", [RayActorError(), ObjectLostError("", None, ""), OutOfMemoryError("full"), MachineFault("x")]
+    "error", [RayActorError(), ObjectLostError("", None, ""), OutOfMemoryError("full"), SystemFailure("x")]
 )
 @pytest.mark.parametrize("retries", [0, 2])
 def test_a_system_failure_is_retried_on_a_fresh_worker_as_often_as_asked(
     patch: pytest.MonkeyPatch, error: Exception, retries: int
 ) -> None:
     ray, ear = fake(patch, 1), Ear()
-    pool = ray.pool(ear, retries=retries)
+    pool = ray.pool(ear, max_retries=retries)
     results = ray.run(pool, [Task("good"), Task("bad", outcomes=(error,)), Task("last")])
     assert results["good"] == results["last"] == "done"
     assert failed(results["bad"]).startswith(f"its workers failed {retries + 1} times; the last one: ")
@@ -87,13 +87,13 @@ def test_a_system_failure_is_retried_on_a_fresh_worker_as_often_as_asked(
 def test_what_succeeds_at_the_last_attempt_has_succeeded(patch: pytest.MonkeyPatch) -> None:
     ray = fake(patch, 1)
     lost = RayActorError()
-    assert ray.run(ray.pool(retries=2), [Task(0, outcomes=(lost, lost, "done"))]) == {0: "done"}
+    assert ray.run(ray.pool(max_retries=2), [Task(0, outcomes=(lost, lost, "done"))]) == {0: "done"}
 
 
 def test_failures_are_counted_by_task(patch: pytest.MonkeyPatch) -> None:
     ray = fake(patch, 1)
     tasks = [Task(key, outcomes=(RayActorError(), "done")) for key in range(4)]
-    assert ray.run(ray.pool(retries=1), tasks) == dict.fromkeys(range(4), "done")
+    assert ray.run(ray.pool(max_retries=1), tasks) == dict.fromkeys(range(4), "done")
 
 
 def test_an_error_of_the_task_s_own_code_ends_the_round_and_its_workers(patch: pytest.MonkeyPatch) -> None:
@@ -110,10 +110,10 @@ def test_what_is_past_its_timeout_is_ended_recorded_and_not_retried(patch: pytes
     ray, ear = fake(patch, 1), Ear()
     pool = ray.pool(ear)
     results = ray.run(pool, [Task("slow", seconds=1e6, timeout=10.0), Task("quick", timeout=10.0)])
-    assert failed(results["slow"]) == "took longer than the deadline of 10 s (workers.deadline)"
+    assert failed(results["slow"]) == "took longer than the timeout of 10 s (workers.timeout)"
     assert results["quick"] == "done"
     assert ray.attempts["slow"] == 1
-    assert ray.now < 10.0 + 2 * (1.0 + 2 * remote.POLL) + 1.0
+    assert ray.now < 10.0 + 2 * (1.0 + 2 * actor_pool.POLL_INTERVAL_S) + 1.0
     assert len(ray.actors) == 2
     assert ear.troubles == []
 
@@ -128,7 +128,7 @@ def test_every_task_has_its_own_timeout(patch: pytest.MonkeyPatch) -> None:
     ray = fake(patch, 2)
     results = ray.run(ray.pool(), [Task(key, seconds=100.0, timeout=5.0) for key in range(3)])
     assert {failed(outcome) for outcome in results.values()} == {
-        "took longer than the deadline of 5 s (workers.deadline)"
+        "took longer than the timeout of 5 s (workers.timeout)"
     }
 
 
@@ -145,10 +145,10 @@ def test_a_lost_node_s_tasks_are_done_elsewhere_and_a_late_node_gets_work(patch:
 
 def test_no_room_for_any_worker_is_refused_at_once_unless_the_cluster_grows(patch: pytest.MonkeyPatch) -> None:
     ray, ear = fake(patch), Ear()
-    with pytest.raises(UserError, match=r"no node can hold a worker: one asks for 1 CPUs.*workers\.wait"):
+    with pytest.raises(UserError, match=r"no node can hold a worker: one asks for 1 CPUs.*workers\.scale_up_timeout"):
         ray.pool()
     ray.at(40.0, ray.add_node)
-    assert ray.run(ray.pool(ear, wait=60.0), [Task(0), Task(1)]) == {0: "done", 1: "done"}
+    assert ray.run(ray.pool(ear, scale_up_timeout=60.0), [Task(0), Task(1)]) == {0: "done", 1: "done"}
     waiting = [note for note in ear.notes if note.startswith("waiting for the cluster")]
     assert [round(float(note.split()[5]), -1) for note in waiting] == [20.0, 30.0]
     assert not any(actor.alive for actor, _ in ray.unplaced), "what has not started only makes the cluster grow"
@@ -156,10 +156,10 @@ def test_no_room_for_any_worker_is_refused_at_once_unless_the_cluster_grows(patc
 
 def test_a_cluster_that_does_not_grow_is_waited_for_as_long_as_asked(patch: pytest.MonkeyPatch) -> None:
     ray = fake(patch)
-    pool = ray.pool(wait=50.0)
+    pool = ray.pool(scale_up_timeout=50.0)
     with pytest.raises(UserError, match="no node can hold a worker"):
         ray.run(pool, [Task(0)])
-    assert 50.0 < ray.now < 50.0 + 2 * remote.PATIENCE
+    assert 50.0 < ray.now < 50.0 + 2 * actor_pool.NO_WORKER_WARNING_S
 
 
 def test_nodes_that_a_search_once_had_may_come_back(patch: pytest.MonkeyPatch) -> None:
@@ -181,30 +181,30 @@ def test_workers_that_cannot_start_end_the_search_with_the_last_reason(patch: py
     ray.start_errors = repeat(ValueError("no such module"))
     with pytest.raises(UserError, match=r"5 workers in a row did not start; the last one said: no such module\. Is "):
         ray.run(ray.pool(ear), [Task(0)])
-    assert len(ear.troubles) == len(ray.actors) == remote.STARTS
+    assert len(ear.troubles) == len(ray.actors) == actor_pool.MAX_FAILED_STARTS
 
 
 def test_failed_starts_count_in_a_row_only(patch: pytest.MonkeyPatch) -> None:
     ray = fake(patch, 1)
-    ray.start_errors = iter([ValueError("busy")] * (remote.STARTS - 1))
+    ray.start_errors = iter([ValueError("busy")] * (actor_pool.MAX_FAILED_STARTS - 1))
     pool = ray.pool()
     for key in range(3):
         assert ray.run(pool, [Task(key, outcomes=(RayActorError(), "done"))]) == {key: "done"}
-        ray.start_errors = iter([ValueError("busy")] * (remote.STARTS - 1))
+        ray.start_errors = iter([ValueError("busy")] * (actor_pool.MAX_FAILED_STARTS - 1))
 
 
 def test_a_start_that_succeeds_ends_the_row_of_failed_starts_even_if_the_worker_does_nothing(
     patch: pytest.MonkeyPatch,
 ) -> None:
     ray, lost = fake(patch, 1), RayActorError()
-    errors = [ValueError("busy")] * (remote.STARTS - 1)
+    errors = [ValueError("busy")] * (actor_pool.MAX_FAILED_STARTS - 1)
     ray.start_errors = iter([*errors, None, *errors, None])
     assert ray.run(ray.pool(), [Task(0, outcomes=(lost, "done"))]) == {0: "done"}
 
 
 def test_a_task_that_succeeds_ends_the_row_of_failed_starts(patch: pytest.MonkeyPatch) -> None:
     ray, ear = fake(patch, 2), Ear()
-    errors = [ValueError("busy")] * (remote.STARTS - 1)
+    errors = [ValueError("busy")] * (actor_pool.MAX_FAILED_STARTS - 1)
     ray.start_errors = iter([None, *errors, *errors])
     tasks = [Task(key, seconds=3.0) for key in range(8)]
     assert ray.run(ray.pool(ear), tasks) == dict.fromkeys(range(8), "done")
@@ -217,7 +217,7 @@ def test_idle_workers_share_a_task_and_all_end_with_it(patch: pytest.MonkeyPatch
     assert ray.run(pool, [Task(0, max_workers=4)]) == {0: "done"}
     assert ray.most == 4, "a shared task waits for all the workers that it can have"
     ray.run(pool, [Task(1, max_workers=4), Task(2, max_workers=4)])
-    assert len(pool.idle) + len(pool.returning) == ray.living()
+    assert len(pool.idle) + len(pool.pinged_actors) == ray.living()
 
 
 def test_a_shared_task_that_loses_a_helper_is_done_again_by_fresh_workers(patch: pytest.MonkeyPatch) -> None:
@@ -243,20 +243,20 @@ def test_a_worker_that_finished_while_it_was_being_ended_has_done_its_work_and_i
     ray = fake(patch, 1)
     pool, actor = ray.pool(), ray.start(None, None)
     call = ray.call(Task(0))
-    assert pool.collect(Ref(0, "done", True), [actor], call, Counter(), {0}) == "done"
+    assert pool.on_task_done(Ref(0, "done", True), [actor], call, Counter(), {0}) == "done"
     assert pool.idle == []
-    assert pool.collect(Ref(0, "done", True), [actor], call, Counter(), set()) == "done"
+    assert pool.on_task_done(Ref(0, "done", True), [actor], call, Counter(), set()) == "done"
     assert pool.idle == [actor]
 
 
 def test_weights_are_put_again_when_an_object_was_lost(patch: pytest.MonkeyPatch) -> None:
     ray = fake(patch, 1)
     pool = ray.pool()
-    pool.shelf = {1: "weights"}
+    pool.object_refs = {1: "weights"}
     ray.run(pool, [Task(0, outcomes=(RayActorError(), "done"))])
-    assert pool.shelf == {1: "weights"}, "what is not lost is not put again"
+    assert pool.object_refs == {1: "weights"}, "what is not lost is not put again"
     ray.run(pool, [Task(1, outcomes=(ObjectLostError("", None, ""), "done"))])
-    assert pool.shelf == {}
+    assert pool.object_refs == {}
 
 
 def test_a_node_that_joins_gets_a_worker_which_is_kept_though_it_came_too_late(patch: pytest.MonkeyPatch) -> None:
@@ -265,20 +265,20 @@ def test_a_node_that_joins_gets_a_worker_which_is_kept_though_it_came_too_late(p
     ray.at(9.1, ray.add_node)
     ray.run(pool, [Task(0), Task(1)])
     assert len(ray.actors) == ray.living() == 2
-    assert len(pool.starting) == 1
+    assert len(pool.pending_actors) == 1
     ray.run(pool, [Task(2, seconds=9.0), Task(3, seconds=9.0)])
     assert len(ray.actors) == 2
 
 
 def test_on_a_cluster_that_grows_all_open_tasks_ask_for_a_worker(patch: pytest.MonkeyPatch) -> None:
     ray = fake(patch, 1)
-    ray.run(ray.pool(wait=60.0), [Task(key, seconds=3.0) for key in range(3)])
+    ray.run(ray.pool(scale_up_timeout=60.0), [Task(key, seconds=3.0) for key in range(3)])
     assert len(ray.actors) == 3
 
 
 def test_workers_that_are_lost_with_their_node_while_they_start_are_no_failed_starts(patch: pytest.MonkeyPatch) -> None:
     ray = fake(patch, 1)
-    ray.start_errors = iter([RayActorError()] * 2 * remote.STARTS)
+    ray.start_errors = iter([RayActorError()] * 2 * actor_pool.MAX_FAILED_STARTS)
     assert ray.run(ray.pool(), [Task(0)]) == {0: "done"}
 
 
@@ -289,7 +289,7 @@ def test_an_idle_worker_that_does_not_answer_any_more_is_replaced(patch: pytest.
     ray.actors[0].hangs = True
     began = ray.now
     assert ray.run(pool, [Task(1)]) == {1: "done"}
-    assert ray.now - began < remote.ANSWER + 10.0
+    assert ray.now - began < actor_pool.ACTOR_PING_TIMEOUT_S + 10.0
     assert not ray.actors[0].alive
 
 
@@ -371,7 +371,7 @@ def test_whatever_is_lost_every_task_ends_once_within_its_retries_and_nothing_is
 
         for _ in range(faults):
             ray.at(dice.uniform(0.0, 60.0), disturb)
-        pool = ray.pool(ear, retries=retries)
+        pool = ray.pool(ear, max_retries=retries)
         wanted = [Task(key, seconds, timeout=timeout, max_workers=most) for key, (seconds, most) in enumerate(tasks)]
         results = ray.run(pool, wanted)
         pool.close()
@@ -380,8 +380,8 @@ def test_whatever_is_lost_every_task_ends_once_within_its_retries_and_nothing_is
         outcome, attempts = results[task.key], ray.attempts[task.key]
         assert 1 <= attempts <= retries + 1
         if outcome == "done":
-            assert task.seconds <= timeout + 2 * remote.POLL
-        elif "deadline" in failed(outcome):
+            assert task.seconds <= timeout + 2 * actor_pool.POLL_INTERVAL_S
+        elif "timeout" in failed(outcome):
             assert task.seconds > timeout
         else:
             assert attempts == retries + 1
@@ -389,5 +389,5 @@ def test_whatever_is_lost_every_task_ends_once_within_its_retries_and_nothing_is
     retried = sum(attempts - 1 for attempts in ray.attempts.values())
     assert sum("trying again elsewhere" in note for note in ear.notes) == retried
     assert ray.living() == 0
-    assert not pool.busy
-    assert not pool.helping
+    assert not pool.running
+    assert not pool.helper_refs

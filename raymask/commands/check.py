@@ -1,0 +1,176 @@
+"""Dry run of a search: what it reads, prunes, costs and needs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from raymask.core.masking.masks import max_kept
+from raymask.core.recipe import Recipe, has_baseline, num_parents, planned_epochs
+from raymask.core.spec import Spec
+from raymask.core.successive_halving import rung_sizes
+from raymask.driver.setup import SearchSetup, load_initial, prepare, require_distinct_splits
+from raymask.report.console import say
+from raymask.report.text import blocks, percent
+
+GIB = 2**30
+
+
+MAX_LISTED_CLASSES = 10  # number of classes that are listed by name
+
+
+def show_check(console: Console, spec: Spec, address: str | None) -> None:
+    """Read everything that a search reads, weights included, and print what it would do.
+
+    Args:
+        console: Where the output goes.
+        spec: The search's spec.
+        address: A Ray cluster; None: this machine.
+
+    Raises:
+        UserError: Where the search would raise it.
+    """
+    require_distinct_splits(spec.task)
+    setup = prepare(spec)
+    load_initial(setup)
+    show_model(console, setup)
+    show_data(console, setup)
+    console.print(level_table(setup))
+    show_rungs(console, setup)
+    show_cost(console, setup)
+    show_resources(console, setup, address)
+    say(console, "Everything is readable.")
+
+
+def show_model(console: Console, setup: SearchSetup) -> None:
+    """Print the model's size and what is pruned."""
+    sizes, model, body = setup.model_info.sizes, setup.recipe.spec.model, blocks(setup.model_info.kind)
+    say(
+        console,
+        f"model    {model.name}: {sizes.whole:,} parameters in {model.dtype}, {sizes.encoder:,} in the {body}; "
+        f"{len(setup.model_info.prunable)} matrices with {sizes.prunable:,} weights to prune",
+    )
+
+
+def show_data(console: Console, setup: SearchSetup) -> None:
+    """Print the task's kind, metrics and number of rows by split."""
+    data, dataset = setup.context.data, setup.dataset
+    kind = f"{len(dataset.classes)} classes ({numbered(dataset.classes)})" if dataset.classes else dataset.kind
+    say(
+        console,
+        f"task     {kind}, {', '.join(data.metrics)}; rows: {len(data.train):,} train, {len(data.validation):,} "
+        f"validation ({len(setup.context.scored_rows):,} of them score candidates), {len(data.test):,} test; "
+        f"{data.train.lengths.mean():.0f} tokens a row, up to {data.train.lengths.max()}",
+    )
+
+
+def numbered(classes: Sequence[str]) -> str:
+    """The first few classes with their numbers, as text."""
+    named = [f"{number} = {name}" for number, name in enumerate(classes[:MAX_LISTED_CLASSES])]
+    return ", ".join([*named, "..."] if len(classes) > MAX_LISTED_CLASSES else named)
+
+
+def level_table(setup: SearchSetup) -> Table:
+    """The table of levels: what each prunes, relative to the prunable weights, the blocks, and the whole model."""
+    table = Table(title="levels", title_justify="left")
+    zeros = f"zeros in {blocks(setup.model_info.kind)}"
+    for head in ("level", "sparsity", "weights kept", zeros, "zeros in whole model", "candidates"):
+        table.add_column(head, justify="right")
+    for level, density in enumerate(setup.recipe.densities, 1):
+        num_kept = sum(
+            max_kept(setup.model_info.shapes, density, setup.recipe.allocation, setup.recipe.pattern).values()
+        )
+        shares = setup.model_info.sizes.sparsities(setup.model_info.sizes.prunable - num_kept)
+        random, parents = setup.recipe.spec.candidates.count, num_parents(setup.recipe.spec, level)
+        pool = f"magnitude mask + {random}" if random else "magnitude mask"
+        if parents > 1:
+            pool = f"{parents} x ({pool})"
+        table.add_row(
+            str(level),
+            percent(shares["prunable"]),
+            f"{num_kept:,}",
+            percent(shares["encoder"]),
+            percent(shares["whole"]),
+            pool,
+        )
+    return table
+
+
+def show_rungs(console: Console, setup: SearchSetup) -> None:
+    """Print how many random masks of a level reach each rung, if there are several rungs."""
+    spec = setup.recipe.spec
+    rungs = spec.early_eval.rungs
+    if len(rungs) > 1:
+        sizes = zip(rung_sizes(spec.candidates.count, rungs), rungs, strict=True)
+        parts = ", ".join(f"{count} to {share:.0%}" for count, share in sizes)
+        say(
+            console,
+            f"rungs    of {spec.candidates.count} random masks {parts} of the early evaluation, and every "
+            "magnitude mask",
+        )
+
+
+def show_cost(console: Console, setup: SearchSetup) -> None:
+    """Print the epochs of training by phase, and the memory of a worker."""
+    epochs = planned_epochs(setup.recipe)
+    parts = ", ".join(f"{count:g} {phase}" for phase, count in epochs.items() if count)
+    worker, shared = setup.context.peak_host_memory(on_gpu=False) / GIB, setup.context.object_store_memory / GIB
+    say(console, f"cost     {sum(epochs.values()):g} epochs of training: {parts}")
+    say(
+        console,
+        f"memory   about {worker:.1f} GiB per worker on a CPU, {shared:.1f} GiB shared by all workers of a node",
+    )
+
+
+def show_resources(console: Console, setup: SearchSetup, address: str | None) -> None:
+    """Print the resources of a worker and of the machine or cluster, and how many workers fit.
+
+    Args:
+        console: Where the output goes.
+        setup: The search's setup.
+        address: A Ray cluster; None: this machine.
+
+    Raises:
+        UserError: When no worker fits, and the spec does not wait for the cluster to grow.
+    """
+    section = setup.recipe.spec.workers
+    gpus = "a GPU where there are any" if section.gpus is None else f"{section.gpus:g} GPUs"
+    say(console, f"worker   {section.cpus:g} CPUs, {gpus}")
+    from raymask.executor import connection, resources
+
+    if address is None:
+        nodes = [this_machine()]
+    else:
+        with connection.ray_connection(setup.context, address):
+            nodes = resources.node_resources()
+    required = resources.resources_per_worker(setup.context, nodes)
+    if not section.scale_up_timeout:
+        resources.require_capacity(required, nodes, section.fsdp)
+    where = "machine" if address is None else f"{len(nodes)} nodes"
+    available = "; ".join(resources.format_resources(node) for node in nodes)
+    num_workers = min(resources.num_worker_slots(required, nodes, section.fsdp), section.count or sys.maxsize)
+    say(console, f"{where:8} {available}: room for {num_workers} workers")
+    show_idle(console, setup.recipe, num_workers)
+
+
+def show_idle(console: Console, recipe: Recipe, workers: int) -> None:
+    """Print how to use the workers that are idle during fine-tuning, if there are any."""
+    spec = recipe.spec
+    busy = (spec.select.keep + has_baseline(spec)) * spec.finetune.data_parallel
+    if busy < workers:
+        say(
+            console,
+            f"idle     fine-tuning uses {busy} of {workers} workers: finetune.data_parallel lets several train "
+            "one model, select.keep fine-tunes more masks",
+        )
+
+
+def this_machine() -> Mapping[str, float]:
+    """Roughly what a private Ray offers on this machine, memory in bytes; its object store takes 30 % of the memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": 0.7 * memory}

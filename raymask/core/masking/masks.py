@@ -1,0 +1,204 @@
+"""Masks: drawing, applying, packing, comparing and hashing them.
+
+A mask is the top k of each group. An allocation says which matrices share a budget, a scorer how important each weight
+is, a pattern which weights compete, and a sampler perturbs the scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raymask.core import seeds
+from raymask.core.masking.allocations import AllocationFn, Shapes, uniform
+from raymask.core.masking.patterns import Pattern, num_kept, topk_mask
+from raymask.core.masking.samplers import SampleFn, Sampler, num_votes, voting
+from raymask.core.masking.scorers import Calibration, ScoreFn, magnitude
+from raymask.core.records import Candidate
+from raymask.core.seeds import derive
+from raymask.core.tensors import PackedTensors
+
+Mask = dict[str, Tensor]
+"""Bool tensors `[n_out, n_in]` by parameter name; True is kept."""
+
+
+UNSTRUCTURED = Pattern()
+
+
+def draw_mask(
+    weights: Mapping[str, Tensor],
+    candidate: Candidate,
+    *,
+    allocation: AllocationFn = uniform,
+    scorer: ScoreFn = magnitude,
+    sampler: Sampler = voting,
+    pattern: Pattern = UNSTRUCTURED,
+    calibration: Mapping[str, Calibration] | None = None,
+    sampler_cache: dict[object, SampleFn] | None = None,
+    transform: Callable[[str, Tensor], Tensor] = lambda name, mask: mask,
+) -> Mask:
+    """Draw the mask that a candidate describes.
+
+    Matrices that share a budget share a generator, seeded from the candidate's seed and their names. So neither the
+    order nor the weights of other matrices matter. A sampling ratio means the same for every allocation and pattern:
+    the number of votes is that of a matrix of their mean size, counted in weights.
+
+    Args:
+        weights: Weights `[n_out, n_in]` by name, of any float dtype. The pattern must divide their shapes.
+        candidate: Density, seed and noise of the mask.
+        allocation: Distributes the density over the matrices.
+        scorer: Scores the weights.
+        sampler: Perturbs the scores, where the candidate has noise.
+        pattern: Which weights compete.
+        calibration: Calibration by name, for scorers that need it.
+        sampler_cache: Cache of prepared samplers. Pass the same dict for every draw from the same weights, so that what
+            depends only on the weights is computed once.
+        transform: Called with the name and mask of each matrix as soon as it is drawn; its result takes the mask's
+            place. It allows that not all masks are in memory at once.
+
+    Returns:
+        The mask by name, in the order of `weights`, on their devices.
+
+    Raises:
+        ValueError: A weight or its score is not finite.
+    """
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    mask = {}
+    for names, density in allocation(shapes, candidate.density).items():
+        matrix_scores = [
+            pattern.to_groups(score_matrix(name, weights[name], scorer, (calibration or {}).get(name)))
+            for name in names
+        ]
+        widths = [matrix.shape[1] for matrix in matrix_scores]
+        scores = matrix_scores[0] if len(matrix_scores) == 1 else torch.cat(matrix_scores, 1)
+        del matrix_scores  # they may be as large as the whole model
+        k = num_kept(scores.shape[1], density)
+        if candidate.noise is not None:
+            key = (names, density, candidate.noise)
+            cache = {} if sampler_cache is None else sampler_cache
+            if key not in cache:
+                entries = sum(weights[name].numel() for name in names) // len(names)
+                votes = num_votes(entries, num_kept(entries, density), candidate.noise.sampling_ratio)
+                cache[key] = sampler(scores, k, candidate.noise.exponent, votes)
+            rng = torch.Generator(scores.device).manual_seed(derive(candidate.seed, seeds.MASK, *names))
+            scores = cache[key](scores, rng)
+        for name, kept in zip(names, torch.split(topk_mask(scores, k), widths, 1), strict=True):
+            mask[name] = transform(name, pattern.from_groups(kept, shapes[name]))
+    return {name: mask[name] for name in weights}
+
+
+def score_matrix(name: str, weight: Tensor, scorer: ScoreFn, calibration: Calibration | None) -> Tensor:
+    """Score one matrix, and check the scores.
+
+    Args:
+        name: Name of the matrix, for the error.
+        weight: Its weights, `[n_out, n_in]`.
+        scorer: Scores the weights.
+        calibration: Its calibration, None where the scorer needs none.
+
+    Returns:
+        Scores, float32 >= 0 of the same shape.
+
+    Raises:
+        ValueError: A score is not finite.
+    """
+    scores = scorer(weight, calibration)
+    if scores.numel() and not bool(torch.isfinite(scores.max())):
+        source = name if not bool(torch.isfinite(weight).all()) else f"the calibration of {name}"
+        raise ValueError(f"{source} holds values that are not finite: it cannot be pruned")
+    return scores
+
+
+def max_kept(shapes: Shapes, density: float, allocation: AllocationFn, pattern: Pattern) -> dict[tuple[str, ...], int]:
+    """How many weights a mask keeps at most, by the names of the matrices that share a budget."""
+    return {
+        names: pattern.num_kept(sum(math.prod(shapes[name]) for name in names), share)
+        for names, share in allocation(shapes, density).items()
+    }
+
+
+@torch.no_grad()
+def apply(tensors: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> None:
+    """Zero the pruned weights of the tensors that the mask names, in place."""
+    for name, kept in mask.items():
+        tensors[name].mul_(kept)
+
+
+def num_kept_bits(bits: PackedTensors) -> int:
+    """How many weights a packed mask keeps."""
+    return int(np.bitwise_count(bits.buffer).sum(dtype=np.int64))
+
+
+def distance(bits: PackedTensors, control: PackedTensors) -> float:
+    """Share in [0, 1] of a mask's kept weights that the magnitude mask prunes.
+
+    Args:
+        bits: The packed mask.
+        control: The packed magnitude mask of the same matrices.
+
+    Returns:
+        The distance; 0 for a mask that keeps nothing.
+    """
+    num_differing = np.bitwise_count(bits.buffer & ~control.buffer).sum(dtype=np.int64)
+    return int(num_differing) / max(num_kept_bits(bits), 1)
+
+
+def pack_bits(mask: Mapping[str, Tensor]) -> PackedTensors:
+    """Pack a mask: one bit a weight, row-major, most significant bit first, each matrix padded to whole bytes."""
+    packed = empty_bits({name: tuple(tensor.shape) for name, tensor in mask.items()})
+    for name, tensor in mask.items():
+        set_bits(packed, name, tensor)
+    return packed
+
+
+def empty_bits(shapes: Shapes) -> PackedTensors:
+    """Packed bits of a mask of these shapes, all of them 0."""
+    index, end = {}, 0
+    for name, shape in shapes.items():
+        index[name] = (end, -(-math.prod(shape) // 8), shape, "bool")
+        end += index[name][1]
+    return PackedTensors(np.zeros(end, np.uint8), index)
+
+
+def set_bits(packed: PackedTensors, name: str, tensor: Tensor) -> None:
+    """Write the bits of one matrix into a packed mask, in place.
+
+    Args:
+        packed: The packed mask.
+        name: Name of the matrix.
+        tensor: Its mask, bool `[n_out, n_in]` on any device.
+    """
+    offset, size, _, _ = packed.index[name]
+    packed.buffer[offset : offset + size] = np.packbits(tensor.cpu().numpy().reshape(-1))
+
+
+def unpack_bits(packed: PackedTensors) -> Mask:
+    """Unpack a mask, on the CPU; the inverse of `pack_bits`."""
+    mask = {}
+    for name, (offset, size, shape, _) in packed.index.items():
+        count = int(np.prod(shape, dtype=np.int64))
+        bits = np.unpackbits(packed.buffer[offset : offset + size], count=count)
+        mask[name] = torch.from_numpy(bits).bool().view(shape)
+    return mask
+
+
+def digest(packed: PackedTensors) -> str:
+    """Digest of a packed mask: names, shapes and bits, in any order of names (BLAKE2b, 128 bits, hex)."""
+    state = blake2b(digest_size=16)
+    for name in sorted(packed.index):
+        offset, size, shape, _ = packed.index[name]
+        state.update(f"{name}{shape}".encode())
+        state.update(packed.buffer[offset : offset + size].data)
+    return state.hexdigest()
+
+
+def match_names(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    """The names that match at least one shell-style pattern (* ? [])."""
+    shell_patterns = tuple(patterns)
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in shell_patterns)}

@@ -1,0 +1,87 @@
+"""The split of `train` into training rows and `validation`, for classification and regression."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+
+from raymask.core import seeds
+from raymask.core.errors import UserError
+from raymask.core.seeds import derive
+from raymask.core.spec import Task
+from raymask.data.types import Examples
+
+
+def split_validation(train: Examples, task: Task, classes: tuple[str, ...], seed: int) -> tuple[Examples, Examples]:
+    """Split `train` into training rows and `validation`, stratified by label. The seed alone decides.
+
+    Args:
+        train: All rows of `train`.
+        task: Gives the size of `validation` (validation_share, validation_rows), and a name for messages.
+        classes: Class names in the order of their numbers; empty for a regression.
+        seed: The spec's seed.
+
+    Returns:
+        The training rows and `validation`, both in their original order.
+
+    Raises:
+        UserError: All labels are equal, a class has one row only, or there are too few rows.
+    """
+    where = task.train or f"{task.name} train"
+    labels = train.labels
+    size = min(max(round(len(labels) * task.validation_share), 2), task.validation_rows)
+    counts = require_several_labels(train, where)
+    if classes:
+        if counts.min() < 2:
+            raise UserError(f"{where}: a class has one row only; two are needed, one for train and one for validation")
+        size = max(size, len(counts))
+    if len(labels) - size < 2:
+        raise UserError(f"{where}: {len(labels)} rows are too few to split off {size} for validation")
+    train_rows, validation_rows = train_test_split(
+        np.arange(len(labels)),
+        test_size=size,
+        random_state=derive(seed, seeds.VALIDATION) % 2**32,
+        # by name: with an existing classifier's numbers the split would differ
+        stratify=np.array(classes)[labels] if classes else quantile_strata(labels, size),
+    )
+
+    def take(rows: np.ndarray) -> Examples:
+        """These rows, in their original order."""
+        rows = np.sort(rows)
+        return Examples(tuple([texts[row] for row in rows] for texts in train.columns), labels[rows])
+
+    return take(train_rows), take(validation_rows)
+
+
+def require_several_labels(train: Examples, where: str) -> np.ndarray:
+    """Check that there is something to learn.
+
+    Args:
+        train: Training rows.
+        where: The file, for the message.
+
+    Returns:
+        int64 [distinct labels], how many rows have each.
+
+    Raises:
+        UserError: All labels are equal.
+    """
+    _, counts = np.unique(train.labels, return_counts=True)
+    if len(counts) < 2:
+        raise UserError(f"{where}: every row has the same label: there is nothing to learn")
+    return counts
+
+
+def quantile_strata(labels: np.ndarray, size: int) -> np.ndarray:
+    """Strata of a regression: quantiles of the labels.
+
+    Args:
+        labels: float32 [rows].
+        size: Rows of `validation`.
+
+    Returns:
+        int64 [rows], the stratum of each row: fifths, or fewer quantiles if there are few rows.
+    """
+    strata = max(1, min(5, size, len(labels) // 2))
+    rank = np.argsort(np.argsort(labels, kind="stable"), kind="stable")
+    return rank * strata // len(labels)

@@ -1,0 +1,40 @@
+"""Loading and tokenization of a spec's task, of any kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raymask.core.spec import Spec
+from raymask.data.causal_lm import Documents, group_texts, load_documents
+from raymask.data.hf_config import class_names, max_seq_length, vocab_size
+from raymask.data.load import load_raw_dataset
+from raymask.data.tokenize import tokenize
+from raymask.data.types import RawDataset, TaskData
+
+
+def load_dataset(spec: Spec, config: Any) -> RawDataset | Documents:
+    """Read the texts of a spec's task.
+
+    Args:
+        spec: The spec.
+        config: The model's transformers configuration. It gives the order of the classes if the model is already
+            fine-tuned (dense.epochs: 0).
+
+    Raises:
+        UserError: A file, column or label cannot be used.
+    """
+    if spec.task.kind == "causal-lm":
+        return load_documents(spec.task, spec.seed)
+    return load_raw_dataset(spec.task, spec.seed, class_names(config) if spec.dense.epochs == 0 else ())
+
+
+def tokenize_dataset(texts: RawDataset | Documents, tokenizer: Any, config: Any) -> TaskData:
+    """Tokenize all three splits for the model of this configuration.
+
+    Raises:
+        UserError: Texts and tokenizer, or tokenizer and model, do not match, or texts are too short.
+    """
+    limits = max_seq_length(config, texts.kind), vocab_size(config)
+    return (
+        group_texts(texts, tokenizer, *limits) if isinstance(texts, Documents) else tokenize(texts, tokenizer, *limits)
+    )

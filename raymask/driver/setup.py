@@ -1,0 +1,128 @@
+"""Setup of a search: data, model configuration, and the checks that need no weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from raymask.core import seeds
+from raymask.core.errors import UserError
+from raymask.core.masking import masks
+from raymask.core.recipe import Recipe, resolve
+from raymask.core.seeds import derive
+from raymask.core.spec import Spec, Task
+from raymask.core.tasks import Snapshot
+from raymask.data.causal_lm import Documents
+from raymask.data.task import load_dataset, tokenize_dataset
+from raymask.data.types import RawDataset
+from raymask.train.context import WorkerContext
+from raymask.train.model import ModelInfo, inspect_model, load_weights, read_config
+
+
+@dataclass(frozen=True)
+class SearchSetup:
+    """Everything that is known before the first training step.
+
+    Attributes:
+        recipe: What was asked, resolved to functions.
+        model_info: The model without its weights.
+        dataset: The raw data.
+        context: What every worker needs, tokenized data included.
+    """
+
+    recipe: Recipe
+    model_info: ModelInfo
+    dataset: RawDataset | Documents
+    context: WorkerContext
+
+
+def prepare(spec: Spec) -> SearchSetup:
+    """Read the data and the model's configuration. Weights are read later, when they are needed.
+
+    Args:
+        spec: The spec.
+
+    Raises:
+        UserError: Model or data cannot be read, they do not fit each other, or the masks cannot be made.
+    """
+    config, tokenizer = read_config(spec.model)
+    dataset = load_dataset(spec, config)
+    model_info = inspect_model(
+        spec.model, config, tokenizer, dataset.classes, dataset.kind, gradient_checkpointing=spec.gradient_checkpointing
+    )
+    recipe = resolve(spec)
+    require_masks(model_info, recipe)
+    data = tokenize_dataset(dataset, tokenizer, config)
+    context = WorkerContext(spec, model_info.config, data, model_info.prunable, model_info.sizes.whole)
+    return SearchSetup(recipe, model_info, dataset, context)
+
+
+def require_distinct_splits(task: Task) -> None:
+    """Check that no two splits are the same file.
+
+    Raises:
+        UserError: Two of `task.train`, `task.validation` and `task.test` are.
+    """
+    files = {key: path for key in ("train", "validation", "test") if (path := getattr(task, key)) is not None}
+    for key, other in combinations(files, 2):
+        if Path(files[key]).resolve() == Path(files[other]).resolve():
+            what = "trained on" if key == "train" else "chosen by"
+            raise UserError(
+                f"task.{other}: is the file of task.{key}: give a file with rows that the model is not {what}"
+            )
+
+
+def require_masks(model_info: ModelInfo, recipe: Recipe) -> None:
+    """Check that every prunable matrix can have a mask as the recipe asks for.
+
+    Raises:
+        UserError: The pattern does not divide a matrix, or the last level keeps none of its weights.
+    """
+    require_divisible(model_info, recipe)
+    require_nonzero_density(model_info, recipe)
+
+
+def require_divisible(model_info: ModelInfo, recipe: Recipe) -> None:
+    """Check that the pattern's blocks divide every prunable matrix.
+
+    Raises:
+        UserError: They do not divide some matrix.
+    """
+    for name, shape in model_info.shapes.items():
+        if not recipe.pattern.divides(shape):
+            raise UserError(
+                f"mask.pattern: {recipe.spec.mask.pattern} does not divide {name} of "
+                f"{' x '.join(map(str, shape))}: choose another, or leave such matrices out with model.exclude"
+            )
+
+
+def require_nonzero_density(model_info: ModelInfo, recipe: Recipe) -> None:
+    """Check that the last level keeps weights of every matrix, or of every set of matrices that share a budget.
+
+    Raises:
+        UserError: It keeps none of some matrix or set.
+    """
+    density = recipe.densities[-1]
+    max_kept = masks.max_kept(model_info.shapes, density, recipe.allocation, recipe.pattern)
+    num_weights = {names: sum(math.prod(model_info.shapes[name]) for name in names) for names in max_kept}
+    smallest = min(max_kept, key=lambda names: (max_kept[names], num_weights[names]))
+    if max_kept[smallest] == 0:
+        raise UserError(
+            f"levels: a sparsity of {1 - density:g} keeps none of the {num_weights[smallest]:,} weights of "
+            f"{', '.join(smallest)}: lower it, or leave small matrices out with model.exclude"
+        )
+
+
+def load_initial(setup: SearchSetup) -> Snapshot:
+    """The model as the spec names it, before any training.
+
+    Raises:
+        UserError: The weights cannot be read.
+    """
+    spec, model_info = setup.recipe.spec, setup.model_info
+    is_finetuned = spec.dense.epochs == 0
+    head_seed = derive(spec.seed, seeds.HEAD)
+    weights = load_weights(spec.model, model_info.config, head_seed, is_finetuned, model_info.kind)
+    return Snapshot("initial", weights)

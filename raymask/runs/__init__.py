@@ -1,0 +1,1 @@
+"""Run directories: a search on a disk or in an object store."""
