@@ -521,6 +521,7 @@ def stores(process: psutil.Process) -> set[str]:
 
 def node_joins(search: Search, dice: Random) -> str:
     """And gets work, of which some is left: the others rest until it is there."""
+    search.until(search.evaluations)  # before the first one a single fine-tuning runs, which needs no other worker
     resting = search.until(lambda: search.cluster.workers())
     try:
         for worker in resting:

@@ -193,10 +193,10 @@ with connection.ray_connection(trial.worker_context(trial.trial_spec(spec, {})),
 
 def test_a_killed_tuner_is_restored_and_its_trial_goes_on(spec: dict[str, Any], here: Path) -> None:
     """In the middle of a trial; what was finished is not done again, and the winners are the undisturbed ones."""
-    command = [sys.executable, "-c", TUNER, str(here / "spec.yaml"), str(here)]
-    kill_after_a_level(subprocess.Popen(command, stdout=subprocess.DEVNULL), here)
+    tuner = [sys.executable, "-c", TUNER, str(here / "spec.yaml"), str(here)]
+    kill_after_a_level(subprocess.Popen(tuner, stdout=subprocess.DEVNULL), here)
     before = journals(here)
-    with private_ray(cpus=1), command.quiet():
+    with private_ray(cpus=1), command.quiet_tune():
         [restored] = ray_tune.Tuner.restore(str(here / "tuning"), trial.trainable(spec), resume_unfinished=True).fit()
     run = restored.metrics["run"]
     assert list(here.glob("tuning/*/run")) == [Path(run)]
