@@ -39,7 +39,7 @@ class ScoreCorrelation:
         score: The kind of early score.
         budget: Share in (0, 1] of the early evaluation.
         by_loss: Spearman's rank correlation with the final loss on `validation`; positive when the score is right.
-        by_report: Spearman's rank correlation with the mean metric on `test`; positive when the score is right.
+        by_test: Spearman's rank correlation with the mean metric on `test`; positive when the score is right.
         regret: The best mask's mean metric on `test` minus that of the mask with the best early score, >= 0. Of a
             perplexity the metric is -log(perplexity).
     """

@@ -216,9 +216,9 @@ class LevelRecord(Record):
         num_failed: How many of them failed.
         gain: By how much the winner's loss on `validation` is below the magnitude mask's; positive is better. None
             where there is nothing to compare.
-        confidence: Probability, by the bootstrap over rows, that no other candidate's loss is below the winner's. None
-            where there is nothing to compare.
-        finetuned: Result of the fine-tuning.
+        win_probability: Probability, by the bootstrap over rows, that no other candidate's loss is below the
+            winner's. None where there is nothing to compare.
+        finetune_result: Result of the fine-tuning.
         test_metrics: The task's metrics on `test`, which no choice ever sees.
         digest: The mask's digest.
         parent_key: Key of the snapshot that the level started from.

@@ -80,7 +80,7 @@ class SuccessiveHalving:
 
     Attributes:
         pool: The level's candidates.
-        found: Evaluations so far, by key.
+        results: Evaluations so far, by key.
     """
 
     def __init__(

@@ -66,9 +66,9 @@ class Checkpoint:
         digest: Digest of the mask.
         num_kept: Number of prunable weights that are kept.
         num_prunable: Number of prunable weights.
-        finetuned: How the fine-tuning went.
-        logits: Predictions for `test`, float32 `[n_rows, n_outputs]`. For a language model `[n_rows, 2]`: each row's
-            summed loss and its number of predicted tokens.
+        finetune_result: How the fine-tuning went.
+        test_outputs: Predictions for `test`, float32 `[n_rows, n_outputs]`. For a language model `[n_rows, 2]`: each
+            row's summed loss and its number of predicted tokens.
     """
 
     weights: PackedTensors

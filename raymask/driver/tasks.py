@@ -24,8 +24,8 @@ class Selection:
     Attributes:
         winners: Evaluations of the selected candidates, the best first.
         finalists: Evaluations of all candidates at the last rung, winners included; empty for a single candidate.
-        evaluated: Number of candidates.
-        failed: Number of candidates that failed.
+        num_evaluated: Number of candidates.
+        num_failed: Number of candidates that failed.
     """
 
     winners: Sequence[Evaluation]

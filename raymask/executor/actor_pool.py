@@ -95,11 +95,11 @@ class WorkerPool:
         workers: The spec's `workers` section.
         need: Resources of one worker process.
         idle: Actors without a task.
-        starting: Actor by the reference that is ready once the actor has started.
-        returning: Actor of an earlier run by the reference that is ready once the actor answers that it is alive.
-        busy: Task, its actors and its start time (monotonic seconds), by the reference of the result.
-        helping: Reference of the result by the reference of a helper that shares the task.
-        shelf: Object reference by `id` of the packed tensors that were put into the object store.
+        pending_actors: Actor by the reference that is ready once the actor has started.
+        pinged_actors: Actor of an earlier run by the reference that is ready once the actor answers that it is alive.
+        running: Task, its actors and its start time (monotonic seconds), by the reference of the result.
+        helper_refs: Reference of the result by the reference of a helper that shares the task.
+        object_refs: Object reference by `id` of the packed tensors that were put into the object store.
         context: Object reference of the worker context.
         actor: The actor class.
     """

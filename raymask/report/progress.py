@@ -34,7 +34,7 @@ class Progress:
         total: Number of tasks of the current phase; speculative evaluations and repeats may raise it.
         done: Tasks of the phase that ended, failed ones included.
         failed: Early evaluations of the phase that failed.
-        probing: Whether the current phase is an early evaluation.
+        evaluating: Whether the current phase is an early evaluation.
         best: The best early evaluation of the phase so far: the highest rung first, then the highest score.
         shares: Share in [0, 1] that is done of each running task, by task name.
         pending_lineages: Lineages of the level that are not fine-tuned yet.

@@ -34,9 +34,9 @@ class LevelSummary(Record):
     Attributes:
         level: Counted from 1.
         sparsity: Share in [0, 1] of the prunable weights that the level prunes.
-        eval_tasks: Number of planned early evaluations.
+        num_evaluations: Number of planned early evaluations.
         evaluations: Early evaluations that ended, without their losses by row.
-        settled: Records of what was fine-tuned, by lineage.
+        finetuned: Records of what was fine-tuned, by lineage.
     """
 
     level: int

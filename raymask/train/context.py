@@ -26,7 +26,7 @@ class WorkerContext:
         config: The model's transformers configuration.
         data: The task's rows.
         prunable: Names of the prunable weights.
-        parameters: The number of the model's parameters.
+        num_parameters: The number of the model's parameters.
         teacher: The teacher of fine-tunings, if it is not a dense model of this shape. It has the same width and heads,
             and as many layers or a multiple. None if it is such a model, or nothing is distilled.
     """

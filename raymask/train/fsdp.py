@@ -180,7 +180,7 @@ def draw_sharded_mask(
     candidate: Candidate,
     *,
     scorer: ScoreFn = magnitude,
-    turned: Collection[str] = (),
+    transposed: Collection[str] = (),
     **draw_options: Any,
 ) -> tuple[Mask, PackedTensors]:
     """Draw a candidate's mask for a model that may be sharded.
@@ -193,7 +193,7 @@ def draw_sharded_mask(
         live: The model's tensors by name, sharded or not.
         candidate: The candidate.
         scorer: Scores a weight.
-        turned: Names of the weights whose `live` tensor is transposed, [n_in, n_out].
+        transposed: Names of the weights whose `live` tensor is transposed, [n_in, n_out].
         **draw_options: Other arguments of `masks.draw_mask`.
 
     Returns:
@@ -208,7 +208,7 @@ def draw_sharded_mask(
 
     def take_local_rows(name: str, mask: Tensor) -> Tensor:
         """Write the bits of one matrix, and return this rank's rows of it."""
-        kept = mask.T.contiguous() if name in turned else mask
+        kept = mask.T.contiguous() if name in transposed else mask
         masks.set_bits(bits, name, kept)
         return local_rows(kept, live[name]).clone() if is_sharded(live[name]) else kept
 

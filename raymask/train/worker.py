@@ -71,9 +71,10 @@ class Worker:
 
     Attributes:
         module: The model, in evaluation mode between tasks.
-        live: Its parameters and saved buffers by name.
+        named_tensors: Its parameters and saved buffers by name.
         name: The worker's name in records.
-        standard: The dense model's predictions for the scored rows, float32 [rows, columns]; None until needed.
+        dense_predictions: The dense model's predictions for the scored rows, float32 [rows, columns]; None until
+            needed.
     """
 
     def __init__(
@@ -392,7 +393,7 @@ class Worker:
             pattern=recipe.pattern,
             calibration=calibration,
             sampler_cache=sampler_cache,
-            turned=transposed,
+            transposed=transposed,
         )
 
     def optimizer(self, snapshot: Snapshot) -> torch.optim.Optimizer:
