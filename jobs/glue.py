@@ -37,14 +37,16 @@ from typing import Any
 from rich.console import Console
 
 from raymask.config import apply_overrides, load_data, make_spec
+from raymask.core.callbacks import CallbackList
 from raymask.core.errors import UserError
 from raymask.core.lineage import DENSE
 from raymask.core.recipe import deterministic_candidate, finetune_config, planned_epochs, resolve
 from raymask.core.spec import Spec
 from raymask.data.metrics import selection_metric
-from raymask.driver.search import finetune_level, open_executor, search
+from raymask.driver.search import LevelLoop, search
 from raymask.driver.setup import SearchSetup, load_initial, prepare
 from raymask.driver.tasks import PendingFinetune, single
+from raymask.executor.open import open_executor
 from raymask.report.console import progress_callback
 from raymask.runs.open import open_storage
 from raymask.runs.run_dir import LEVEL, MODEL, RunDir, open_run, write_tensors
@@ -176,7 +178,7 @@ def searched(console: Console, spec: Spec, place: str, address: str | None, dens
                 shutil.copyfile(source, target)
     console.print(f"== {place}", markup=False, highlight=False)
     with progress_callback(console, spec) as callback:
-        search(spec, place, callback, address=address)
+        search(spec, place, [callback], address=address)
     return store
 
 
@@ -207,10 +209,10 @@ def smaller(
             )
             with (
                 progress_callback(console, small.recipe.spec) as callback,
-                open_executor(small.context, callback, address, in_process=False) as (_, fine_tune, heard),
+                open_executor(small.context, callbacks := CallbackList([callback]), address, False) as executor,
                 open_run(store, small.recipe.spec),
             ):
-                finetune_level(small, store, [work], fine_tune, heard)
+                LevelLoop(small, store, executor, callbacks).finetune([work])
     return store.read_level(DENSE, 0).test_metrics
 
 

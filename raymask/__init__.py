@@ -14,18 +14,20 @@ from raymask.version import __version__
 
 if TYPE_CHECKING:
     from raymask.api import apply_mask, draw_mask, search
+    from raymask.core.callbacks import Callback
     from raymask.core.errors import UserError
     from raymask.core.records import Result
     from raymask.core.spec import Spec
     from raymask.export.sparse import load_sparse
 
-__all__ = ["Result", "Spec", "UserError", "__version__", "apply_mask", "draw_mask", "load_sparse", "search"]
+__all__ = ["Callback", "Result", "Spec", "UserError", "__version__", "apply_mask", "draw_mask", "load_sparse", "search"]
 
 MODULES = {
     "search": "raymask.api",
     "draw_mask": "raymask.api",
     "apply_mask": "raymask.api",
     "load_sparse": "raymask.export.sparse",
+    "Callback": "raymask.core.callbacks",
     "UserError": "raymask.core.errors",
     "Result": "raymask.core.records",
     "Spec": "raymask.core.spec",

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from raymask.config import load_spec, make_spec
+from raymask.core.callbacks import Callback
 from raymask.core.masking import masks, patterns
 from raymask.core.masking.allocations import ALLOCATIONS
 from raymask.core.masking.masks import Mask
@@ -16,7 +17,6 @@ from raymask.core.masking.samplers import SAMPLERS
 from raymask.core.records import Candidate, Noise, Result
 from raymask.core.spec import Spec, require_known, require_whole_groups
 from raymask.driver.search import search as run_search
-from raymask.report.console import NullCallback
 from raymask.train.prunable import find_prunable, matrices, to_module_layout
 
 
@@ -24,6 +24,7 @@ def search(
     spec: Spec | Mapping[str, Any] | str | Path,
     run: str | Path | None = None,
     *,
+    callbacks: Sequence[Callback] = (),
     address: str | None = None,
     in_process: bool = False,
 ) -> Result:
@@ -35,6 +36,7 @@ def search(
         spec: A Spec, a mapping of its keys, or the path of a YAML file.
         run: Run directory, a path or the URI of remote storage. None for `runs/<spec file's name>`, or for
             `runs/<model>-<task>` where the spec is no file.
+        callbacks: They are told what happens.
         address: Ray cluster: "auto", "host" or "host:port". None for the one that this process is connected to, or
             else a private one.
         in_process: Whether to run in this process, without Ray.
@@ -50,7 +52,7 @@ def search(
     else:
         spec = spec if isinstance(spec, Spec) else make_spec(spec)
         name = f"{Path(spec.model.name).name}-{Path(spec.task.name or spec.task.train or '').stem}"
-    return run_search(spec, run or f"runs/{name}", NullCallback(), address=address, in_process=in_process)
+    return run_search(spec, run or f"runs/{name}", callbacks, address=address, in_process=in_process)
 
 
 def draw_mask(

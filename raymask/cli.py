@@ -144,7 +144,7 @@ def run_with_progress(console: Console, spec: Spec, folder: str, address: str | 
     from raymask.report.console import progress_callback
 
     with handle_interrupts(), progress_callback(console, spec) as callback:
-        return run_search(spec, folder, callback, address=address, in_process=in_process)
+        return run_search(spec, folder, [callback], address=address, in_process=in_process)
 
 
 @app.command(epilog="Example: raymask tune spec.yaml space.yaml --num-samples 16 --scheduler asha")

@@ -15,15 +15,15 @@ from unittest import mock
 
 import numpy as np
 import ray
-from harness import Finding, climbed, options, tell
+from harness import Finding, options, run_halving, tell
 from ray import tune
 
 from raymask.config import make_spec
+from raymask.core.callbacks import Callback
 from raymask.core.records import Candidate, EvalPoint, Evaluation, Noise
 from raymask.core.tasks import EvalTask, Snapshot
 from raymask.core.tensors import PackedTensors
 from raymask.executor import connection, ray_executor, worker_actor
-from raymask.report.console import NullCallback
 from raymask.runs.run_dir import RunDir
 
 ROWS, LOOKS = 370, 10  # of MRPC's `validation` split, and on a curve
@@ -127,13 +127,13 @@ def loopback() -> int:
 def costs(count: int, trials: int, pause: float) -> None:
     """Time and bytes of `count` candidates, and the time of Tune's trials, `trials` of them when each is a process."""
     with mock.patch.object(worker_actor, "WorkerActor", Clerk), TemporaryDirectory() as folder:
-        with ray_executor.workers(stand_in(2), NullCallback(), None) as (evaluate, _):
-            list(climbed(evaluate, PARENT, [candidate(index) for index in range(10)]))
+        with ray_executor.RayExecutor(stand_in(2), Callback(), None) as executor:
+            list(run_halving(executor, PARENT, [candidate(index) for index in range(10)]))
             before = loopback()
             time.sleep(pause)  # which also lets the second worker start
             idle = (loopback() - before) / pause
             journal, before, started = RunDir(folder), loopback(), time.perf_counter()
-            for found in climbed(evaluate, PARENT, [candidate(index) for index in range(count)]):
+            for found in run_halving(executor, PARENT, [candidate(index) for index in range(count)]):
                 journal.append(found)  # as a search does
             ours = time.perf_counter() - started
             wire = (loopback() - before - idle * ours) / count
@@ -210,10 +210,10 @@ def busy(count: int, evaluations: int, seconds: float) -> None:
     """The share of their time that `count` workers spend on `evaluations` of so many seconds, once all have started."""
     with TemporaryDirectory() as gate, mock.patch.object(worker_actor, "WorkerActor", Sleeper):
         job = stand_in(count, gate=Path(gate), seconds=seconds)
-        with ray_executor.workers(job, NullCallback(), None) as (evaluate, _):
-            list(climbed(evaluate, PARENT, [candidate(index, None) for index in range(count)]))
+        with ray_executor.RayExecutor(job, Callback(), None) as executor:
+            list(run_halving(executor, PARENT, [candidate(index, None) for index in range(count)]))
             started, computing = time.perf_counter(), time.process_time()
-            found = list(climbed(evaluate, PARENT, [candidate(index) for index in range(evaluations)]))
+            found = list(run_halving(executor, PARENT, [candidate(index) for index in range(evaluations)]))
             wall, computing = time.perf_counter() - started, time.process_time() - computing
     assert len(found) == evaluations
     assert len({one.worker for one in found}) == count

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,9 @@ class Bench:
     def train(self, mask: Mask, precision: str, *, as_search: bool = True) -> None:
         """One epoch in raymask's loop; with `as_search` on a search's kernels, deterministic on a GPU."""
         worker = self.worker
-        worker.autocast = autocast_factory(precision, worker.device)
+        trainer = replace(worker.trainer, autocast=autocast_factory(precision, worker.device))
         with isolated_torch_state(self.spec, worker.device) if as_search else nullcontext():
-            worker.train(self.parent, STAGE, mask, 0, [], lambda step: None, worker.optimizer(self.parent))
+            list(trainer.train(worker.context.data.train, STAGE, worker.optimizer(self.parent), mask, seed=0))
             finish(worker.device)
 
     def flops(self) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from run import number
 
-from raymask.core.protocols import Evaluate
+from raymask.core.protocols import Executor
 from raymask.core.records import Candidate, Evaluation
 from raymask.core.successive_halving import SuccessiveHalving
 from raymask.core.tasks import Snapshot
@@ -51,9 +51,14 @@ def tell(finding: Finding) -> None:
     print(json.dumps(asdict(finding) | {"machine": machine()}), flush=True)
 
 
-def climbed(evaluate: Evaluate, parent: Snapshot, pool: Sequence[Candidate]) -> Iterator[Evaluation]:
-    """Early evaluation of a pool in one go each."""
-    return SuccessiveHalving(pool, [1.0]).run(evaluate, {1: parent})
+def run_halving(executor: Executor, parent: Snapshot, pool: Sequence[Candidate]) -> Iterator[Evaluation]:
+    """Early evaluation of a pool whose candidates have one parent."""
+    halving = SuccessiveHalving(pool, [1.0])
+    while eval_tasks := halving.ask():
+        evaluation = executor.evaluate({1: parent}, eval_tasks)
+        halving.tell(evaluation)
+        yield evaluation
+    executor.cancel()
 
 
 def machine() -> str:

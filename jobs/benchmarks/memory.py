@@ -9,15 +9,15 @@ from typing import Any
 
 import psutil
 import torch
-from harness import Finding, climbed, options, tell
+from harness import Finding, options, run_halving, tell
 
 from raymask.config import make_spec
+from raymask.core.callbacks import Callback
 from raymask.core.records import Candidate, Noise
 from raymask.core.tasks import Snapshot
 from raymask.core.tensors import pack
 from raymask.driver.setup import prepare
 from raymask.executor import ray_executor
-from raymask.report.console import NullCallback
 from raymask.train.context import WorkerContext
 from raymask.train.model import build_model, inspect_model, state_tensors
 
@@ -74,9 +74,9 @@ def measure(job: WorkerContext, parent: Snapshot) -> Memory:
         Candidate(level=1, index=index, seed=index, density=0.5, noise=Noise(exponent=5.0, sampling_ratio=3e-4))
         for index in range(count)
     ]
-    with ray_executor.workers(job, NullCallback(), None) as (evaluate, _):
+    with ray_executor.RayExecutor(job, Callback(), None) as executor:
         while len(seen) < count:
-            for found in climbed(evaluate, parent, pool):
+            for found in run_halving(executor, parent, pool):
                 assert found.ok, found.error
                 seen.add(found.worker)
         return look()

@@ -6,15 +6,15 @@ import multiprocessing
 import time
 from typing import Any
 
-from harness import Finding, climbed, options, task, tell
+from harness import Finding, options, run_halving, task, tell
 
+from raymask.core.callbacks import Callback
 from raymask.core.recipe import finetune_config, propose_candidates, resolve
 from raymask.core.records import Candidate
 from raymask.core.spec import Spec
 from raymask.core.tasks import EvalTask, FinetuneTask, Snapshot
 from raymask.driver.setup import prepare
 from raymask.executor import ray_executor
-from raymask.report.console import NullCallback
 from raymask.train.context import WorkerContext
 from raymask.train.model import load_weights
 from raymask.train.worker import Worker
@@ -45,10 +45,10 @@ def job_of(
 def stage(chosen: Any, workers: int, candidates: int, epochs: float) -> float:
     """Seconds of a level's early evaluation on so many workers that have started and evaluated before."""
     job, parent, pool = job_of(chosen, workers, candidates, epochs)
-    with ray_executor.workers(job, NullCallback(), None) as (evaluate, _):
-        list(climbed(evaluate, parent, pool[:workers]))
+    with ray_executor.RayExecutor(job, Callback(), None) as executor:
+        list(run_halving(executor, parent, pool[:workers]))
         started = time.perf_counter()
-        found = list(climbed(evaluate, parent, pool))
+        found = list(run_halving(executor, parent, pool))
         assert all(evaluation.ok for evaluation in found)
         return time.perf_counter() - started
 
@@ -58,10 +58,10 @@ def together(chosen: Any, workers: int, shards: int, epochs: float) -> float:
     job, parent, pool = job_of(chosen, workers, 2, epochs)
     whole = finetune_config(resolve(job.spec), 1).model_copy(update={"epochs": epochs, "data_parallel": shards})
     short = whole.model_copy(update={"epochs": epochs / 10})
-    with ray_executor.workers(job, NullCallback(), None) as (_, fine_tune):
-        list(fine_tune([(parent, FinetuneTask("warm-up", pool[1], short))]))
+    with ray_executor.RayExecutor(job, Callback(), None) as executor:
+        list(executor.finetune([(parent, FinetuneTask("warm-up", pool[1], short))]))
         started = time.perf_counter()
-        [(_, found)] = fine_tune([(parent, FinetuneTask("fine-tuning", pool[1], whole))])
+        [(_, found)] = executor.finetune([(parent, FinetuneTask("fine-tuning", pool[1], whole))])
         assert len(found.finetune_result.helper_workers) == min(workers, shards) - 1
         return time.perf_counter() - started
 

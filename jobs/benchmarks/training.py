@@ -55,7 +55,9 @@ class Bench:
         with isolated_torch_state(self.spec, self.worker.device):
             copy_into(self.parent.weights, self.worker.named_tensors)
             optimizer = self.worker.optimizer(self.parent)
-            self.worker.train(self.parent, self.stage, mask, 0, [], lambda step: None, optimizer)
+            teacher = self.worker.teacher_outputs(self.parent, self.stage, 0, 0, cache=False)
+            train = self.worker.context.data.train
+            list(self.worker.trainer.train(train, self.stage, optimizer, mask, seed=0, teacher=teacher))
 
     def reset(self, module: nn.Module) -> nn.Module:
         """Another model of the same kind at the parent's weights."""
@@ -152,7 +154,9 @@ def teaching(bench: Bench) -> None:
             mask, _ = bench.worker.reset(bench.parent, candidate)
             optimizer = bench.worker.optimizer(bench.parent)
             started = time.perf_counter()
-            bench.worker.train(bench.parent, bench.stage, mask, 0, [], lambda step: None, optimizer, shared=True)
+            teacher = bench.worker.teacher_outputs(bench.parent, bench.stage, 0, 0, cache=True)
+            train = bench.worker.context.data.train
+            list(bench.worker.trainer.train(train, bench.stage, optimizer, mask, seed=0, teacher=teacher))
             found.append(time.perf_counter() - started)
     first, further = found
     tell(

@@ -94,15 +94,15 @@ def show_bench(console: Console, run: str, batches: Sequence[int] = (), length: 
     Raises:
         UserError: When the run is not finished, or the model does not take rows of this length.
     """
-    store = RunDir(run)
-    selected = read_selected(store)
+    run_dir = RunDir(run)
+    selected = read_selected(run_dir)
     longest = max_seq_length(selected.module.config, selected.result.kind)
     if length is not None and length > longest:
         raise UserError(f"--length: the model takes at most {longest} tokens, not {length}")
     length = min(LENGTH, longest) if length is None else length
     notes: list[str] = []
     with TemporaryDirectory() as folder, torch.no_grad():
-        models = load_fp32_models(selected, store)
+        models = load_fp32_models(selected, run_dir)
         unordered = [*torch_variants(models, selected.mask), *onnx_variants(models, selected, Path(folder), notes)]
         variants = [variant for runtime in RUNTIMES for variant in unordered if variant.runtime == runtime]
         for rows in sorted(set(batches or BATCHES)):
@@ -118,12 +118,12 @@ def show_bench(console: Console, run: str, batches: Sequence[int] = (), length: 
 # --- variants ---------------------------------------------------------------------------------------------------------
 
 
-def load_fp32_models(selected: SelectedModel, store: RunDir) -> dict[str, Any]:
+def load_fp32_models(selected: SelectedModel, run_dir: RunDir) -> dict[str, Any]:
     """The dense and the selected model by name, in fp32. Raises UserError when the run no longer has the dense one."""
-    if not store.has_level(DENSE, 0):
-        raise UserError(f"{store.uri}: its dense model does not exist: bench needs all files of the run")
+    if not run_dir.has_level(DENSE, 0):
+        raise UserError(f"{run_dir.uri}: its dense model does not exist: bench needs all files of the run")
     models: dict[str, Any] = {name: copy.deepcopy(selected.module) for name in (DENSE, SELECTED)}
-    dense = store.read_tensors(DENSE, 0, MODEL)
+    dense = run_dir.read_tensors(DENSE, 0, MODEL)
     models[DENSE].load_state_dict(dense, strict=False)  # the file has tied weights under one name only
     for module in models.values():
         module.float().config.use_cache = False

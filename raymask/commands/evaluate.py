@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -110,7 +109,7 @@ def evaluate(setup: SearchSetup) -> ModelMetrics:
     require_same_shapes(spec.model.name, weights, worker)
     with isolated_torch_state(spec, worker.device):
         copy_into(weights, worker.named_tensors)
-        logits = worker.predictions(data.test, nullcontext).numpy()
+        logits = worker.trainer.without_autocast.predict(data.test).numpy()
     if not np.isfinite(logits).all():
         raise UserError(f"model.name: {spec.model.name} has outputs on `test` that are not finite")
     names = tuple(data.test_metrics(logits))

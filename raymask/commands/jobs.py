@@ -278,8 +278,8 @@ def fetch(console: Console, job: str, folder: Path, address: str | None) -> None
     """
     with job_client(address) as client:
         run = get_job(client, job).metadata["run"]
-    store = RunDir(run)
-    names = store.downloadable_files()
+    run_dir = RunDir(run)
+    names = run_dir.downloadable_files()
     if not names:
         where = "" if "://" in run else " on the cluster's head node"
         raise UserError(
@@ -288,7 +288,7 @@ def fetch(console: Console, job: str, folder: Path, address: str | None) -> None
         )
     target = LocalStorage(folder)
     for name in names:
-        with store.storage.reading(name) as source, target.writing(name) as path:
+        with run_dir.storage.reading(name) as source, target.writing(name) as path:
             shutil.copy(source, path)
     origin = run if "://" in run else f"{run}, as this machine sees it,"
     say(console, f"{len(names)} files of {origin} are in {folder}: raymask show {folder}")

@@ -1,53 +1,59 @@
-"""Interfaces of the search: callbacks that observe it, and the functions that run its tasks."""
+"""Interface between the search and the workers that run its tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Protocol, Self
 
-from raymask.core.records import Evaluation, LevelRecord
+from raymask.core.records import Evaluation
 from raymask.core.tasks import Checkpoint, EvalTask, FinetuneTask, Snapshot
 
 
-class Callback(Protocol):
-    """Observer of a search, such as a terminal, a log, or metrics. It changes nothing in the search."""
+class Executor(Protocol):
+    """Workers that run a search's tasks, from the beginning to the end of a `with` block."""
 
-    def on_phase_begin(self, stage: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
-        """Handle the start of a phase of a level.
+    def __enter__(self) -> Self:
+        """Prepare the workers.
+
+        Raises:
+            UserError: There can be no workers.
+        """
+        ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the workers, whatever they do."""
+        ...
+
+    def evaluate(self, parents: Mapping[int, Snapshot], tasks: Sequence[EvalTask]) -> Evaluation:
+        """Keep the workers busy with early evaluations until one ends.
 
         Args:
-            stage: Title of the phase.
-            level: Level, 0 for the dense model.
-            total: Number of tasks in the phase.
-            known: In an early evaluation, the evaluations that the journal already has. None in a fine-tuning.
+            parents: Snapshots that the candidates start from, by branch.
+            tasks: The evaluations worth doing now, at least one, the most urgent first. Those that run already are
+                among them and are not started again.
+
+        Returns:
+            The evaluation that ended first. It may be one of an earlier call's.
         """
+        ...
 
-    def on_progress(self, shares: Mapping[str, float]) -> None:
-        """Handle progress: by name of each running task, the share in [0, 1] that is done."""
+    def cancel(self) -> None:
+        """End a phase: no one waits for the evaluations that still run."""
+        ...
 
-    def on_evaluation(self, evaluation: Evaluation) -> None:
-        """Handle the end of a candidate's early evaluation, failed ones included."""
+    def finetune(self, tasks: Sequence[tuple[Snapshot, FinetuneTask]]) -> Iterator[tuple[int, Checkpoint]]:
+        """Run fine-tunings.
 
-    def on_level_end(self, lineage: str, level: LevelRecord) -> None:
-        """Handle the end of a level of a lineage."""
+        Args:
+            tasks: Pairs of a parent snapshot and a task.
 
-    def on_object_put(self, size: int) -> None:
-        """Handle an object of `size` bytes that was put where all workers can read it."""
+        Yields:
+            Index of a pair, and its checkpoint, as the fine-tunings finish.
 
-    def on_message(self, text: str) -> None:
-        """Handle any other message, one line of text."""
-
-
-Evaluate = Callable[[Mapping[int, Snapshot], Callable[[], Iterable[EvalTask]]], Iterator[Evaluation]]
-"""(parent snapshots by branch, function that returns the tasks to run now, best first) -> evaluations as they finish.
-
-Runs early evaluations. After each evaluation that the caller takes, it calls the function again. It ends when the
-function returns no tasks and none is running.
-"""
-
-
-FineTune = Callable[[Sequence[tuple[Snapshot, FinetuneTask]]], Iterator[tuple[int, Checkpoint]]]
-"""((parent snapshot, task) pairs) -> (index of the pair, checkpoint) pairs as they finish.
-
-Runs fine-tunings.
-"""
+        Raises:
+            UserError: A fine-tuning failed.
+        """
+        ...

@@ -181,5 +181,5 @@ def planned_epochs(recipe: Recipe) -> dict[str, float]:
         "dense": spec.dense.epochs + (distillation.epochs if distillation else 0.0),
         "early evaluation": early_eval,
         "fine-tuning": levels * spec.select.keep * finetune_config(recipe, 1).epochs,
-        "baseline (IMP)": levels * finetune_config(recipe, 1, imp=True).epochs if has_baseline(spec) else 0.0,
+        "IMP baseline": levels * finetune_config(recipe, 1, imp=True).epochs if has_baseline(spec) else 0.0,
     }

@@ -270,7 +270,7 @@ class ModelMetrics(Record):
     constant_prediction: str | None = None
 
 
-Phase = Literal["dense", "early evaluation", "fine-tuning", "baseline (IMP)"]
+Phase = Literal["dense", "early evaluation", "fine-tuning", "IMP baseline"]
 """What a worker spends its time on. Training the dense model, distilled or not, is "dense"."""
 
 

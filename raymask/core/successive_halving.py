@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
 
-from raymask.core.protocols import Evaluate
 from raymask.core.records import Candidate, EvalKey, Evaluation
 from raymask.core.selection import ranked
 from raymask.core.stats import win_probabilities
-from raymask.core.tasks import EvalTask, Snapshot
+from raymask.core.tasks import EvalTask
 
 MIN_WIN_PROBABILITY = 0.05  # of being the best candidate, below which a repeat is not worth its cost
 
@@ -109,38 +108,19 @@ class SuccessiveHalving:
         for evaluation in known:
             self.tell(evaluation)
 
-    def run(self, evaluate: Evaluate, parents: Mapping[int, Snapshot]) -> Iterator[Evaluation]:
-        """Run all evaluations that are needed.
-
-        Args:
-            evaluate: Runs the early evaluations.
-            parents: Snapshots that the candidates start from, by branch.
-
-        Yields:
-            The evaluations in the order in which they finish.
-        """
-        for evaluation in evaluate(parents, self.ask):
-            self.tell(evaluation)
-            yield evaluation
-
     def tell(self, evaluation: Evaluation) -> None:
         """Report an evaluation that has ended."""
         self.results[evaluation.key] = evaluation
 
-    def ask(self) -> Iterator[EvalTask]:
+    def ask(self) -> list[EvalTask]:
         """Suggest evaluations to run.
 
         Evaluations that are already running are suggested again, until they are told.
 
-        Yields:
+        Returns:
             The tasks, the most useful first. None when the finalists are decided.
         """
-        has_promotions = False
-        for eval_task in self.promotions():
-            has_promotions = True
-            yield eval_task
-        if not has_promotions:
-            yield from self.repeats()
+        return list(self.promotions()) or list(self.repeats())
 
     def promotions(self) -> Iterator[EvalTask]:
         """Evaluations to the rungs: the certain ones, higher rungs first, then the speculative ones."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raymask.core.records import Candidate, EvalKey, FinetuneResult, TrainConfig
+from raymask.core.records import Candidate, EvalKey, Evaluation, FinetuneResult, TrainConfig
 from raymask.core.tensors import PackedTensors
 
 
@@ -36,6 +36,22 @@ class EvalTask:
     def resume_from(self) -> EvalKey:
         """Key of the evaluation whose paused state this one continues, where that state still exists."""
         return self.candidate.index, self.rung - 1, self.repeat
+
+    def system_failure(self, reason: str, worker: str = "") -> Evaluation:
+        """The evaluation's record when the machine failed.
+
+        Args:
+            reason: Why.
+            worker: Name of the worker, where it is known.
+        """
+        return Evaluation(
+            candidate=self.candidate,
+            rung=self.rung,
+            repeat=self.repeat,
+            error=reason,
+            system_failure=True,
+            worker=worker,
+        )
 
 
 @dataclass(frozen=True)

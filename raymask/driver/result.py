@@ -24,12 +24,12 @@ from raymask.report.writer import write_report
 from raymask.runs.run_dir import RunDir
 
 
-def build_result(setup: SearchSetup, store: RunDir, wall: float) -> Result:
+def build_result(setup: SearchSetup, run_dir: RunDir, wall: float) -> Result:
     """Compare the models on `test`, export the selected one, and write report and result.
 
     Args:
         setup: The search's setup.
-        store: The run directory, with all levels done.
+        run_dir: The run directory, with all levels done.
         wall: Seconds since this start of the search.
 
     Returns:
@@ -38,27 +38,27 @@ def build_result(setup: SearchSetup, store: RunDir, wall: float) -> Result:
     recipe, data = setup.recipe, setup.context.data
     last = len(recipe.densities)
     records = {
-        (lineage, level): store.read_level(lineage, level)
+        (lineage, level): run_dir.read_level(lineage, level)
         for level in range(1, last + 1)
         for lineage in branches(recipe.spec)
-        if store.has_level(lineage, level)
+        if run_dir.has_level(lineage, level)
     }
     # From the best branch of the last level back to level 1.
-    lineages = [branch(best_branch(recipe, store, last))]
+    lineages = [branch(best_branch(recipe, run_dir, last))]
     for level in range(last, 1, -1):
         lineages.insert(0, branch(records[lineages[0], level].winner.candidate.parent_branch))
     levels = tuple(records.pop((lineage, level)) for level, lineage in enumerate(lineages, 1))
     other_levels = tuple(records.values())
-    imp = tuple(store.read_level(IMP, level) for level in range(1, last + 1)) if has_baseline(recipe.spec) else ()
-    dense = store.read_level(DENSE, 0)
+    imp = tuple(run_dir.read_level(IMP, level) for level in range(1, last + 1)) if has_baseline(recipe.spec) else ()
+    dense = run_dir.read_level(DENSE, 0)
     baseline = [(BASELINE, IMP, imp[-1])] if imp else []
     rows, gain = compare_on_test(
-        setup, store, [("dense", DENSE, dense), *baseline, (RAYMASK, lineages[-1], levels[-1])]
+        setup, run_dir, [("dense", DENSE, dense), *baseline, (RAYMASK, lineages[-1], levels[-1])]
     )
-    evaluations = [evaluation for level in range(1, last + 1) for evaluation in store.evaluations(level)]
-    timeline = worker_spans(store.finished(), evaluations)
+    evaluations = [evaluation for level in range(1, last + 1) for evaluation in run_dir.evaluations(level)]
+    timeline = worker_spans(run_dir.finished(), evaluations)
     result = Result(
-        run=store.uri,
+        run=run_dir.uri,
         model=Path(recipe.spec.model.name).name if Path(recipe.spec.model.name).is_dir() else recipe.spec.model.name,
         task=recipe.spec.task.name or str(recipe.spec.task.train),
         kind=data.kind,
@@ -72,23 +72,23 @@ def build_result(setup: SearchSetup, store: RunDir, wall: float) -> Result:
         rows_scored=(len(setup.context.scored_rows), len(data.validation)),
         seconds={**seconds_by_phase(timeline), "wall": wall},
         timeline=timeline,
-        export=store.export_uri,
+        export=run_dir.export_uri,
     )
-    files = export(store, setup.model_info, result, lineages[-1], recipe.spec.model.trust_remote_code)
+    files = export(run_dir, setup.model_info, result, lineages[-1], recipe.spec.model.trust_remote_code)
     result = result.model_copy(update={"files": files})
-    write_report(store, "finished", result)
-    store.write_result(result)  # written last: its existence means that the search is done
+    write_report(run_dir, "finished", result)
+    run_dir.write_result(result)  # written last: its existence means that the search is done
     return result
 
 
 def compare_on_test(
-    setup: SearchSetup, store: RunDir, models: Sequence[tuple[str, str, LevelRecord]]
+    setup: SearchSetup, run_dir: RunDir, models: Sequence[tuple[str, str, LevelRecord]]
 ) -> tuple[tuple[ModelMetrics, ...], ConfidenceInterval | None]:
     """Compare models on the same bootstrap resamples of `test`.
 
     Args:
         setup: The search's setup.
-        store: The run directory, which has the models' predictions on `test`.
+        run_dir: The run directory, which has the models' predictions on `test`.
         models: Name, lineage and level record by model: dense, the IMP baseline if it ran, and raymask last.
 
     Returns:
@@ -96,7 +96,7 @@ def compare_on_test(
         None without a baseline.
     """
     data = setup.context.data
-    logits = [store.read_logits(lineage, record.level) for _, lineage, record in models]
+    logits = [run_dir.read_logits(lineage, record.level) for _, lineage, record in models]
 
     def metrics_and_gain(rows: np.ndarray) -> list[float]:
         metrics = [data.test_metrics(model_logits, rows) for model_logits in logits]

@@ -11,16 +11,17 @@ import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
+from raymask.core.callbacks import Callback
 from raymask.core.errors import UserError, first_line
-from raymask.core.protocols import Callback
 from raymask.core.tasks import Snapshot
 from raymask.executor import dispatch
 from raymask.executor.dispatch import SharedTaskWait, Starvation
@@ -87,6 +88,27 @@ class TaskFailed:
     reason: str
 
 
+@dataclass
+class RunningTask:
+    """An attempt at a task.
+
+    Attributes:
+        task: The task.
+        actors: The actors that work on it.
+        started: When it was sent, in monotonic seconds.
+        share: Share in [0, 1] that is done.
+        is_polled: Whether it has not answered the last request for its progress.
+        timed_out: Whether its actors were killed at the timeout.
+    """
+
+    task: RemoteTask
+    actors: Sequence[Any]
+    started: float
+    share: float = 0.0
+    is_polled: bool = False
+    timed_out: bool = False
+
+
 class WorkerPool:
     """Ray actors on all free worker slots of the cluster, and the loop that keeps them busy.
 
@@ -95,17 +117,18 @@ class WorkerPool:
         workers: The spec's `workers` section.
         need: Resources of one worker process.
         idle: Actors without a task.
-        pending_actors: Actor by the reference that is ready once the actor has started.
-        pinged_actors: Actor of an earlier run by the reference that is ready once the actor answers that it is alive.
-        running: Task, its actors and its start time (monotonic seconds), by the reference of the result.
-        helper_refs: Reference of the result by the reference of a helper that shares the task.
+        starting: Actor by the reference that is ready once the actor has started.
+        pinged: Actor of an earlier phase by the reference that is ready once the actor answers that it is alive.
+        running: Running task by key, the least recently polled first.
+        pending: What to do when a reference is ready, by reference. It returns a task's key and result, or None.
+        num_failures: Failures in this phase by task key, without timeouts.
         object_refs: Object reference by `id` of the packed tensors that were put into the object store.
         context: Object reference of the worker context.
         actor: The actor class.
     """
 
     def __init__(self, context: WorkerContext, callback: Callback) -> None:
-        """Prepare the pool; actors start in `run`.
+        """Prepare the pool; actors start with the first task.
 
         Args:
             context: What every worker needs; it is put into the object store.
@@ -117,16 +140,18 @@ class WorkerPool:
         self.callback = callback
         self.workers = context.spec.workers
         self.need = resources_per_worker(context, node_resources())
-        self.idle: list[Any] = []
-        self.pending_actors: dict[Any, Any] = {}
-        self.pinged_actors: dict[Any, Any] = {}
-        self.running: dict[Any, tuple[RemoteTask, Sequence[Any], float]] = {}
-        self.helper_refs: dict[Any, Any] = {}
         self.policy = FailurePolicy(self.workers.max_retries, MAX_FAILED_STARTS)
         self.shared_wait = SharedTaskWait(SHARED_TASK_WAIT_S)
+        self.idle: list[Any] = []
+        self.starting: dict[Any, Any] = {}
+        self.pinged: dict[Any, Any] = {}
+        self.running: dict[Any, RunningTask] = {}
+        self.pending: dict[Any, Callable[[Any], tuple[Any, Any] | None]] = {}
+        self.num_failures = Counter[Any]()
         self.object_refs: dict[int, Any] = {}
-        self.last_scale_up = 0.0
+        self.last_scale_up = self.last_poll = 0.0
         self.failed_starts = 0
+        self.starvation: Starvation | None = None  # None between two phases
         if not self.workers.scale_up_timeout:
             require_capacity(self.need, node_resources(), self.workers.fsdp)
         config_module = type(context.config).__module__
@@ -137,67 +162,42 @@ class WorkerPool:
 
     def close(self) -> None:
         """Kill all actors."""
-        kill_actors(self.actors())
+        waiting = [*self.idle, *self.starting.values(), *self.pinged.values()]
+        kill_actors([*waiting, *(actor for running in self.running.values() for actor in running.actors)])
 
-    def actors(self) -> list[Any]:
-        """All actors: idle, starting, not yet known to be alive, and busy."""
-        waiting = [*self.idle, *self.pending_actors.values(), *self.pinged_actors.values()]
-        return [*waiting, *(actor for _, actors, _ in self.running.values() for actor in actors)]
+    def num_actors(self) -> int:
+        """How many actors there are: idle, starting, not yet known to be alive, and busy."""
+        num_busy = sum(len(running.actors) for running in self.running.values())
+        return len(self.idle) + len(self.starting) + len(self.pinged) + num_busy
 
-    def run(self, open_tasks: Callable[[], Iterable[RemoteTask]]) -> Iterator[tuple[Any, Any]]:
-        """Run tasks until none is open.
+    def running_tasks(self) -> list[RemoteTask]:
+        """The tasks that run now."""
+        return [running.task for running in self.running.values()]
+
+    def next_result(self, tasks: Sequence[RemoteTask]) -> tuple[Any, Any]:
+        """Keep the actors busy until a task ends.
 
         Args:
-            open_tasks: Returns the tasks worth doing now, the running ones included, the most urgent first. It is
-                called again and again until it returns none.
+            tasks: The tasks worth doing now, at least one, the most urgent first. Those that run are not sent again.
 
-        Yields:
-            A task's key and its result or a `TaskFailed`, in the order in which the tasks finish.
+        Returns:
+            The key of a task that has ended, of these or of an earlier call's, and its result or a `TaskFailed`.
 
         Raises:
             UserError: No worker can start or run, or this machine's Ray node is gone.
             Exception: A task's own error, as its worker raised it.
         """
-        num_failures = Counter[Any]()
-        shares: dict[Any, float] = {}
-        progress_refs: dict[Any, Any] = {}
-        overdue: set[Any] = set()
-        last_poll = 0.0
-        started = time.monotonic()
-        starvation = Starvation(NO_WORKER_WARNING_S, started, started)
-        self.pinged_actors = {actor.__ray_ready__.remote(): actor for actor in self.idle}  # some may have died since
-        self.idle = []
+        if self.starvation is None:
+            self.begin_phase()
         try:
-            while any(True for _ in open_tasks()):
-                self.scale_up(open_tasks)
-                self.dispatch(open_tasks, shares)
-                if time.monotonic() - last_poll > POLL_INTERVAL_S:
-                    last_poll = time.monotonic()
-                    names = {task.key: task.name for task, _, _ in self.running.values()}
-                    self.callback.on_progress({name: shares[key] for key, name in sorted(names.items())})
-                    self.poll_progress(progress_refs)
-                    waited = starvation.observe(bool(self.running), last_poll)
-                    if waited is not None:
-                        self.report_waiting(waited)
-                    overdue = self.kill_overdue(last_poll)
-                    if last_poll - started > ACTOR_PING_TIMEOUT_S:
-                        kill_actors(self.pinged_actors.values())
-                for ref in self.wait(progress_refs):
-                    if ref in progress_refs:
-                        self.on_progress(ref, progress_refs.pop(ref), shares)
-                    elif ref in self.pinged_actors:
-                        self.on_actor_alive(ref)
-                    elif ref in self.pending_actors:
-                        self.on_actor_started(ref)
-                    elif ref in self.helper_refs:
-                        self.on_helper_done(ref)
-                    else:
-                        task, actors, _ = self.running[ref]
-                        result = self.on_task_done(ref, actors, task, num_failures, overdue)
-                        del self.running[ref]  # after the call: if it raises, `finally` must find the actors
-                        shares.pop(task.key, None)
-                        if result is not None:
-                            yield task.key, result
+            while True:
+                self.scale_up(tasks)
+                self.dispatch(tasks)
+                self.poll()
+                for ref in self.wait():
+                    finished = self.pending.pop(ref)(ref)
+                    if finished is not None:
+                        return finished
         except OSError as error:
             if error.errno is not None or isinstance(error, RayTaskError):  # not Ray's own
                 raise
@@ -205,14 +205,96 @@ class WorkerPool:
                 f"this machine's Ray node is gone ({first_line(error)}). Once a node runs here again, the same command "
                 "goes on from here"
             ) from None
-        finally:  # after an error, or when the caller stops iterating, nobody waits for the running tasks
-            for _, actors, _ in self.running.values():
-                kill_actors(actors)
-            self.running.clear()
-            self.helper_refs.clear()
-            if self.workers.scale_up_timeout:  # actors that are still pending would only make the cluster grow
-                kill_actors(self.pending_actors.values())
-                self.pending_actors.clear()
+
+    def begin_phase(self) -> None:
+        """Ask the actors of the phase before whether they are alive: some may have died since."""
+        now = time.monotonic()
+        self.starvation = Starvation(NO_WORKER_WARNING_S, now, now)
+        self.ping_deadline = now + ACTOR_PING_TIMEOUT_S
+        for actor in self.idle:
+            ref = actor.__ray_ready__.remote()
+            self.pinged[ref] = actor
+            self.pending[ref] = self.on_actor_alive
+        self.idle = []
+
+    def cancel(self) -> None:
+        """End a phase: kill the actors of the tasks that still run, for which no one waits."""
+        for running in self.running.values():
+            kill_actors(running.actors)
+        self.running.clear()
+        self.num_failures.clear()
+        self.starvation = None
+        if self.workers.scale_up_timeout:  # actors that are still starting would only make the cluster grow
+            kill_actors(self.starting.values())
+            self.starting.clear()
+        waiting = self.starting.keys() | self.pinged.keys()
+        self.pending = {ref: handler for ref, handler in self.pending.items() if ref in waiting}
+
+    def wait(self) -> list[Any]:
+        """References that have become ready, after at most `POLL_INTERVAL_S` seconds."""
+        if not self.pending:
+            time.sleep(POLL_INTERVAL_S)
+            return []
+        ready, _ = ray.wait(list(self.pending), num_returns=1, timeout=POLL_INTERVAL_S)
+        return list(ready)
+
+    def scale_up(self, tasks: Sequence[RemoteTask]) -> None:
+        """Start actors for the tasks where the cluster has room, also on nodes that joined late."""
+        if time.monotonic() - self.last_scale_up < POLL_INTERVAL_S:
+            return
+        self.last_scale_up = time.monotonic()
+        # On an autoscaling cluster, starting actors make the cluster grow, so its present nodes are no limit.
+        num_slots = self.workers.count or sys.maxsize
+        if not self.workers.scale_up_timeout:
+            num_slots = min(num_worker_slots(self.need, node_resources(), self.workers.fsdp), num_slots)
+        demand = (task.max_workers for task in tasks)
+        for _ in range(dispatch.num_workers_to_start(demand, num_slots, self.num_actors())):
+            actor = self.actor.remote(self.context, self.need)
+            ref = actor.__ray_ready__.remote()
+            self.starting[ref] = actor
+            self.pending[ref] = self.on_actor_started
+
+    def dispatch(self, tasks: Sequence[RemoteTask]) -> None:
+        """Send the tasks that do not run yet to idle actors; surplus actors are shared out evenly."""
+        if not self.idle:
+            return
+        waiting = list(islice((task for task in tasks if task.key not in self.running), len(self.idle)))
+        max_workers = [task.max_workers for task in waiting]
+        if self.shared_wait.should_wait(max_workers, bool(self.starting or self.pinged), time.monotonic()):
+            return
+        for task, count in zip(waiting, dispatch.share_workers(max_workers, len(self.idle)), strict=True):
+            actors = [self.idle.pop() for _ in range(count)]
+            running = self.running[task.key] = RunningTask(task, actors, time.monotonic())
+            leader, *helpers = task.send(actors)
+            self.pending[leader] = partial(self.on_task_done, running)
+            self.pending |= dict.fromkeys(helpers, partial(self.on_helper_done, running))
+
+    def poll(self) -> None:
+        """From time to time: report progress, ask for more, warn of starvation, end what is overdue."""
+        now = time.monotonic()
+        if now - self.last_poll <= POLL_INTERVAL_S or self.starvation is None:
+            return
+        self.last_poll = now
+        in_order = sorted(self.running.values(), key=lambda running: running.started)
+        self.callback.on_progress({running.task.name: running.share for running in in_order})
+        self.poll_progress()
+        waited = self.starvation.observe(bool(self.running), now)
+        if waited is not None:
+            self.report_waiting(waited)
+        self.kill_overdue(now)
+        if now > self.ping_deadline:
+            kill_actors(self.pinged.values())
+
+    def poll_progress(self) -> None:
+        """Ask the next busy actors for their progress, except those that have not answered the last request."""
+        unanswered = [key for key, running in self.running.items() if running.is_polled]
+        now, later = dispatch.next_to_poll(list(self.running), unanswered, MAX_PROGRESS_POLLS)
+        for key in now:
+            running = self.running[key]
+            running.is_polled = True
+            ref = running.actors[0].progress.options(concurrency_group="aside").remote()
+            self.pending[ref] = partial(self.on_progress, running)
+        self.running = {key: self.running[key] for key in later}
 
     def report_waiting(self, seconds: float) -> None:
         """Report that no task runs and what a worker needs.
@@ -232,66 +314,20 @@ class WorkerPool:
             f"free on all {len(nodes)} nodes together: {free}"
         )
 
-    def wait(self, progress_refs: Iterable[Any]) -> list[Any]:
-        """References that have become ready, after at most `POLL_INTERVAL_S` seconds."""
-        refs = [*self.running, *self.helper_refs, *self.pinged_actors, *self.pending_actors, *progress_refs]
-        if not refs:
-            time.sleep(POLL_INTERVAL_S)
-            return []
-        ready, _ = ray.wait(refs, num_returns=1, timeout=POLL_INTERVAL_S)
-        return list(ready)
-
-    def dispatch(self, open_tasks: Callable[[], Iterable[RemoteTask]], shares: dict[Any, float]) -> None:
-        """Send the tasks that do not run yet to idle actors; surplus actors are shared out evenly.
+    def kill_overdue(self, now: float) -> None:
+        """Kill the actors of tasks that are past their timeout.
 
         Args:
-            open_tasks: As in `run`.
-            shares: Share in [0, 1] of each running task that is done, by key; a dispatched task is added with 0.
+            now: Monotonic seconds.
         """
-        if not self.idle:
-            return
-        running = {task.key for task, _, _ in self.running.values()}
-        waiting = list(islice((task for task in open_tasks() if task.key not in running), len(self.idle)))
-        max_workers = [task.max_workers for task in waiting]
-        if self.shared_wait.should_wait(max_workers, bool(self.pending_actors or self.pinged_actors), time.monotonic()):
-            return
-        for task, count in zip(waiting, dispatch.share_workers(max_workers, len(self.idle)), strict=True):
-            actors = [self.idle.pop() for _ in range(count)]
-            leader, *helpers = task.send(actors)
-            self.running[leader] = (task, actors, time.monotonic())
-            self.helper_refs |= dict.fromkeys(helpers, leader)
-            shares[task.key] = 0.0
-
-    def poll_progress(self, progress_refs: dict[Any, Any]) -> None:
-        """Ask the next busy actors for their progress, except those that have not answered the last request.
-
-        Args:
-            progress_refs: Task key by reference of a request without an answer; new requests are added.
-        """
-        refs = {task.key: ref for ref, (task, _, _) in self.running.items()}
-        now, later = dispatch.next_to_poll(list(refs), progress_refs.values(), MAX_PROGRESS_POLLS)
-        for key in now:
-            _, (leader, *_), _ = self.running[refs[key]]
-            progress_refs[leader.progress.options(concurrency_group="aside").remote()] = key
-        self.running = {refs[key]: self.running[refs[key]] for key in later}
-
-    def scale_up(self, open_tasks: Callable[[], Iterable[RemoteTask]]) -> None:
-        """Start actors for the open tasks where the cluster has room, also on nodes that joined late."""
-        if time.monotonic() - self.last_scale_up < POLL_INTERVAL_S:
-            return
-        self.last_scale_up = time.monotonic()
-        # On an autoscaling cluster, pending actors make the cluster grow, so its present nodes are no limit.
-        num_slots = self.workers.count or sys.maxsize
-        if not self.workers.scale_up_timeout:
-            num_slots = min(num_worker_slots(self.need, node_resources(), self.workers.fsdp), num_slots)
-        demand = (task.max_workers for task in open_tasks())
-        for _ in range(dispatch.num_workers_to_start(demand, num_slots, len(self.actors()))):
-            actor = self.actor.remote(self.context, self.need)
-            self.pending_actors[actor.__ray_ready__.remote()] = actor
+        deadlines = {key: running.started + running.task.timeout for key, running in self.running.items()}
+        for key in dispatch.overdue(deadlines, now):
+            self.running[key].timed_out = True
+            kill_actors(self.running[key].actors)
 
     def on_actor_alive(self, ref: Any) -> None:
-        """An actor of an earlier run has answered, or it died in between, which is not counted as a failure."""
-        actor = self.pinged_actors.pop(ref)
+        """An actor of an earlier phase has answered, or it died in between, which is not counted as a failure."""
+        actor = self.pinged.pop(ref)
         try:
             ray.get(ref)
         except RayError:
@@ -305,7 +341,7 @@ class WorkerPool:
         Raises:
             UserError: `MAX_FAILED_STARTS` actors in a row failed to start.
         """
-        actor = self.pending_actors.pop(ref)
+        actor = self.starting.pop(ref)
         try:
             ray.get(ref)
         except Exception as error:  # noqa: BLE001 - a start can fail with any error; the count below decides
@@ -321,84 +357,64 @@ class WorkerPool:
             self.failed_starts = 0
             self.idle.append(actor)
 
-    def on_progress(self, ref: Any, key: Any, shares: dict[Any, float]) -> None:
+    def on_progress(self, running: RunningTask, ref: Any) -> None:
         """An actor has reported its progress. If it has died, its task's own reference shows that."""
+        running.is_polled = False
         try:
-            share = ray.get(ref)
+            running.share = max(running.share, ray.get(ref))  # a worker's share is 0 again when its task is done
         except RayError:
             return
-        if key in shares:
-            shares[key] = max(shares[key], share)  # a worker's share is 0 again when its task is done
 
-    def kill_overdue(self, now: float) -> set[Any]:
-        """Kill the actors of tasks that are past their timeout.
-
-        Args:
-            now: Monotonic seconds.
-
-        Returns:
-            The keys of the overdue tasks.
-        """
-        overdue = dispatch.overdue(
-            {task.key: started + task.timeout for task, _, started in self.running.values()}, now
-        )
-        for task, actors, _ in self.running.values():
-            if task.key in overdue:
-                kill_actors(actors)
-        return overdue
-
-    def on_helper_done(self, ref: Any) -> None:
+    def on_helper_done(self, running: RunningTask, ref: Any) -> None:
         """A helper has finished its part of a shared task. If it failed, all actors of the task are killed."""
-        leader = self.helper_refs.pop(ref)
         try:
             get_result(ref)
         except SYSTEM_ERRORS:
-            if leader in self.running:
-                _, actors, _ = self.running[leader]
-                kill_actors(actors)
+            if self.running.get(running.task.key) is running:
+                kill_actors(running.actors)
 
-    def on_task_done(
-        self, ref: Any, actors: Sequence[Any], task: RemoteTask, num_failures: Counter[Any], overdue: Container[Any]
-    ) -> Any | None:
-        """Handle a task that has returned or failed.
-
-        Args:
-            ref: Reference of the result.
-            actors: The task's actors.
-            task: The task.
-            num_failures: Failures so far by task key, without timeouts; updated here.
-            overdue: Keys of tasks that were ended at their timeout.
+    def on_task_done(self, running: RunningTask, ref: Any) -> tuple[Any, Any] | None:
+        """A task has returned or failed.
 
         Returns:
-            The task's result, or a `TaskFailed`; None when the task is tried again.
+            The task's key and its result or a `TaskFailed`; None when the task is tried again.
 
         Raises:
             Exception: The task's own error.
         """
+        key = running.task.key
         try:
             result = get_result(ref)
-        except Exception as error:
-            timed_out = task.key in overdue
-            num_failures[task.key] += not timed_out
-            failure = Failure(isinstance(error, SYSTEM_ERRORS), num_failures[task.key], timed_out)
-            decision = self.policy.decide(failure)
-            if decision is Decision.RAISE:
-                raise
-            kill_actors(actors)
-            if isinstance(error, ObjectLostError):
-                self.object_refs.clear()
-            if timed_out:
-                return TaskFailed(f"took longer than the timeout of {task.timeout:g} s (workers.timeout)")
-            if decision is Decision.RETRY:
-                self.callback.on_message(
-                    f"{task.name}: its worker was lost: {format_error(error)}; trying again elsewhere"
-                )
-                return None
-            return TaskFailed(f"its workers failed {failure.attempt} times; the last one: {format_error(error)}")
-        self.failed_starts = 0
-        if task.key not in overdue:  # an overdue task can still finish while its actors are killed
-            self.idle.extend(actors)
-        return result
+        except Exception as error:  # noqa: BLE001 - the policy decides, and raises the task's own errors
+            result = self.on_task_failed(running, error)
+        else:
+            self.failed_starts = 0
+            if not running.timed_out:  # an overdue task can still finish while its actors are killed
+                self.idle.extend(running.actors)
+        del self.running[key]
+        return None if result is None else (key, result)
+
+    def on_task_failed(self, running: RunningTask, error: Exception) -> TaskFailed | None:
+        """Retry a task, record its failure, or raise its own error.
+
+        Returns:
+            The failure; None when the task is tried again.
+        """
+        task = running.task
+        self.num_failures[task.key] += not running.timed_out
+        failure = Failure(isinstance(error, SYSTEM_ERRORS), self.num_failures[task.key], running.timed_out)
+        decision = self.policy.decide(failure)
+        if decision is Decision.RAISE:
+            raise error
+        kill_actors(running.actors)
+        if isinstance(error, ObjectLostError):
+            self.object_refs.clear()
+        if running.timed_out:
+            return TaskFailed(f"took longer than the timeout of {task.timeout:g} s (workers.timeout)")
+        if decision is Decision.RETRY:
+            self.callback.on_message(f"{task.name}: its worker was lost: {format_error(error)}; trying again elsewhere")
+            return None
+        return TaskFailed(f"its workers failed {failure.attempt} times; the last one: {format_error(error)}")
 
     def put(self, parent: Snapshot) -> dict[str, Any]:
         """Put a snapshot's tensors into the object store, each only once while this process holds the tensors.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from types import TracebackType
+from typing import Self
 
 import torch
 
+from raymask.core.callbacks import Callback
 from raymask.core.errors import UserError
-from raymask.core.protocols import Callback, Evaluate, FineTune
 from raymask.core.records import EvalKey, Evaluation
 from raymask.core.spec import Spec
 from raymask.core.tasks import Checkpoint, EvalTask, FinetuneTask, Snapshot
@@ -18,56 +19,67 @@ from raymask.train.failures import SystemFailure
 from raymask.train.worker import Worker
 
 
-@contextmanager
-def workers(context: WorkerContext, callback: Callback) -> Iterator[tuple[Evaluate, FineTune]]:
+class LocalExecutor:
     """One worker in this process. Timeouts do not apply: a process cannot end itself and go on.
 
-    Args:
-        context: What the worker needs.
+    Attributes:
         callback: Receives progress.
-
-    Yields:
-        The functions that evaluate candidates and fine-tune masks.
+        worker: The worker.
+        paused: Snapshots in which candidates are paused at a rung, by key of the evaluation; None where there are no
+            rungs above.
     """
-    worker = Worker(context, device_for(context.spec))
 
-    def report_progress(name: str, share: float) -> None:
-        callback.on_progress({name: share})
+    def __init__(self, context: WorkerContext, callback: Callback) -> None:
+        """Build the worker.
 
-    def evaluate(parents: Mapping[int, Snapshot], open_tasks: Callable[[], Iterable[EvalTask]]) -> Iterator[Evaluation]:
-        paused: dict[EvalKey, Snapshot | None] = {}
-        while eval_task := next(iter(open_tasks()), None):
-            candidate = eval_task.candidate
-            worker.on_progress = partial(report_progress, candidate.name)
-            try:
-                paused_snapshot = paused.pop(eval_task.resume_from, None)
-                evaluation, paused[eval_task.key] = worker.evaluate(
-                    parents[candidate.parent_branch], eval_task, paused_snapshot
-                )
-            except SystemFailure as error:  # there is no other machine to try
-                evaluation = Evaluation(
-                    candidate=candidate,
-                    rung=eval_task.rung,
-                    repeat=eval_task.repeat,
-                    error=str(error),
-                    system_failure=True,
-                    worker=worker.name,
-                )
-            yield evaluation
-            needed = {open_task.resume_from for open_task in open_tasks()}
-            paused = {key: snapshot for key, snapshot in paused.items() if key in needed}
+        Args:
+            context: What the worker needs.
+            callback: Receives progress.
+        """
+        self.callback = callback
+        self.worker = Worker(context, device_for(context.spec))
+        self.paused: dict[EvalKey, Snapshot | None] = {}
 
-    def fine_tune(tasks: Sequence[tuple[Snapshot, FinetuneTask]]) -> Iterator[tuple[int, Checkpoint]]:
+    def __enter__(self) -> Self:
+        """Nothing: the worker is ready."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Nothing: the worker does nothing between two calls."""
+
+    def evaluate(self, parents: Mapping[int, Snapshot], tasks: Sequence[EvalTask]) -> Evaluation:
+        """Run the most urgent early evaluation (`Executor.evaluate`)."""
+        eval_task, needed = tasks[0], {task.resume_from for task in tasks}
+        self.paused = {key: snapshot for key, snapshot in self.paused.items() if key in needed}
+        self.worker.on_progress = partial(self.report_progress, eval_task.candidate.name)
+        try:
+            evaluation, self.paused[eval_task.key] = self.worker.evaluate(
+                parents[eval_task.candidate.parent_branch], eval_task, self.paused.pop(eval_task.resume_from, None)
+            )
+        except SystemFailure as error:  # there is no other machine to try
+            return eval_task.system_failure(str(error), self.worker.name)
+        return evaluation
+
+    def cancel(self) -> None:
+        """Forget the candidates that are paused at a rung."""
+        self.paused.clear()
+
+    def finetune(self, tasks: Sequence[tuple[Snapshot, FinetuneTask]]) -> Iterator[tuple[int, Checkpoint]]:
+        """Run fine-tunings one after the other (`Executor.finetune`)."""
         for index, (parent, finetune_task) in enumerate(tasks):
-            worker.on_progress = partial(report_progress, finetune_task.name)
+            self.worker.on_progress = partial(self.report_progress, finetune_task.name)
             try:
-                checkpoint = worker.finetune(parent, finetune_task)
-                assert checkpoint is not None, "a single process returns the checkpoint"
-                yield index, checkpoint
+                checkpoint = self.worker.finetune(parent, finetune_task)
             except SystemFailure as error:
                 raise UserError(f"{finetune_task.name}: {error}. The same command goes on from here") from None
+            assert checkpoint is not None, "a single process returns the checkpoint"
+            yield index, checkpoint
 
-    yield evaluate, fine_tune
+    def report_progress(self, name: str, share: float) -> None:
+        """Tell the callback the share in [0, 1] of a task that is done."""
+        self.callback.on_progress({name: share})
 
 
 def device_for(spec: Spec) -> str:

@@ -7,24 +7,22 @@ from functools import cached_property
 
 from ray.util.metrics import Counter, Gauge
 
-from raymask.core.protocols import Callback
+from raymask.core.callbacks import Callback
 from raymask.core.records import Evaluation, LevelRecord
 from raymask.core.successive_halving import rung_fraction
 from raymask.report.progress import Progress
 from raymask.train.context import WorkerContext
 
 
-class PrometheusCallback:
-    """A callback that updates Prometheus metrics and passes every event on to another callback."""
+class PrometheusCallback(Callback):
+    """A callback that updates Prometheus metrics."""
 
-    def __init__(self, inner: Callback, context: WorkerContext) -> None:
+    def __init__(self, context: WorkerContext) -> None:
         """Create the callback; the metrics themselves are created at the first event.
 
         Args:
-            inner: Receives every event too.
             context: Gives the spec and the number of training rows.
         """
-        self.inner = inner
         self.progress = Progress(context.spec)
         self.rungs = context.spec.early_eval.rungs
         self.examples = context.spec.early_eval.epochs * len(context.data.train)  # per full early evaluation
@@ -68,22 +66,19 @@ class PrometheusCallback:
         """Bytes put into the object store."""
         return Counter("raymask_put_bytes", "Bytes of weights and optimizer states put into the object store.")
 
-    def on_phase_begin(self, stage: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
+    def on_phase_begin(self, phase: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
         """Set the level."""
-        self.inner.on_phase_begin(stage, level, total, known)
-        self.progress.on_phase_begin(stage, level, total, known)
+        self.progress.on_phase_begin(phase, level, total, known)
         self.level.set(level)
         self.update()
 
     def on_progress(self, shares: Mapping[str, float]) -> None:
         """Update the counts of running and waiting candidates."""
-        self.inner.on_progress(shares)
         self.progress.on_progress(shares)
         self.update()
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Set duration and speed of an early evaluation that did not fail."""
-        self.inner.on_evaluation(evaluation)
         self.progress.on_evaluation(evaluation)
         if evaluation.ok:
             self.seconds.set(evaluation.seconds)
@@ -93,19 +88,13 @@ class PrometheusCallback:
 
     def on_level_end(self, lineage: str, level: LevelRecord) -> None:
         """Update the time left."""
-        self.inner.on_level_end(lineage, level)
         self.progress.on_level_end(lineage, level)
         self.update()
 
     def on_object_put(self, size: int) -> None:
         """Count `size` bytes."""
-        self.inner.on_object_put(size)
         if size:  # an optimizer state before the first step is empty, and Ray refuses to add 0
             self.put.inc(size)
-
-    def on_message(self, text: str) -> None:
-        """Only pass the message on."""
-        self.inner.on_message(text)
 
     def update(self) -> None:
         """Update the time left and, during early evaluation only, the candidate counts and the best score."""

@@ -7,12 +7,13 @@ failure a task is retried on a fresh actor; a candidate's own failure is recorde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Self
 
+from raymask.core.callbacks import Callback
 from raymask.core.errors import UserError
-from raymask.core.protocols import Callback, Evaluate, FineTune
 from raymask.core.records import EvalKey, Evaluation
 from raymask.core.tasks import Checkpoint, EvalTask, FinetuneTask, Snapshot
 from raymask.executor.actor_pool import RemoteTask, TaskFailed, WorkerPool
@@ -22,94 +23,114 @@ from raymask.train.context import WorkerContext
 from raymask.train.process_group import ProcessGroup
 
 
-@contextmanager
-def workers(context: WorkerContext, callback: Callback, address: str | None) -> Iterator[tuple[Evaluate, FineTune]]:
-    """Workers on Ray for the block.
+class RayExecutor:
+    """Workers on a Ray cluster.
 
-    Args:
+    Attributes:
         context: What every worker needs.
         callback: Receives progress and messages.
-        address: Address of a Ray cluster; None starts a private Ray that ends with the block.
-
-    Yields:
-        The functions that evaluate candidates and fine-tune masks.
-
-    Raises:
-        UserError: No cluster answers at `address`, or no node can hold a worker.
+        address: Address of the cluster; None for a private Ray that ends with the block.
+        pool: The workers, inside the block.
+        paused: References to the snapshots in which candidates are paused at a rung, by key of the evaluation.
     """
-    callback.on_message(f"connecting to the Ray cluster at {address}" if address else "starting Ray on this machine")
-    with ray_connection(context, address):
-        pool = WorkerPool(context, callback)
-        num_slots = num_worker_slots(pool.need, node_resources(), pool.workers.fsdp)
-        callback.on_message(f"room for {num_slots} workers; each has {format_resources(pool.need)}")
 
-        def evaluate(
-            parents: Mapping[int, Snapshot], open_tasks: Callable[[], Iterable[EvalTask]]
-        ) -> Iterator[Evaluation]:
-            paused: dict[EvalKey, Any] = {}
-            eval_tasks: dict[EvalKey, EvalTask] = {}
-            last_rung = len(context.spec.early_eval.rungs) - 1
+    pool: WorkerPool
 
-            def to_remote_task(eval_task: EvalTask) -> RemoteTask:
-                candidate, parent = eval_task.candidate, parents[eval_task.candidate.parent_branch]
+    def __init__(self, context: WorkerContext, callback: Callback, address: str | None) -> None:
+        """Prepare; the connection is made when the block begins.
 
-                def send(actors: Sequence[Any]) -> Sequence[Any]:
-                    eval_tasks[eval_task.key] = eval_task
-                    resume_refs = [paused[eval_task.resume_from]] if eval_task.resume_from in paused else []
-                    evaluate_remotely = actors[0].evaluate.options(num_returns=2).remote
-                    ref, paused_ref = evaluate_remotely(parent.key, pool.put(parent), eval_task, resume_refs)
-                    if eval_task.rung < last_rung:
-                        paused[eval_task.key] = paused_ref
-                    return [ref]
+        Args:
+            context: What every worker needs.
+            callback: Receives progress and messages.
+            address: Address of a Ray cluster; None starts a private Ray.
+        """
+        self.context = context
+        self.callback = callback
+        self.address = address
+        self.connection: AbstractContextManager[None] = ray_connection(context, address)
+        self.paused: dict[EvalKey, Any] = {}
 
-                return RemoteTask(eval_task.key, candidate.name, pool.workers.timeout, send)
+    def __enter__(self) -> Self:
+        """Connect to Ray, and find out how many workers it can hold.
 
-            for key, result in pool.run(lambda: map(to_remote_task, open_tasks())):
-                eval_task = eval_tasks[key]
-                if isinstance(result, TaskFailed):
-                    result = Evaluation(
-                        candidate=eval_task.candidate,
-                        rung=eval_task.rung,
-                        repeat=eval_task.repeat,
-                        error=result.reason,
-                        system_failure=True,
-                    )
-                yield result
-                if paused:
-                    needed = {open_task.resume_from for open_task in open_tasks()}
-                    needed |= {running.key for running, _, _ in pool.running.values()}
-                    for unneeded in paused.keys() - needed:
-                        del paused[unneeded]
-
-        def fine_tune(tasks: Sequence[tuple[Snapshot, FinetuneTask]]) -> Iterator[tuple[int, Checkpoint]]:
-            def to_remote_task(index: int) -> RemoteTask:
-                parent, finetune_task = tasks[index]
-
-                def send(actors: Sequence[Any]) -> Sequence[Any]:
-                    refs, size = pool.put(parent), len(actors)
-                    rendezvous = actors[0].open_rendezvous.remote() if size > 1 else None
-                    return [
-                        actor.finetune.remote(parent.key, refs, finetune_task, ProcessGroup(rank, size), rendezvous)
-                        for rank, actor in enumerate(actors)
-                    ]
-
-                return RemoteTask(
-                    index,
-                    finetune_task.name,
-                    pool.workers.timeout * max(1.0, finetune_task.config.epochs),
-                    send,
-                    # NCCL needs a whole GPU for each process.
-                    1 if 0 < pool.need["GPU"] < 1 else finetune_task.config.data_parallel,
-                )
-
-            missing = dict.fromkeys(range(len(tasks)))
-            for index, result in pool.run(lambda: map(to_remote_task, missing)):
-                if isinstance(result, TaskFailed):
-                    raise UserError(f"{tasks[index][1].name}: {result.reason}. The same command goes on from here")
-                del missing[index]
-                yield index, result
-
+        Raises:
+            UserError: No cluster answers at the address, or no node can hold a worker.
+        """
+        where = f"connecting to the Ray cluster at {self.address}" if self.address else "starting Ray on this machine"
+        self.callback.on_message(where)
+        self.connection.__enter__()
         try:
-            yield evaluate, fine_tune
+            self.pool = WorkerPool(self.context, self.callback)
+        except BaseException as error:
+            self.connection.__exit__(type(error), error, error.__traceback__)
+            raise
+        num_slots = num_worker_slots(self.pool.need, node_resources(), self.context.spec.workers.fsdp)
+        self.callback.on_message(f"room for {num_slots} workers; each has {format_resources(self.pool.need)}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the workers and the connection."""
+        try:
+            self.pool.close()
         finally:
-            pool.close()
+            self.connection.__exit__(kind, error, traceback)
+
+    def evaluate(self, parents: Mapping[int, Snapshot], tasks: Sequence[EvalTask]) -> Evaluation:
+        """Keep the workers busy with early evaluations until one ends (`Executor.evaluate`)."""
+        needed = {task.resume_from for task in tasks} | {task.key.key for task in self.pool.running_tasks()}
+        self.paused = {key: ref for key, ref in self.paused.items() if key in needed}
+        eval_task, result = self.pool.next_result([self.remote_evaluation(task, parents) for task in tasks])
+        evaluation: Evaluation = eval_task.system_failure(result.reason) if isinstance(result, TaskFailed) else result
+        return evaluation
+
+    def remote_evaluation(self, eval_task: EvalTask, parents: Mapping[int, Snapshot]) -> RemoteTask:
+        """An early evaluation as a task of the pool."""
+
+        def send(actors: Sequence[Any]) -> Sequence[Any]:
+            parent = parents[eval_task.candidate.parent_branch]
+            resume_refs = [self.paused[eval_task.resume_from]] if eval_task.resume_from in self.paused else []
+            evaluate_remotely = actors[0].evaluate.options(num_returns=2).remote
+            ref, paused_ref = evaluate_remotely(parent.key, self.pool.put(parent), eval_task, resume_refs)
+            if eval_task.rung < len(self.context.spec.early_eval.rungs) - 1:
+                self.paused[eval_task.key] = paused_ref
+            return [ref]
+
+        return RemoteTask(eval_task, eval_task.candidate.name, self.context.spec.workers.timeout, send)
+
+    def cancel(self) -> None:
+        """End the evaluations that still run, and forget the candidates that are paused at a rung."""
+        self.pool.cancel()
+        self.paused.clear()
+
+    def finetune(self, tasks: Sequence[tuple[Snapshot, FinetuneTask]]) -> Iterator[tuple[int, Checkpoint]]:
+        """Run fine-tunings in parallel; idle workers share them (`Executor.finetune`)."""
+        remote_tasks = {
+            index: self.remote_finetuning(index, parent, finetune_task)
+            for index, (parent, finetune_task) in enumerate(tasks)
+        }
+        while remote_tasks:
+            index, result = self.pool.next_result(list(remote_tasks.values()))
+            if isinstance(result, TaskFailed):
+                raise UserError(f"{remote_tasks[index].name}: {result.reason}. The same command goes on from here")
+            del remote_tasks[index]
+            yield index, result
+        self.pool.cancel()
+
+    def remote_finetuning(self, index: int, parent: Snapshot, finetune_task: FinetuneTask) -> RemoteTask:
+        """A fine-tuning as a task of the pool, with its index as key."""
+
+        def send(actors: Sequence[Any]) -> Sequence[Any]:
+            refs, size = self.pool.put(parent), len(actors)
+            rendezvous = actors[0].open_rendezvous.remote() if size > 1 else None
+            return [
+                actor.finetune.remote(parent.key, refs, finetune_task, ProcessGroup(rank, size), rendezvous)
+                for rank, actor in enumerate(actors)
+            ]
+
+        config = finetune_task.config
+        # NCCL needs a whole GPU for each process.
+        max_workers = 1 if 0 < self.pool.need["GPU"] < 1 else config.data_parallel
+        timeout = self.context.spec.workers.timeout * max(1.0, config.epochs)
+        return RemoteTask(index, finetune_task.name, timeout, send, max_workers)

@@ -50,10 +50,10 @@ def export_run(run: str | Path, to: str, out: str | Path | None = None, **option
     if to not in FORMATS:
         raise UserError(f"--to: unknown format {to!r}; known are {', '.join(FORMATS)}")
     require_known(options, to)
-    store = RunDir(run)
-    storage, name = (store.storage, f"export-{to}") if out is None else local_folder(out)
+    run_dir = RunDir(run)
+    storage, name = (run_dir.storage, f"export-{to}") if out is None else local_folder(out)
     require_free(storage, name)
-    selected = read_selected(store)
+    selected = read_selected(run_dir)
     with storage.writing_folder(name) as folder:
         lines = FORMATS[to](selected, folder, **options)
         mark = {"format": to, **options, "raymask": __version__, "mask": selected.result.levels[-1].digest}

@@ -17,11 +17,11 @@ from raymask.runs.run_dir import EXPORT, MASK, MODEL, RunDir, bits_to_tensors, s
 from raymask.train.model import ModelInfo, build_model, quiet, state_tensors
 
 
-def export(store: RunDir, source: ModelInfo, result: Result, lineage: str, trust_remote_code: bool) -> dict[str, str]:
+def export(run_dir: RunDir, source: ModelInfo, result: Result, lineage: str, trust_remote_code: bool) -> dict[str, str]:
     """Write `export/` from a lineage's last level; the folder appears complete or not at all.
 
     Args:
-        store: The run directory.
+        run_dir: The run directory.
         source: The model's configuration, tokenizer and kind of task.
         result: The search's result, for the model card.
         lineage: The lineage whose last level is exported.
@@ -33,9 +33,9 @@ def export(store: RunDir, source: ModelInfo, result: Result, lineage: str, trust
     last = result.levels[-1].level
     module = build_model(source.config, trust_remote_code, kind=source.kind)
     # not strict: the file has tied weights under one name only
-    module.load_state_dict(store.read_tensors(lineage, last, MODEL), strict=False)
-    mask = store.read_tensors(lineage, last, MASK)
-    with store.storage.writing_folder(EXPORT) as folder:
+    module.load_state_dict(run_dir.read_tensors(lineage, last, MODEL), strict=False)
+    mask = run_dir.read_tensors(lineage, last, MASK)
+    with run_dir.storage.writing_folder(EXPORT) as folder:
         save_module(module, folder)
         source.tokenizer.save_pretrained(folder)
         write_tensors(folder / MASK, mask)

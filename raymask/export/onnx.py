@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from raymask.data.types import TaskData
 from raymask.export.selected import SelectedModel, logits, megabytes, outputs_allclose, sizes
 from raymask.export.shrink import shrink as shrunk
 from raymask.train.losses import TASK_LOSSES
-from raymask.train.trainer import predict
+from raymask.train.trainer import Trainer
 
 ONNX, INT8 = "model.onnx", "model-int8.onnx"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -237,6 +237,5 @@ def load_test_rows(selected: SelectedModel) -> TaskData:
 
 def compute_test_metrics(model: nn.Module, data: TaskData) -> dict[str, float]:
     """A model's metrics on `test`."""
-    objective = TASK_LOSSES[data.kind]
-    outputs = predict(model, data.test, padding=data.padding, autocast=nullcontext, objective=objective)
+    outputs = Trainer(model, TASK_LOSSES[data.kind], data.padding).predict(data.test)
     return data.test_metrics(outputs.numpy())

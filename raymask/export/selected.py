@@ -62,11 +62,11 @@ class SelectedModel:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def read_selected(store: RunDir) -> SelectedModel:
+def read_selected(run_dir: RunDir) -> SelectedModel:
     """Read the selected model of a finished search.
 
     Args:
-        store: The run directory.
+        run_dir: The run directory.
 
     Returns:
         The selected model.
@@ -74,15 +74,15 @@ def read_selected(store: RunDir) -> SelectedModel:
     Raises:
         UserError: When the search is not finished, or its export is missing or has changed since.
     """
-    spec, result = store.read_spec(), store.read_result()
+    spec, result = run_dir.read_spec(), run_dir.read_result()
     if result is None:
-        advice = "wait for it" if store.storage.is_locked() else "`raymask search` with the same spec continues it"
-        raise UserError(f"{store.uri}: the search is not finished; {advice}")
+        advice = "wait for it" if run_dir.storage.is_locked() else "`raymask search` with the same spec continues it"
+        raise UserError(f"{run_dir.uri}: the search is not finished; {advice}")
     again = "`raymask search` with the same spec and --run writes it again"
-    if not store.has_export():
-        raise UserError(f"{store.export_uri}: does not exist; {again}")
+    if not run_dir.has_export():
+        raise UserError(f"{run_dir.export_uri}: does not exist; {again}")
     try:
-        with store.storage.reading_folder(EXPORT) as folder:
+        with run_dir.storage.reading_folder(EXPORT) as folder:
             for name, expected in result.files.items():
                 if sha256(folder / name) != expected:
                     raise ValueError(f"the hash of {name} differs from that of the file that was written")
@@ -97,7 +97,7 @@ def read_selected(store: RunDir) -> SelectedModel:
     except UserError:  # raised by the storage
         raise
     except Exception as error:  # noqa: BLE001 - transformers, tokenizers and safetensors each raise their own exceptions
-        raise UserError(f"{store.export_uri}: is damaged ({first_line(error)}). Delete it, and {again}") from None
+        raise UserError(f"{run_dir.export_uri}: is damaged ({first_line(error)}). Delete it, and {again}") from None
     return SelectedModel(result, spec, module, tokenizer, mask, files)
 
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from raymask.core.protocols import Callback
+from raymask.core.callbacks import Callback
 from raymask.core.records import Evaluation, LevelRecord, Result
 from raymask.core.spec import Spec
 from raymask.report.progress import Progress
@@ -29,29 +29,7 @@ PROGRESS = "progress: "
 """How a progress line begins, after its time. `raymask status` finds the progress in a job's log by it."""
 
 
-class NullCallback:
-    """A Callback that does nothing."""
-
-    def on_phase_begin(self, stage: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
-        """Ignore the start of a phase."""
-
-    def on_progress(self, shares: Mapping[str, float]) -> None:
-        """Ignore progress."""
-
-    def on_evaluation(self, evaluation: Evaluation) -> None:
-        """Ignore a finished early evaluation."""
-
-    def on_level_end(self, lineage: str, level: LevelRecord) -> None:
-        """Ignore a finished level."""
-
-    def on_object_put(self, size: int) -> None:
-        """Ignore bytes that were put into the object store."""
-
-    def on_message(self, text: str) -> None:
-        """Ignore a message."""
-
-
-class LogCallback(NullCallback):
+class LogCallback(Callback):
     """A Callback for logs: one line per event, and a progress line from time to time.
 
     Attributes:
@@ -70,10 +48,10 @@ class LogCallback(NullCallback):
         """Print a line with the seconds since the start."""
         self.console.print(Text(f"[{time.monotonic() - self.started:6.1f} s] {text}"), soft_wrap=True)
 
-    def on_phase_begin(self, stage: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
+    def on_phase_begin(self, phase: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
         """Print the phase, and how many of its evaluations the journal already has."""
-        self.progress.on_phase_begin(stage, level, total, known)
-        self.say(f"{stage}" + (f", {len(known)} of {total} known" if known else ""))
+        self.progress.on_phase_begin(phase, level, total, known)
+        self.say(f"{phase}" + (f", {len(known)} of {total} known" if known else ""))
 
     def on_progress(self, shares: Mapping[str, float]) -> None:
         """Print a progress line when the last one is long enough ago."""
@@ -115,9 +93,9 @@ class ProgressBarCallback(LogCallback):
         self.phase_bar = bars.add_task("starting", total=None, left="")
         self.task_bars: dict[str, TaskID] = {}
 
-    def on_phase_begin(self, stage: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
+    def on_phase_begin(self, phase: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
         """Print the phase and reset its bar."""
-        super().on_phase_begin(stage, level, total, known)
+        super().on_phase_begin(phase, level, total, known)
         self.bars.reset(self.phase_bar, total=total)
         self.on_progress({})
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raymask.core.lineage import IMP, branch
-from raymask.core.records import BASELINE, RAYMASK, Evaluation, Phase
+from raymask.core.records import BASELINE, RAYMASK, Evaluation, Phase, Span
 from raymask.report.summary import LevelSummary, RunSummary
 from raymask.report.text import percent, validation_metric
-from raymask.report.timeline import time_axis, worker_host
+from raymask.report.timeline import TimeAxis, time_axis, worker_host
 
 Plot = dict[str, Any]
 """Traces as `data`, and a `layout` that is merged into the page's own."""
@@ -21,7 +21,7 @@ PHASE_COLORS: Mapping[Phase, str] = {
     "dense": GREY,
     "early evaluation": GREEN,
     "fine-tuning": BLUE,
-    "baseline (IMP)": ORANGE,
+    "IMP baseline": ORANGE,
 }
 """Colors by phase. All of them are visible on white and on black."""
 
@@ -313,20 +313,7 @@ def workers(summary: RunSummary) -> Plot:
     for phase, color in PHASE_COLORS.items():
         pieces = [piece for piece in summary.timeline if piece.phase == phase]
         if pieces:
-            traces.append(
-                {
-                    "type": "bar",
-                    "orientation": "h",
-                    "name": phase,
-                    "y": [worker_host(piece.worker) for piece in pieces],
-                    "base": [axis.at(piece.started) for piece in pieces],
-                    "x": [piece.seconds for piece in pieces],
-                    "marker": {"color": color, "line": {"width": 0.5}},
-                    "text": [f"level {piece.level}" for piece in pieces],
-                    "textposition": "none",
-                    "hovertemplate": "%{text}, %{x:.1f} s",
-                }
-            )
+            traces.append({"name": phase, **worker_bars(pieces, axis, color)})
     failed = [
         evaluation
         for level_summary in summary.levels
@@ -334,17 +321,7 @@ def workers(summary: RunSummary) -> Plot:
         if not evaluation.ok and evaluation.started
     ]
     if failed:
-        traces.append(
-            {
-                "name": "failed",
-                "x": [axis.at(evaluation.started + evaluation.seconds) for evaluation in failed],
-                "y": [worker_host(evaluation.worker) for evaluation in failed],
-                "mode": "markers",
-                "marker": {"color": RED, "symbol": "x", "size": 12},
-                "text": [f"{evaluation.candidate.name}: {(evaluation.error or '')[:80]}" for evaluation in failed],
-                "hovertemplate": "%{text}",
-            }
-        )
+        traces.append({"name": "failed", **failure_crosses(failed, axis)})
     return {
         "data": traces,
         "layout": {
@@ -353,4 +330,31 @@ def workers(summary: RunSummary) -> Plot:
             "xaxis": {"title": {"text": "<br>".join(axis.scaled("seconds"))}},
             "yaxis": {"type": "category", "categoryarray": names[::-1], "automargin": True},
         },
+    }
+
+
+def worker_bars(pieces: Sequence[Span], axis: TimeAxis, color: str) -> Plot:
+    """The bars of one phase's tasks, in the rows of their workers."""
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "y": [worker_host(piece.worker) for piece in pieces],
+        "base": [axis.at(piece.started) for piece in pieces],
+        "x": [piece.seconds for piece in pieces],
+        "marker": {"color": color, "line": {"width": 0.5}},
+        "text": [f"level {piece.level}" for piece in pieces],
+        "textposition": "none",
+        "hovertemplate": "%{text}, %{x:.1f} s",
+    }
+
+
+def failure_crosses(failed: Sequence[Evaluation], axis: TimeAxis) -> Plot:
+    """Crosses where early evaluations failed, in the rows of their workers."""
+    return {
+        "x": [axis.at(evaluation.started + evaluation.seconds) for evaluation in failed],
+        "y": [worker_host(evaluation.worker) for evaluation in failed],
+        "mode": "markers",
+        "marker": {"color": RED, "symbol": "x", "size": 12},
+        "text": [f"{evaluation.candidate.name}: {(evaluation.error or '')[:80]}" for evaluation in failed],
+        "hovertemplate": "%{text}",
     }

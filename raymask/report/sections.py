@@ -390,7 +390,7 @@ def budget(summary: RunSummary) -> Section:
         for phase, seconds in seconds_by_phase(summary.timeline).items()
         if summary.planned[phase]
     ]
-    search, imp = spent["early evaluation"] + spent["fine-tuning"], spent["baseline (IMP)"]
+    search, imp = spent["early evaluation"] + spent["fine-tuning"], spent["IMP baseline"]
     lines = [f"The search trains {epochs(search)} after the dense model."]
     if imp and round(imp, 6) == round(search, 6):
         lines[0] += " So does its baseline: equal budgets."

@@ -95,11 +95,11 @@ class RunSummary(Record):
         return tuple(level_summary.finetuned[name] for level_summary in self.levels if name in level_summary.finetuned)
 
 
-def load_summary(store: RunDir, state: State | None = None, result: Result | None = None) -> RunSummary:
+def load_summary(run_dir: RunDir, state: State | None = None, result: Result | None = None) -> RunSummary:
     """Read a run directory.
 
     Args:
-        store: The run directory.
+        run_dir: The run directory.
         state: The search's state, when its driver asks; None: read from the directory.
         result: The result that is about to be written; None: the one in the directory, if any.
 
@@ -109,17 +109,17 @@ def load_summary(store: RunDir, state: State | None = None, result: Result | Non
     Raises:
         UserError: When the directory is no run.
     """
-    spec = store.read_spec()
+    spec = run_dir.read_spec()
     recipe = resolve(spec)
-    result = result or store.read_result()
-    finished = store.finished()
+    result = result or run_dir.read_result()
+    finished = run_dir.finished()
     levels = tuple(
         LevelSummary(
             level=level,
             sparsity=1 - density,
             num_evaluations=level_evaluations(recipe, level),
             evaluations=tuple(
-                evaluation.model_copy(update={"row_losses": b""}) for evaluation in store.evaluations(level)
+                evaluation.model_copy(update={"row_losses": b""}) for evaluation in run_dir.evaluations(level)
             ),
             finetuned={lineage: record for lineage, record in finished if record.level == level},
         )
@@ -127,15 +127,15 @@ def load_summary(store: RunDir, state: State | None = None, result: Result | Non
     )
     path = path_of(levels, result)
     return RunSummary(
-        run=store.uri,
-        state=state or ("finished" if result else "running" if store.storage.is_locked() else "stopped"),
+        run=run_dir.uri,
+        state=state or ("finished" if result else "running" if run_dir.storage.is_locked() else "stopped"),
         written=time.time(),
         spec=spec,
-        starts=tuple(store.starts()),
+        starts=tuple(run_dir.starts()),
         dense=dict(finished).get(DENSE),
         levels=levels,
         path=tuple(levels[level - 1].finetuned[lineage] for lineage, level in path),
-        densities=densities(store, levels, path),
+        densities=densities(run_dir, levels, path),
         planned=planned_epochs(recipe),
         spent=spent(recipe, levels, finished),
         timeline=worker_spans(
@@ -164,7 +164,7 @@ def path_of(levels: Sequence[LevelSummary], result: Result | None) -> list[tuple
 
 
 def densities(
-    store: RunDir, levels: Sequence[LevelSummary], path: Sequence[tuple[str, int]]
+    run_dir: RunDir, levels: Sequence[LevelSummary], path: Sequence[tuple[str, int]]
 ) -> dict[str, dict[str, float]]:
     """The share that each matrix keeps at the last level of the search and of the baseline.
 
@@ -175,10 +175,10 @@ def densities(
         BASELINE: [(IMP, level_summary.level) for level_summary in levels if IMP in level_summary.finetuned][-1:],
     }
     return {
-        name: kept_shares(store.read_tensors(lineage, level, MASK))
+        name: kept_shares(run_dir.read_tensors(lineage, level, MASK))
         for name, last_levels in ends.items()
         for lineage, level in last_levels
-        if store.has_tensors(lineage, level, MASK)
+        if run_dir.has_tensors(lineage, level, MASK)
     }
 
 

@@ -9,7 +9,7 @@ from raymask.core.lineage import IMP
 from raymask.core.records import Evaluation, FinetuneResult, LevelRecord, Phase, Span
 from raymask.report.text import duration
 
-LETTERS: Mapping[Phase, str] = {"dense": "d", "early evaluation": "p", "fine-tuning": "f", "baseline (IMP)": "b"}
+LETTERS: Mapping[Phase, str] = {"dense": "d", "early evaluation": "e", "fine-tuning": "f", "IMP baseline": "i"}
 IDLE = "."
 BAR_WIDTH, MAX_BARS = 60, 16  # characters per bar, and the number of workers that get a bar
 MAX_GAP_S = 600.0  # seconds; a longer gap without any work is cut out: the search was stopped, or waited for a cluster
@@ -39,7 +39,7 @@ def worker_spans(finished: Sequence[tuple[str, LevelRecord]], evaluations: Seque
 
 def phase_of(lineage: str, level: int) -> Phase:
     """The phase that a fine-tuning of a lineage's level belongs to."""
-    return "dense" if level == 0 else "baseline (IMP)" if lineage == IMP else "fine-tuning"
+    return "dense" if level == 0 else "IMP baseline" if lineage == IMP else "fine-tuning"
 
 
 @dataclass(frozen=True)

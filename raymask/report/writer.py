@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 import pyarrow as pa
 
+from raymask.core.callbacks import Callback
 from raymask.core.errors import first_line
-from raymask.core.protocols import Callback
 from raymask.core.records import Evaluation, LevelRecord, Result
 from raymask.report.html import render_page
 from raymask.report.sections import report_sections
@@ -17,7 +17,7 @@ from raymask.report.summary import RunSummary, State, load_summary
 from raymask.runs.run_dir import RunDir
 
 MIN_REPORT_INTERVAL_S = 10.0  # seconds, at least, between two reports during an early evaluation
-REPORT_TIME_FACTOR = 20  # reports take at most 1/SHARE of the driver's time
+REPORT_TIME_FACTOR = 20  # reports take at most 1/20 of the driver's time
 
 
 COLUMNS = pa.schema(
@@ -49,94 +49,66 @@ COLUMNS = pa.schema(
 branch, `ratio` the sampling ratio. `winner`: the search fine-tuned the mask."""
 
 
-class ReportCallback:
-    """A Callback that keeps a run's report up to date and forwards every event to another Callback.
+class ReportCallback(Callback):
+    """A callback that keeps a run's report up to date while a `with` block runs.
+
+    When the block ends with an exception, the report says that the search is stopped.
 
     Attributes:
-        inner: The Callback that gets every event first.
-        store: The run directory that the report goes into.
+        run_dir: The run directory that the report goes into.
         due: `time.monotonic()` from which on the next early evaluation triggers a report.
     """
 
-    def __init__(self, inner: Callback, store: RunDir) -> None:
-        self.inner = inner
-        self.store = store
+    def __init__(self, run_dir: RunDir) -> None:
+        self.run_dir = run_dir
         self.due = 0.0
 
-    def on_phase_begin(self, stage: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
-        """Forward the start of a phase."""
-        self.inner.on_phase_begin(stage, level, total, known)
+    def __enter__(self) -> Self:
+        """Write the first report."""
+        self.write()
+        return self
 
-    def on_progress(self, shares: Mapping[str, float]) -> None:
-        """Forward progress."""
-        self.inner.on_progress(shares)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Say in the report that the search is stopped, if it is."""
+        if error is not None:
+            write_report(self.run_dir, "stopped")
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
-        """Forward a finished early evaluation, and write the report when it is due."""
-        self.inner.on_evaluation(evaluation)
+        """Write the report when it is due."""
         if time.monotonic() > self.due:
             self.write()
 
     def on_level_end(self, lineage: str, level: LevelRecord) -> None:
-        """Forward a finished level, and write the report."""
-        self.inner.on_level_end(lineage, level)
+        """Write the report."""
         self.write()
-
-    def on_object_put(self, size: int) -> None:
-        """Forward the size of an object, in bytes."""
-        self.inner.on_object_put(size)
-
-    def on_message(self, text: str) -> None:
-        """Forward a message."""
-        self.inner.on_message(text)
 
     def write(self) -> None:
         """Write the report of the running search, and set when the next one is due."""
         began = time.monotonic()
-        write_report(self.store, "running")
+        write_report(self.run_dir, "running")
         ended = time.monotonic()
         self.due = ended + max(MIN_REPORT_INTERVAL_S, REPORT_TIME_FACTOR * (ended - began))
 
 
-@contextmanager
-def report_updates(callback: Callback, store: RunDir) -> Iterator[Callback]:
-    """Keep a run's report up to date while the block runs.
-
-    When the block ends with an exception, the report says that the search is stopped.
-
-    Args:
-        callback: The Callback that gets every event first.
-        store: The run directory.
-
-    Yields:
-        The Callback to use in the block.
-    """
-    reporter = ReportCallback(callback, store)
-    reporter.write()
-    try:
-        yield reporter
-    except BaseException:
-        write_report(store, "stopped")
-        raise
-
-
-def write_report(store: RunDir, state: State, result: Result | None = None) -> None:
+def write_report(run_dir: RunDir, state: State, result: Result | None = None) -> None:
     """Write the page, its numbers as JSON, and the table of early evaluations.
 
     A report that cannot be written does not end the search: the run directory gets a note instead.
 
     Args:
-        store: The run directory.
+        run_dir: The run directory.
         state: What the report says about the search.
         result: The result that is about to be written; None: the one in the run directory, if any.
     """
     try:
-        summary = load_summary(store, state, result)
+        summary = load_summary(run_dir, state, result)
         title = f"{summary.spec.model.name} on {summary.spec.task.name or summary.spec.task.train}"
         html = render_page(title, report_sections(summary), summary.state, summary.written)
-        store.write_report(html, summary.model_dump_json(indent=1), table(summary))
+        run_dir.write_report(html, summary.model_dump_json(indent=1), table(summary))
     except Exception as error:  # noqa: BLE001 - a search is worth more than its report
-        store.note(f"the report cannot be written: {first_line(error)}")
+        run_dir.note(f"the report cannot be written: {first_line(error)}")
 
 
 def table(summary: RunSummary) -> pa.Table:

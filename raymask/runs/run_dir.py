@@ -77,6 +77,7 @@ class RunDir:
     Attributes:
         note: Receives messages about outages.
         storage: The local folder or object store.
+        levels: Records of finished levels that were read, by file name.
     """
 
     def __init__(self, location: str | Path, note: MessageFn = lambda text: None) -> None:
@@ -91,6 +92,7 @@ class RunDir:
         """
         self.note = note
         self.storage: Storage = open_storage(location, note)
+        self.levels: dict[str, LevelRecord] = {}
 
     @property
     def uri(self) -> str:
@@ -110,6 +112,23 @@ class RunDir:
         """Names of all files except the tensors that only a resumed search needs; sorted."""
         names = self.storage.names()
         return sorted(name for name in names if name.startswith(EXPORT) or not name.endswith(".safetensors"))
+
+    def parse(self, kind: type[R], content: bytes, damaged: str) -> R:
+        """Parse a record with a checksum.
+
+        Args:
+            kind: Type of the record.
+            content: What was read.
+            damaged: Message about a damaged record.
+
+        Raises:
+            UserError: The run directory has another format, or the record is damaged.
+        """
+        try:
+            return load_checksummed(kind, content)
+        except ValueError:
+            self.require_format()
+            raise UserError(damaged) from None
 
     # --- the journal ---------------------------------------------------------------------------------------------
 
@@ -133,13 +152,8 @@ class RunDir:
             return []
         evaluations: dict[EvalKey, Evaluation] = {}
         for number, line in enumerate(lines, 1):
-            try:
-                evaluation = load_checksummed(Evaluation, line)
-            except ValueError:
-                self.require_format()
-                raise UserError(
-                    f"{self.storage.at(name)}: line {number} is damaged. Delete the file to evaluate this level again"
-                ) from None
+            damaged = f"{self.storage.at(name)}: line {number} is damaged. Delete the file to evaluate this level again"
+            evaluation = self.parse(Evaluation, line, damaged)
             evaluations[evaluation.key] = evaluation
         return list(evaluations.values())
 
@@ -171,17 +185,17 @@ class RunDir:
         return self.storage.at(f"{level_name(lineage, level)}/{LEVEL}")
 
     def read_level(self, lineage: str, level: int) -> LevelRecord:
-        """The record of a finished level.
+        """The record of a finished level. It is read and checked once.
 
         Raises:
             FileNotFoundError: The level is not done.
             UserError: The record is damaged.
         """
-        try:
-            return load_checksummed(LevelRecord, self.storage.read(f"{level_name(lineage, level)}/{LEVEL}"))
-        except ValueError:
-            self.require_format()
-            raise UserError(f"{self.level_uri(lineage, level)}: is damaged. Delete it to do this level again") from None
+        name = f"{level_name(lineage, level)}/{LEVEL}"
+        if name not in self.levels:
+            damaged = f"{self.storage.at(name)}: is damaged. Delete it to do this level again"
+            self.levels[name] = self.parse(LevelRecord, self.storage.read(name), damaged)
+        return self.levels[name]
 
     def write_level(self, lineage: str, level: int, checkpoint: Checkpoint, record: LevelRecord) -> LevelRecord:
         """Save a checkpoint, and last its record.
@@ -208,6 +222,7 @@ class RunDir:
                 files[name] = write_tensors(path, content)
         done = record.model_copy(update={"files": files})
         self.write_text(f"{folder}/{LEVEL}", dump_checksummed(done, indent=1))
+        self.levels.pop(f"{folder}/{LEVEL}", None)
         return done
 
     def read_tensors(self, lineage: str, level: int, name: str) -> dict[str, Tensor]:
@@ -307,15 +322,11 @@ class RunDir:
         Raises:
             UserError: The file is damaged.
         """
+        damaged = f"{self.storage.at(RESULT)}: is damaged. Delete it, and the same command writes it again"
         try:
-            return load_checksummed(Result, self.storage.read(RESULT))
+            return self.parse(Result, self.storage.read(RESULT), damaged)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError:
-            self.require_format()
-            raise UserError(
-                f"{self.storage.at(RESULT)}: is damaged. Delete it, and the same command writes it again"
-            ) from None
 
     def has_export(self) -> bool:
         """Whether the exported model is there."""
@@ -365,23 +376,23 @@ def level_name(lineage: str, level: int) -> str:
     return DENSE if lineage == DENSE else f"{lineage}/level-{level}" if lineage else f"level-{level}"
 
 
-def check_run(store: RunDir, spec: Spec) -> None:
+def check_run(run_dir: RunDir, spec: Spec) -> None:
     """Check that a search of this spec can start or resume in a run directory. Writes nothing.
 
     Args:
-        store: The run directory.
+        run_dir: The run directory.
         spec: The spec.
 
     Raises:
         UserError: Other files are there, another driver works there, or finished work belongs to another spec.
     """
-    storage = store.storage
+    storage = run_dir.storage
     if not storage.has(SPEC) and any(True for _ in storage.names()):
         raise UserError(f"{storage.at()}: is not empty and not a run directory: choose another with --run")
     if storage.is_locked():
         raise UserError(f"{storage.at()}: another raymask is working in it; wait for it, or choose another with --run")
-    if store.has_progress():
-        before, now = fingerprint(store.read_spec()), fingerprint(spec)
+    if run_dir.has_progress():
+        before, now = fingerprint(run_dir.read_spec()), fingerprint(spec)
         differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if differing:
             lines = "".join(
@@ -393,11 +404,11 @@ def check_run(store: RunDir, spec: Spec) -> None:
 
 
 @contextmanager
-def open_run(store: RunDir, spec: Spec) -> Iterator[RunDir]:
+def open_run(run_dir: RunDir, spec: Spec) -> Iterator[RunDir]:
     """Lock a run directory for the block; create it if it does not exist.
 
     Args:
-        store: The run directory.
+        run_dir: The run directory.
         spec: The spec.
 
     Yields:
@@ -406,11 +417,11 @@ def open_run(store: RunDir, spec: Spec) -> Iterator[RunDir]:
     Raises:
         UserError: As in `check_run`, or the storage cannot be written.
     """
-    check_run(store, spec)
-    with store.storage.lock():
-        if not store.has_progress():
-            store.write_spec(spec)
-        yield store
+    check_run(run_dir, spec)
+    with run_dir.storage.lock():
+        if not run_dir.has_progress():
+            run_dir.write_spec(spec)
+        yield run_dir
 
 
 def dump_checksummed(record: Record, indent: int | None = None) -> str:

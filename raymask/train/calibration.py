@@ -13,14 +13,14 @@ from raymask.data.types import TokenizedSplit
 from raymask.train.batches import collate, to_device
 from raymask.train.losses import TaskLoss, loss_denominators
 from raymask.train.prunable import is_linear, matrices, transposed_weights
-from raymask.train.trainer import rows_at_once, task_loss
+from raymask.train.trainer import mean_label_loss, rows_at_once
 
 CALIBRATION_ROWS = 128  # as in Wanda (Sun et al. 2023)
 MAX_BATCH_ROWS = 32  # rows at most
 
 
 def calibrate(
-    module: nn.Module, prunable: Sequence[str], rows: TokenizedSplit, *, padding: int, objective: TaskLoss
+    module: nn.Module, prunable: Sequence[str], rows: TokenizedSplit, *, padding: int, task_loss: TaskLoss
 ) -> dict[str, Calibration]:
     """Measure the inputs and gradients of linear layers.
 
@@ -32,7 +32,7 @@ def calibrate(
         prunable: Names of weights of linear layers.
         rows: Calibration rows.
         padding: The token id that pads batches.
-        objective: The task's loss.
+        task_loss: The task's loss.
 
     Returns:
         Calibrations by weight name, for matrices of [n_out, n_in].
@@ -56,12 +56,12 @@ def calibrate(
     hooks = [
         layer.register_forward_pre_hook(add_inputs) for layer in module.modules() if weight_id(layer) in squares_by_id
     ]
-    denominators, size = loss_denominators(rows.lengths), min(MAX_BATCH_ROWS, rows_at_once(module, rows, objective))
+    denominators, size = loss_denominators(rows.lengths), min(MAX_BATCH_ROWS, rows_at_once(module, rows, task_loss))
     try:
         for indices in np.split(np.argsort(rows.lengths, kind="stable"), range(size, len(rows), size)):
             batch = to_device(collate(rows, indices, padding), weights[0].device)
             is_token = batch["attention_mask"].bool()
-            loss = task_loss(module, batch, objective, denominators)
+            loss = mean_label_loss(module, batch, task_loss, denominators)
             torch._foreach_add_(gradients, torch.autograd.grad(loss, weights))
     finally:
         for hook in hooks:

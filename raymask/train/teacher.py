@@ -48,31 +48,31 @@ class Teacher:
         self.module = module
         self.memory = memory
         self.batch_order: object = None
-        self.kept: list[TeacherOutputs] = []
+        self.cached: list[TeacherOutputs] = []
         self.free_bytes = 0
         self.next_batch = 0
 
-    def start(self, order: object, first: int = 0, *, keep: bool) -> Teacher:
+    def start(self, order: object, first: int = 0, *, cache: bool) -> Teacher:
         """Start a training.
 
         Args:
             order: Identifies the sequence of batches: equal values, equal batches. Another value empties the cache.
             first: The index of the first batch in the sequence.
-            keep: Whether to cache outputs; read when the `order` changes.
+            cache: Whether to cache outputs; read when the `order` changes.
 
         Returns:
             The teacher itself.
         """
         if order != self.batch_order:
-            self.batch_order, self.kept, self.free_bytes = order, [], self.memory if keep else 0
+            self.batch_order, self.cached, self.free_bytes = order, [], self.memory if cache else 0
         self.next_batch = first
         return self
 
     def __call__(self, **inputs: Any) -> TeacherOutputs:
         """The outputs for the next batch; `inputs` as for the module."""
         index, self.next_batch = self.next_batch, self.next_batch + 1
-        if index < len(self.kept):
-            return self.kept[index]
+        if index < len(self.cached):
+            return self.cached[index]
         module_outputs = self.module(**inputs)
         outputs = TeacherOutputs(
             to_autocast_dtype(module_outputs.logits),
@@ -80,8 +80,8 @@ class Teacher:
             tuple(map(to_autocast_dtype, module_outputs.attentions)),
         )
         size = sum(tensor.nbytes for tensor in outputs.tensors())
-        if index == len(self.kept) and size <= self.free_bytes:
-            self.kept.append(outputs)
+        if index == len(self.cached) and size <= self.free_bytes:
+            self.cached.append(outputs)
             self.free_bytes -= size
         return outputs
 
@@ -96,12 +96,13 @@ def to_autocast_dtype(values: Tensor) -> Tensor:
 
 
 def cache_bytes(rows: int, lengths: Any, config: Any, vocabulary: int = 0) -> int:
-    """Estimated bytes of cached outputs, at most MEMORY.
+    """Estimated bytes of cached outputs, at most MAX_CACHE_BYTES.
 
     Args:
         rows: The rows of all batches together.
         lengths: int64, tokens of typical rows.
-        config: The teacher's transformers configuration. Without layers, width and heads in it, MEMORY is returned.
+        config: The teacher's transformers configuration. Without layers, width and heads in it, MAX_CACHE_BYTES is
+            returned.
         vocabulary: Logits a token; 0 if only rows have logits.
     """
     try:

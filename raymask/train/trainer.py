@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Container, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,9 @@ MAX_LOGIT_BYTES = 2**28  # bytes of float32 logits of such a batch at most, for 
 Autocast = Callable[[], AbstractContextManager[object]]
 """Makes the context manager in which a model computes: autocast, or none."""
 
+Backward = Callable[[np.ndarray, LossDenominators], None]
+"""(indices of rows, denominators of the batch that they are a part of): adds the gradients of these rows."""
+
 
 def num_steps(config: TrainConfig, rows: int) -> int:
     """Optimizer steps of a training on `rows` rows. Epochs may be a fraction; more than 0 are at least one step."""
@@ -41,92 +46,167 @@ def steps_per_epoch(config: TrainConfig, rows: int) -> int:
     return math.ceil(rows / config.batch_size)
 
 
-def train(
-    module: nn.Module,
-    rows: TokenizedSplit,
-    config: TrainConfig,
-    *,
-    padding: int,
-    seed: int,
-    mask: Mask,
-    optimizer: torch.optim.Optimizer,
-    max_grad_norm: float,
-    autocast: Autocast,
-    teacher: Callable[..., Any] | None,
-    objective: TaskLoss,
-    eval_steps: Container[int],
-    on_eval: Callable[[int], None],
-    on_progress: Callable[[float], None],
-    steps: tuple[int, int] | None = None,
-    group: ProcessGroup = SINGLE_PROCESS,
-) -> None:
-    """Train a model in place. The mask is applied before the first and after every optimizer step.
+@dataclass(frozen=True)
+class Trainer:
+    """Training and prediction of one model.
 
-    Args:
-        module: The model; it is left in evaluation mode.
-        rows: Training rows.
-        config: Epochs, batch size, learning rate and schedule.
+    Attributes:
+        module: The model, in evaluation mode.
+        task_loss: The task's losses and predictions.
         padding: The token id that pads batches.
-        seed: Fixes the order of rows and the dropout, so that both are the same for two masks.
-        mask: Masks by parameter name, in the parameters' layout; this rank's rows if the model is sharded. Empty for
-            dense training.
-        optimizer: The optimizer of all parameters.
         max_grad_norm: Gradients are clipped to this norm.
         autocast: The context for forward passes.
-        teacher: Called as the module is; None to train on the labels.
-        objective: The task's loss.
-        eval_steps: The steps after which to evaluate.
-        on_eval: Called with the step after each of these, with the module in evaluation mode.
-        on_progress: Called after each step with the share in (0, 1] of steps done.
-        steps: (begin, end) to run only the steps after `begin`, up to `end`; None for all.
-        group: The processes that train this model together. All end with the same bits.
+        on_progress: Called after each training step with the share in (0, 1] of steps done.
+        group: The processes that have this model. They train and predict together, and all end with the same bits.
     """
-    parameters = dict(module.named_parameters())
-    pruned = [local_tensor(parameters[name]) for name in mask]
-    masks = [mask[name].to(weight.dtype) for name, weight in zip(mask, pruned, strict=True)]
-    device = next(module.parameters()).device
-    total = num_steps(config, len(rows))
-    begin, end = steps or (0, total)
-    batches = batch_stream(rows, config.batch_size, seed, begin)
 
-    def backward(indices: np.ndarray, denominators: LossDenominators) -> None:
-        """Add the gradients of these rows."""
-        batch = to_device(collate(rows, indices, padding), device)
-        with autocast(), kernels():
+    module: nn.Module
+    task_loss: TaskLoss
+    padding: int
+    max_grad_norm: float = math.inf
+    autocast: Autocast = nullcontext
+    on_progress: Callable[[float], None] = lambda share: None
+    group: ProcessGroup = SINGLE_PROCESS
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return next(self.module.parameters()).device
+
+    @property
+    def without_autocast(self) -> Trainer:
+        """The same in the weights' own precision, as an exported model computes."""
+        return replace(self, autocast=nullcontext)
+
+    def train(
+        self,
+        rows: TokenizedSplit,
+        config: TrainConfig,
+        optimizer: torch.optim.Optimizer,
+        mask: Mask,
+        *,
+        seed: int,
+        teacher: Callable[..., Any] | None = None,
+        steps: tuple[int, int] | None = None,
+        eval_steps: Container[int] = (),
+    ) -> Iterator[int]:
+        """Train the model in place. The mask is applied before the first and after every optimizer step.
+
+        Training goes on as the caller iterates; it must iterate to the end.
+
+        Args:
+            rows: Training rows.
+            config: Epochs, batch size, learning rate and schedule.
+            optimizer: The optimizer of all parameters.
+            mask: Masks by parameter name, in the parameters' layout; this rank's rows if the model is sharded. Empty
+                for dense training.
+            seed: Fixes the order of rows and the dropout, so that both are the same for two masks.
+            teacher: Called as the module is; None to train on the labels.
+            steps: (begin, end) to run only the steps after `begin`, up to `end`; None for all.
+            eval_steps: The steps after which the caller evaluates.
+
+        Yields:
+            Each of these steps once it is done, with the module in evaluation mode.
+        """
+        total = num_steps(config, len(rows))
+        begin, end = steps or (0, total)
+        batches = batch_stream(rows, config.batch_size, seed, begin)
+        parameters = dict(self.module.named_parameters())
+        pruned = [local_tensor(parameters[name]) for name in mask]
+        masks = [mask[name].to(weight.dtype) for name, weight in zip(mask, pruned, strict=True)]
+        torch.manual_seed(derive(seed, seeds.DROPOUT, *([begin] if begin else [])))
+        apply_masks(pruned, masks)
+        self.module.train()
+        backward = partial(self.backward, rows, teacher, cpu_kernels(self.module, self.device))
+        for step in range(begin + 1, end + 1):
+            for parameter_group in optimizer.param_groups:
+                parameter_group["lr"] = config.learning_rate * lr_multiplier(config, step, total)
+            indices = next(batches)
+            batch = indices, loss_denominators(rows.lengths[indices])
+            self.set_gradients(backward, *batch, config.data_parallel, derive(seed, seeds.DROPOUT, step))
+            nn.utils.clip_grad_norm_(parameters.values(), self.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            apply_masks(pruned, masks)
+            if step in eval_steps:
+                self.module.eval()
+                yield step
+                self.module.train()
+            self.on_progress((step - begin) / (end - begin))
+        self.module.eval()
+
+    def backward(
+        self,
+        rows: TokenizedSplit,
+        teacher: Callable[..., Any] | None,
+        kernels: Autocast,
+        indices: np.ndarray,
+        denominators: LossDenominators,
+    ) -> None:
+        """Add the gradients of some rows.
+
+        Args:
+            rows: Training rows.
+            teacher: Called as the module is; None to train on the labels.
+            kernels: The context for the forward pass, beside autocast.
+            indices: The rows, int64.
+            denominators: Those of the batch that they are a part of.
+        """
+        batch = to_device(collate(rows, indices, self.padding), self.device)
+        with self.autocast(), kernels():
             if teacher:
-                loss = distillation(module, teacher, batch, objective, denominators)
+                loss = distillation(self.module, teacher, batch, self.task_loss, denominators)
             else:
-                loss = task_loss(module, batch, objective, denominators)
+                loss = mean_label_loss(self.module, batch, self.task_loss, denominators)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    torch.manual_seed(derive(seed, seeds.DROPOUT, *([begin] if begin else [])))
-    apply_masks(pruned, masks)
-    module.train()
-    kernels = cpu_kernels(module, device)
-    for step in range(begin + 1, end + 1):
-        for parameter_group in optimizer.param_groups:
-            parameter_group["lr"] = config.learning_rate * lr_multiplier(config, step, total)
-        indices = next(batches)
-        denominators = loss_denominators(rows.lengths[indices])
-        if group.sharded:  # FSDP sums the gradients in the backward pass
-            backward(*take_shard(indices, denominators, group.rank, group.size, derive(seed, seeds.DROPOUT, step)))
-        elif config.data_parallel == 1:
+    def set_gradients(
+        self, backward: Backward, indices: np.ndarray, denominators: LossDenominators, shards: int, seed: int
+    ) -> None:
+        """Set the parameters' gradients to those of a batch.
+
+        Args:
+            backward: Adds the gradients of some rows.
+            indices: The rows of the batch, int64.
+            denominators: Those of the batch.
+            shards: Into how many shards the batch is split, a power of two.
+            seed: The step's seed.
+        """
+        if self.group.sharded:  # FSDP sums the gradients in the backward pass
+            backward(*take_shard(indices, denominators, self.group.rank, self.group.size, seed))
+        elif shards == 1:
             backward(indices, denominators)
         else:
-            step_seed = derive(seed, seeds.DROPOUT, step)
-            accumulate_shards(
-                parameters.values(), backward, indices, denominators, config.data_parallel, step_seed, group
-            )
-        nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        apply_masks(pruned, masks)
-        if step in eval_steps:
-            module.eval()
-            on_eval(step)
-            module.train()
-        on_progress((step - begin) / (end - begin))
-    module.eval()
+            accumulate_shards(self.module, backward, (indices, denominators), shards, seed, self.group)
+
+    @torch.no_grad()
+    def predict(self, rows: TokenizedSplit) -> Tensor:
+        """Compute predictions for all rows. The processes of the group share the work.
+
+        Args:
+            rows: The rows.
+
+        Returns:
+            float32 [rows, columns] on the CPU, in the order of the rows (`TaskLoss.predictions`).
+        """
+        size = rows_at_once(self.module, rows, self.task_loss)
+        batches = np.split(np.argsort(rows.lengths, kind="stable"), range(size, len(rows), size))
+        group = self.group if len(batches) >= self.group.size else SINGLE_PROCESS
+        local_batches = batches[group.rank :: group.size]
+        # With a sharded model all processes must run equally many batches.
+        missing = -(-len(batches) // group.size) - len(local_batches)
+        predictions = []
+        for indices in (*local_batches, *batches[: missing * self.group.sharded]):
+            batch = to_device(collate(rows, indices, self.padding), self.device)
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            with self.autocast():
+                logits = self.module(**inputs).logits
+            predictions.append(self.task_loss.predictions(logits, batch))
+        ordered = torch.zeros(len(rows), predictions[0].shape[1], device=self.device)
+        positions = torch.from_numpy(np.concatenate(local_batches)).to(self.device)
+        ordered[positions] = torch.cat(predictions[: len(local_batches)])
+        group.all_reduce(ordered.view(-1))
+        return ordered.cpu()
 
 
 def take_shard(
@@ -150,10 +230,9 @@ def take_shard(
 
 
 def accumulate_shards(
-    parameters: Collection[nn.Parameter],
-    backward: Callable[[np.ndarray, LossDenominators], None],
-    indices: np.ndarray,
-    denominators: LossDenominators,
+    module: nn.Module,
+    backward: Backward,
+    batch: tuple[np.ndarray, LossDenominators],
     shards: int,
     seed: int,
     group: ProcessGroup,
@@ -161,10 +240,9 @@ def accumulate_shards(
     """Set the parameters' gradients to those of a batch, summed over all shards of all processes.
 
     Args:
-        parameters: The model's parameters.
+        module: The model.
         backward: Adds the gradients of one shard, given its rows and its denominators.
-        indices: The rows of the batch, int64.
-        denominators: Those of the batch.
+        batch: The rows of the batch, int64, and its denominators.
         shards: The number of shards, a power of two.
         seed: The step's seed.
         group: The processes that share the shards.
@@ -174,8 +252,8 @@ def accumulate_shards(
     def gradients() -> Iterator[Tensor]:
         """The gradients of each local shard, flat."""
         for number in group.local_shards(shards):
-            backward(*take_shard(indices, denominators, number, shards, seed))
-            used[:] = [parameter for parameter in parameters if parameter.grad is not None]
+            backward(*take_shard(*batch, number, shards, seed))
+            used[:] = [parameter for parameter in module.parameters() if parameter.grad is not None]
             yield torch.cat([parameter.grad.flatten() for parameter in used if parameter.grad is not None])
             for parameter in used:
                 parameter.grad = None
@@ -193,21 +271,21 @@ def apply_masks(weights: list[Tensor], masks: list[Tensor]) -> None:
         torch._foreach_mul_(weights, masks)
 
 
-def task_loss(module: nn.Module, batch: Batch, objective: TaskLoss, denominators: LossDenominators) -> Tensor:
+def mean_label_loss(module: nn.Module, batch: Batch, task_loss: TaskLoss, denominators: LossDenominators) -> Tensor:
     """The mean loss against the labels.
 
     Args:
         module: The model.
         batch: The batch.
-        objective: The task's loss.
+        task_loss: The task's loss.
         denominators: Those of the batch, or of a larger batch that it is a part of.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    return objective.label_loss(module(**inputs).logits, batch).sum() / objective.targets(denominators)
+    return task_loss.label_loss(module(**inputs).logits, batch).sum() / task_loss.targets(denominators)
 
 
 def distillation(
-    module: nn.Module, teacher: Callable[..., Any], batch: Batch, objective: TaskLoss, denominators: LossDenominators
+    module: nn.Module, teacher: Callable[..., Any], batch: Batch, task_loss: TaskLoss, denominators: LossDenominators
 ) -> Tensor:
     """The distillation loss.
 
@@ -219,7 +297,7 @@ def distillation(
         module: The student.
         teacher: Called as the module is.
         batch: The batch.
-        objective: The task's loss.
+        task_loss: The task's loss.
         denominators: Those of the batch, or of a larger batch that it is a part of.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -227,7 +305,7 @@ def distillation(
     with torch.no_grad():
         teacher_out = teacher(**inputs, output_attentions=True, output_hidden_states=True)
     is_token = batch["attention_mask"].float()
-    loss = objective.distill_loss(student_out.logits, teacher_out.logits, batch).sum() / objective.targets(denominators)
+    loss = task_loss.distill_loss(student_out.logits, teacher_out.logits, batch).sum() / task_loss.targets(denominators)
     student_embeddings, *student_states = student_out.hidden_states
     teacher_embeddings, *teacher_states = teacher_out.hidden_states
     for student, target in [(student_embeddings, teacher_embeddings), *matched_layers(student_states, teacher_states)]:
@@ -248,54 +326,9 @@ def matched_layers(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Iter
     return zip(student, teacher[spacing - 1 :: spacing], strict=True)
 
 
-@torch.no_grad()
-def predict(
-    module: nn.Module,
-    rows: TokenizedSplit,
-    *,
-    padding: int,
-    autocast: Autocast,
-    objective: TaskLoss,
-    group: ProcessGroup = SINGLE_PROCESS,
-) -> Tensor:
-    """Compute predictions for all rows.
-
-    The processes of a group share the work, and all get the same bits.
-
-    Args:
-        module: The model, in evaluation mode.
-        rows: The rows.
-        padding: The token id that pads batches.
-        autocast: The context for forward passes.
-        objective: The task's loss, which says what is kept of the outputs.
-        group: The processes that have this model.
-
-    Returns:
-        float32 [rows, columns] on the CPU, in the order of the rows (`TaskLoss.predictions`).
-    """
-    device = next(module.parameters()).device
-    size = rows_at_once(module, rows, objective)
-    batches = np.split(np.argsort(rows.lengths, kind="stable"), range(size, len(rows), size))
-    sharing = group if len(batches) >= group.size else SINGLE_PROCESS
-    local_batches = batches[sharing.rank :: sharing.size]
-    # With a sharded model all processes must run equally many batches.
-    missing = -(-len(batches) // sharing.size) - len(local_batches)
-    predictions = []
-    for indices in (*local_batches, *batches[: missing * group.sharded]):
-        batch = to_device(collate(rows, indices, padding), device)
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        with autocast():
-            logits = module(**inputs).logits
-        predictions.append(objective.predictions(logits, batch))
-    ordered = torch.zeros(len(rows), predictions[0].shape[1], device=device)
-    ordered[torch.from_numpy(np.concatenate(local_batches)).to(device)] = torch.cat(predictions[: len(local_batches)])
-    sharing.all_reduce(ordered.view(-1))
-    return ordered.cpu()
-
-
-def rows_at_once(module: nn.Module, rows: TokenizedSplit, objective: TaskLoss) -> int:
-    """Rows of a batch for prediction: at most EVAL_BATCH, and at most OUTPUTS bytes of logits, but at least one."""
-    if not objective.per_token:
+def rows_at_once(module: nn.Module, rows: TokenizedSplit, task_loss: TaskLoss) -> int:
+    """Rows of a batch for prediction: at most MAX_EVAL_ROWS, and MAX_LOGIT_BYTES of logits, but at least one."""
+    if not task_loss.per_token:
         return MAX_EVAL_ROWS
     row_bytes = 4 * int(rows.lengths.max()) * vocab_size(module.config)
     return max(1, min(MAX_EVAL_ROWS, MAX_LOGIT_BYTES // row_bytes))

@@ -6,9 +6,9 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from raymask.core.masking.scorers import DATA_FREE, Calibration
 from raymask.core.recipe import early_eval_config, resolve
 from raymask.core.records import Candidate, EvalPoint, Evaluation, FinetuneResult, TrainConfig
 from raymask.core.seeds import derive
-from raymask.core.spec import Score
+from raymask.core.spec import EarlyEval, Score
 from raymask.core.tasks import Checkpoint, EvalTask, FinetuneTask, Snapshot
 from raymask.core.tensors import PackedTensors, copy_into, pack
 from raymask.data.metrics import compute_metrics, selection_metric
@@ -58,6 +58,23 @@ class LevelCache:
     sampler_cache: dict[object, SampleFn]
 
 
+@dataclass(frozen=True)
+class BestEval:
+    """The best evaluation of a fine-tuning.
+
+    Attributes:
+        sort_key: What it is compared by, larger is better.
+        index: Its index among the evaluations.
+        weights: The model's tensors at it; this rank's if the model is sharded.
+        moments: The optimizer's state at it, likewise.
+    """
+
+    sort_key: tuple[float, float]
+    index: int
+    weights: PackedTensors
+    moments: PackedTensors
+
+
 class Worker:
     """One model on one device, reset to a snapshot for every task. Results do not depend on earlier tasks.
 
@@ -66,11 +83,12 @@ class Worker:
     Args:
         context: The search's data and settings.
         device: The torch device, "cpu" or "cuda".
-        tell: Called with the share in [0, 1] of the current task that is done.
+        on_progress: Called with the share in [0, 1] of the current task that is done.
         group: The processes that the model is sharded over, if it is.
 
     Attributes:
         module: The model, in evaluation mode between tasks.
+        trainer: Trains it and predicts with it.
         named_tensors: Its parameters and saved buffers by name.
         name: The worker's name in records.
         dense_predictions: The dense model's predictions for the scored rows, float32 [rows, columns]; None until
@@ -81,7 +99,7 @@ class Worker:
         self,
         context: WorkerContext,
         device: str,
-        tell: Callable[[float], None] = lambda share: None,
+        on_progress: Callable[[float], None] = lambda share: None,
         group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.context = context
@@ -91,16 +109,25 @@ class Worker:
         self.device = torch.device(device)
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
-        self.on_progress = tell
+        self.on_progress = on_progress
         self.mesh = fsdp.mesh(device, group.size) if group.sharded else None
         # no autocast for weights in bf16, or with FSDP, which converts the weights block by block
         without_autocast = context.spec.model.dtype == "bf16" or group.sharded
-        self.autocast = nullcontext if without_autocast else autocast_factory(context.spec.precision, self.device)
+        autocast = nullcontext if without_autocast else autocast_factory(context.spec.precision, self.device)
         with isolated_torch_state(context.spec, self.device):
             self.module = self.new_module(context.config)
         if context.spec.gradient_checkpointing:
             checkpoint_activations(self.module, self.device)
         self.named_tensors = state_tensors(self.module)
+        self.trainer = trainer.Trainer(
+            self.module,
+            self.task_loss,
+            context.data.padding,
+            context.spec.optimizer.max_grad_norm,
+            autocast,
+            lambda share: self.on_progress(share),
+            group,
+        )
         self.teacher: Teacher | None = None
         self.name = worker_name(self.device, context.spec)
         self.caches: dict[tuple[str, float], LevelCache] = {}  # by the parent's key and the density
@@ -160,18 +187,13 @@ class Worker:
     def _evaluate(
         self, parent: Snapshot, eval_task: EvalTask, paused: Snapshot | None
     ) -> tuple[Evaluation, Snapshot | None]:
-        """Reset the model, draw the mask, train briefly, and score on `validation`; arguments as in `evaluate_task`.
+        """Reset the model, draw the mask, train briefly, and score on `validation`; arguments as in `evaluate`.
 
         Raises:
             FloatingPointError: The loss on `validation` is not finite.
         """
-        spec, data, candidate = self.context.spec, self.context.data, eval_task.candidate
-        config = early_eval_config(spec)
-        total = trainer.num_steps(config, len(data.train))
-        rung_steps = [0, *(max(1, round(total * share)) for share in spec.early_eval.rungs)]
-        if parent.teacher is not None and self.dense_predictions is None and self.task_loss.agreement:
-            fsdp.copy_into_shards(parent.teacher, self.named_tensors)
-            self.dense_predictions = self.predictions(self.scored, group=self.group)
+        candidate = eval_task.candidate
+        self.remember_dense_predictions(parent)
         mask, bits = self.reset(parent, candidate)
         distance = masks.distance(bits, self.caches[parent.key, candidate.density].magnitude_mask[1])
         if paused is not None:
@@ -179,55 +201,79 @@ class Worker:
         optimizer = self.optimizer(paused or parent)
         curve: list[EvalPoint] = []
         losses: list[Tensor] = []
-
-        def on_eval(step: int) -> None:
-            """Evaluate on the scored rows."""
-            point, row_losses = self.evaluate_model(step, self.scored, self.dense_predictions, self.group)
+        first_rung = eval_task.rung if paused else 0
+        for step in self.train_to_rung(parent, eval_task, mask, optimizer, first_rung):
+            point, row_losses = self.evaluate_model(self.trainer, step, self.scored, self.dense_predictions)
             if not np.isfinite(point.loss):
                 raise FloatingPointError(f"the loss on validation is {point.loss} after {step} steps")
             curve.append(point)
             losses.append(row_losses)
-
-        seed = derive(spec.seed, seeds.EARLY_EVAL, candidate.level, *([eval_task.repeat] if eval_task.repeat else []))
-        for rung in range(eval_task.rung if paused else 0, eval_task.rung + 1):
-            begin, end = rung_steps[rung : rung + 2]
-            all_eval_steps = range(spec.early_eval.eval_steps, end + 1, spec.early_eval.eval_steps)
-            eval_steps = (
-                [step for step in all_eval_steps if step > begin][-spec.early_eval.score_window :]
-                if rung == eval_task.rung
-                else []
-            )
-            self.train(
-                parent,
-                config,
-                mask,
-                seed,
-                eval_steps,
-                on_eval,
-                optimizer,
-                steps=(begin, end),
-                shared=True,
-                group=self.group,
-            )
-        if not curve:
-            on_eval(end)
-        snapshot = None
-        if end < total:
-            state = optim.optimizer_state(self.module, optimizer)
-            weights, moments = self.gather_full(self.named_tensors), self.gather_full(state)
-            if weights and moments:
-                snapshot = Snapshot(f"{parent.key}: {candidate.name} after {end} steps", weights, moments)
         evaluation = Evaluation(
             candidate=candidate,
             rung=eval_task.rung,
             repeat=eval_task.repeat,
-            score=float(np.mean([eval_scores(point)[spec.early_eval.score] for point in curve])),
+            score=float(np.mean([eval_scores(point)[self.context.spec.early_eval.score] for point in curve])),
             curve=tuple(curve),
             row_losses=torch.stack(losses).mean(0).numpy().tobytes(),
             distance=distance,
             digest=masks.digest(bits),
         )
-        return evaluation, snapshot
+        is_last = eval_task.rung == len(self.context.spec.early_eval.rungs) - 1
+        return evaluation, None if is_last else self.pause(parent, eval_task, optimizer)
+
+    def remember_dense_predictions(self, parent: Snapshot) -> None:
+        """Compute the dense model's predictions for the scored rows, once, where a candidate's score may need them."""
+        if parent.teacher is not None and self.dense_predictions is None and self.task_loss.agreement:
+            fsdp.copy_into_shards(parent.teacher, self.named_tensors)
+            self.dense_predictions = self.trainer.predict(self.scored)
+
+    def train_to_rung(
+        self,
+        parent: Snapshot,
+        eval_task: EvalTask,
+        mask: masks.Mask,
+        optimizer: torch.optim.Optimizer,
+        first_rung: int,
+    ) -> Iterator[int]:
+        """Train a candidate, rung by rung, up to the rung of its evaluation.
+
+        Args:
+            parent: Gives the teacher's weights.
+            eval_task: The candidate, rung and repeat.
+            mask: Masks by parameter name, this rank's rows if the model is sharded.
+            optimizer: The optimizer.
+            first_rung: The rung that the training goes on to first, from 0.
+
+        Yields:
+            The steps at which to evaluate: those of the score's window, or the last step of the rung.
+        """
+        spec, train, candidate = self.context.spec, self.context.data.train, eval_task.candidate
+        config = early_eval_config(spec)
+        seed = derive(spec.seed, seeds.EARLY_EVAL, candidate.level, *([eval_task.repeat] if eval_task.repeat else []))
+        rung_steps = steps_by_rung(trainer.num_steps(config, len(train)), spec.early_eval.rungs)
+        for rung in range(first_rung, eval_task.rung + 1):
+            begin, end = rung_steps[rung : rung + 2]
+            yield from self.trainer.train(
+                train,
+                config,
+                optimizer,
+                mask,
+                seed=seed,
+                # other candidates train on the same batches
+                teacher=self.teacher_outputs(parent, config, seed, begin, cache=True),
+                steps=(begin, end),
+                eval_steps=scored_steps(begin, end, spec.early_eval) if rung == eval_task.rung else (),
+            )
+        if begin == end:  # so short a training that the rung adds no step
+            yield end
+
+    def pause(self, parent: Snapshot, eval_task: EvalTask, optimizer: torch.optim.Optimizer) -> Snapshot | None:
+        """The snapshot in which a candidate pauses at its rung; None on other ranks than 0."""
+        state = optim.optimizer_state(self.module, optimizer)
+        weights, moments = self.gather_full(self.named_tensors), self.gather_full(state)
+        if not weights or not moments:
+            return None
+        return Snapshot(f"{parent.key}: {eval_task.candidate.name} at rung {eval_task.rung}", weights, moments)
 
     def finetune(
         self,
@@ -258,78 +304,87 @@ class Worker:
             return self._finetune(parent, finetune_task, group)
 
     def _finetune(self, parent: Snapshot, finetune_task: FinetuneTask, group: ProcessGroup) -> Checkpoint | None:
-        """`finetune_task` in a connected group."""
+        """`finetune` in a connected group."""
         started, start_time = time.time(), time.perf_counter()
         name, *helpers = (self.name,) if group.sharded else group.all_gather_names(self.name, self.device)
-        spec, data, config = self.context.spec, self.context.data, finetune_task.config
-        candidate = finetune_task.candidate
-        mask, bits = self.reset(parent, candidate)
-        digest = masks.digest(bits)
-        if finetune_task.digest is not None and digest != finetune_task.digest:
-            raise UserError(
-                f"{candidate.name} of level {candidate.level} drew mask {digest} here ({self.name}), but mask "
-                f"{finetune_task.digest} was scored: the workers' devices or torch versions differ. Use workers of one "
-                "kind"
-            )
-        total, epoch = trainer.num_steps(config, len(data.train)), trainer.steps_per_epoch(config, len(data.train))
-        eval_steps = sorted({*range(epoch, total + 1, epoch), total})
-        curve: list[EvalPoint] = []
-        best: list[Any] = []  # sort key, index on the curve, weights, moments
-
-        def on_eval(step: int) -> None:
-            """Evaluate on `validation`, and keep the model if it is the best so far."""
-            point, _ = self.evaluate_model(step, data.validation, None, group)
-            curve.append(point)
-            if np.isfinite(point.loss) and (not best or point.sort_key > best[0]):
-                best[:] = [
-                    point.sort_key,
-                    len(curve) - 1,
-                    pack(fsdp.local_tensors(self.named_tensors)),
-                    pack(fsdp.local_tensors(moments())),
-                ]
-
-        def moments() -> dict[str, Tensor]:
-            """The optimizer's state; empty without training."""
-            return {} if optimizer is None else optim.optimizer_state(self.module, optimizer)
-
-        optimizer = None
-        if total == 0:
-            on_eval(0)
-        else:
-            optimizer = self.optimizer(parent)
-            seed = derive(spec.seed, seeds.FINETUNE, candidate.level)
-            self.train(parent, config, mask, seed, eval_steps, on_eval, optimizer, group=group)
-        if not best:
-            raise UserError(
-                f"level {candidate.level}: fine-tuning diverged, the loss on validation is {curve[-1].loss}. "
-                "Lower finetune.learning_rate (dense.learning_rate at level 0) and start in a new run directory"
-            )
-        _, index, weights, state = best
-        copy_into(weights, fsdp.local_tensors(self.named_tensors))
-        if group.sharded:
-            copy_into(state, fsdp.local_tensors(moments()))
-            weights, state = self.gather_full(self.named_tensors), self.gather_full(moments())
-        # without autocast, as the exported model computes
-        logits = self.predictions(data.test, nullcontext, group)
+        mask, bits = self.reset(parent, finetune_task.candidate)
+        require_digest(finetune_task, masks.digest(bits), self.name)
+        group_trainer = replace(self.trainer, group=group)
+        curve, best = self.train_and_keep_best(parent, finetune_task, mask, group_trainer)
+        test_outputs = group_trainer.without_autocast.predict(self.context.data.test)
         if group.rank > 0:
             return None
         return Checkpoint(
-            weights=weights,
-            optimizer=state,
+            weights=best.weights,
+            optimizer=best.moments,
             mask=bits,
-            digest=digest,
+            digest=masks.digest(bits),
             num_kept=masks.num_kept_bits(bits),
             num_prunable=sum(math.prod(shape) for _, _, shape, _ in bits.index.values()),
             finetune_result=FinetuneResult(
                 curve=tuple(curve),
-                best=index,
+                best=best.index,
                 started=started,
                 seconds=time.perf_counter() - start_time,
                 worker=name,
                 helper_workers=tuple(helpers),
             ),
-            test_outputs=logits.numpy(),
+            test_outputs=test_outputs.numpy(),
         )
+
+    def train_and_keep_best(
+        self, parent: Snapshot, finetune_task: FinetuneTask, mask: masks.Mask, group_trainer: trainer.Trainer
+    ) -> tuple[list[EvalPoint], BestEval]:
+        """Train with evaluations on `validation`, and leave the model as it was at the best of them.
+
+        Args:
+            parent: Gives the optimizer's state and the teacher's weights.
+            finetune_task: The candidate and the training.
+            mask: Masks by parameter name, this rank's rows if the model is sharded.
+            group_trainer: Trains together with the other processes.
+
+        Returns:
+            The evaluations, and the best one with full tensors.
+
+        Raises:
+            UserError: The training diverged.
+        """
+        data, config, level = self.context.data, finetune_task.config, finetune_task.candidate.level
+        total, epoch = trainer.num_steps(config, len(data.train)), trainer.steps_per_epoch(config, len(data.train))
+        optimizer = self.optimizer(parent) if total else None
+        steps: Iterable[int] = [0]
+        if optimizer is not None:
+            seed = derive(self.context.spec.seed, seeds.FINETUNE, level)
+            teacher = self.teacher_outputs(parent, config, seed, 0, cache=False)
+            eval_steps = {*range(epoch, total + 1, epoch), total}
+            steps = group_trainer.train(
+                data.train, config, optimizer, mask, seed=seed, teacher=teacher, eval_steps=eval_steps
+            )
+        curve: list[EvalPoint] = []
+        best: BestEval | None = None
+        for step in steps:
+            point, _ = self.evaluate_model(group_trainer, step, data.validation)
+            curve.append(point)
+            if np.isfinite(point.loss) and (best is None or point.sort_key > best.sort_key):
+                local = fsdp.local_tensors(self.named_tensors), fsdp.local_tensors(self.moments(optimizer))
+                best = BestEval(point.sort_key, len(curve) - 1, *map(pack, local))
+        if best is None:
+            raise UserError(
+                f"level {level}: fine-tuning diverged, the loss on validation is {curve[-1].loss}. "
+                "Lower finetune.learning_rate (dense.learning_rate at level 0) and start in a new run directory"
+            )
+        copy_into(best.weights, fsdp.local_tensors(self.named_tensors))
+        return curve, self.gather_best(best, optimizer) if self.group.sharded else best
+
+    def gather_best(self, best: BestEval, optimizer: torch.optim.Optimizer | None) -> BestEval:
+        """The best evaluation of a sharded model with full tensors, which rank 0 has; empty on other ranks."""
+        copy_into(best.moments, fsdp.local_tensors(self.moments(optimizer)))
+        weights, moments = self.gather_full(self.named_tensors), self.gather_full(self.moments(optimizer))
+        return replace(best, weights=weights or pack({}), moments=moments or pack({}))
+
+    def moments(self, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+        """The optimizer's state; empty without training."""
+        return {} if optimizer is None else optim.optimizer_state(self.module, optimizer)
 
     def gather_full(self, tensors: dict[str, Tensor]) -> PackedTensors | None:
         """Full tensors, packed, on rank 0 and without a group; None on other ranks."""
@@ -367,7 +422,7 @@ class Worker:
             return {}
         data = self.context.data
         rows = data.train.sample(CALIBRATION_ROWS, derive(self.context.spec.seed, seeds.CALIBRATION))
-        return calibrate(self.module, self.context.prunable, rows, padding=data.padding, objective=self.task_loss)
+        return calibrate(self.module, self.context.prunable, rows, padding=data.padding, task_loss=self.task_loss)
 
     def draw_mask(
         self,
@@ -401,56 +456,22 @@ class Worker:
         state = snapshot.optimizer.views() if snapshot.optimizer else None
         return optim.make_optimizer(self.module, self.context.spec.optimizer, state)
 
-    def train(
-        self,
-        snapshot: Snapshot,
-        config: TrainConfig,
-        mask: masks.Mask,
-        seed: int,
-        eval_steps: list[int],
-        on_eval: Callable[[int], None],
-        optimizer: torch.optim.Optimizer,
-        *,
-        steps: tuple[int, int] | None = None,
-        shared: bool = False,
-        group: ProcessGroup = SINGLE_PROCESS,
-    ) -> None:
-        """Train the model (`trainer.train`).
+    def teacher_outputs(
+        self, snapshot: Snapshot, config: TrainConfig, seed: int, first: int, *, cache: bool
+    ) -> Teacher | None:
+        """The teacher at the start of a training; None if it trains on the labels.
 
         Args:
-            snapshot: Gives the teacher's weights; the model's own must be loaded already.
+            snapshot: Gives the teacher's weights.
             config: The training.
-            mask: Masks by parameter name, this rank's rows if the model is sharded; empty for dense training.
-            seed: Fixes the order of rows and the dropout.
-            eval_steps: The steps after which to evaluate.
-            on_eval: Called with the step after each of these.
-            optimizer: The optimizer.
-            steps: (begin, end) to run only the steps after `begin`, up to `end`; None for all.
-            shared: Other candidates train on the same batches, so the teacher's outputs are cached.
-            group: The processes that train together.
+            seed: The seed of its batches.
+            first: The index of its first batch.
+            cache: Whether others train on the same batches, so that the outputs are worth caching.
         """
-        first = steps[0] if steps else 0
-        trainer.train(
-            self.module,
-            self.context.data.train,
-            config,
-            padding=self.context.data.padding,
-            seed=seed,
-            mask=mask,
-            optimizer=optimizer,
-            max_grad_norm=self.context.spec.optimizer.max_grad_norm,
-            autocast=self.autocast,
-            # no cache for a sharded teacher: all processes must run it equally often, and their caches may differ
-            teacher=self.teacher_for(snapshot).start(seed, first, keep=shared and not group.sharded)
-            if config.distill
-            else None,
-            objective=self.task_loss,
-            steps=steps,
-            group=group,
-            eval_steps=frozenset(eval_steps),
-            on_eval=on_eval,
-            on_progress=self.on_progress,
-        )
+        if not config.distill:
+            return None
+        # no cache for a sharded teacher: all processes must run it equally often, and their caches may differ
+        return self.teacher_for(snapshot).start(seed, first, cache=cache and not self.group.sharded)
 
     def teacher_for(self, snapshot: Snapshot) -> Teacher:
         """The teacher with the snapshot's teacher weights; built once, since they are the same in the whole search."""
@@ -462,51 +483,79 @@ class Worker:
             self.teacher = Teacher(module)
         return self.teacher
 
-    def predictions(
-        self, rows: TokenizedSplit, autocast: trainer.Autocast | None = None, group: ProcessGroup = SINGLE_PROCESS
-    ) -> Tensor:
-        """The model's predictions (`trainer.predict`), float32 [rows, columns], by default in the worker's autocast."""
-        return trainer.predict(
-            self.module,
-            rows,
-            padding=self.context.data.padding,
-            autocast=autocast or self.autocast,
-            objective=self.task_loss,
-            group=group,
-        )
-
     def evaluate_model(
         self,
+        group_trainer: trainer.Trainer,
         step: int,
         rows: TokenizedSplit,
         dense_predictions: Tensor | None = None,
-        group: ProcessGroup = SINGLE_PROCESS,
     ) -> tuple[EvalPoint, Tensor]:
         """Evaluate the model on rows of `validation`.
 
         Args:
+            group_trainer: Predicts, together with the other processes that have this model.
             step: The optimizer steps so far.
             rows: The rows.
             dense_predictions: The dense model's predictions for the rows, float32 [rows, columns]; None to leave the
                 agreement out.
-            group: The processes that have this model.
 
         Returns:
             The point on the curve, and the loss of each row, float32 [rows]. The metric is 0 if a prediction is not
             finite.
         """
-        predictions, agreement = self.predictions(rows, group=group), None
+        predictions, metric, agreement = group_trainer.predict(rows), 0.0, None
         losses = self.task_loss.losses(predictions, torch.from_numpy(rows.labels))
+        if torch.isfinite(predictions).all():
+            metric = selection_metric(compute_metrics(self.context.data.metrics, predictions.numpy(), rows.labels))
+            if dense_predictions is not None and self.task_loss.agreement:
+                agreement = self.task_loss.agreement(predictions, dense_predictions)
         loss = float(losses.double().mean())
-        finite = bool(torch.isfinite(predictions).all())
-        metric = (
-            selection_metric(compute_metrics(self.context.data.metrics, predictions.numpy(), rows.labels))
-            if finite
-            else 0.0
-        )
-        if dense_predictions is not None and finite and self.task_loss.agreement:
-            agreement = self.task_loss.agreement(predictions, dense_predictions)
         return EvalPoint(step=step, loss=loss, metric=metric, agreement=agreement), losses
+
+
+def steps_by_rung(total: int, rungs: Sequence[float]) -> list[int]:
+    """The optimizer steps at which an early evaluation of `total` steps begins, and at which each rung ends.
+
+    Args:
+        total: All optimizer steps of a full early evaluation.
+        rungs: Shares of it in (0, 1], increasing.
+    """
+    return [0, *(max(1, round(total * share)) for share in rungs)]
+
+
+def scored_steps(begin: int, end: int, early_eval: EarlyEval) -> Sequence[int]:
+    """The steps of a rung whose evaluations count for the score.
+
+    Args:
+        begin: The step before the rung.
+        end: The last step of the rung.
+        early_eval: The spec's section.
+
+    Returns:
+        The last `score_window` multiples of `eval_steps`; `end` if there are none.
+    """
+    multiples = range(early_eval.eval_steps, end + 1, early_eval.eval_steps)
+    return [step for step in multiples if step > begin][-early_eval.score_window :] or [end]
+
+
+def require_digest(finetune_task: FinetuneTask, digest: str, worker: str) -> None:
+    """Check that a mask is the one that was evaluated.
+
+    Args:
+        finetune_task: Gives the expected digest; None where the mask was not evaluated.
+        digest: The mask's digest.
+        worker: Name of this worker.
+
+    Raises:
+        UserError: It is another mask.
+    """
+    if finetune_task.digest not in (None, digest):
+        candidate = finetune_task.candidate
+        raise UserError(
+            f"{candidate.name} of level {candidate.level} drew mask {digest} here ({worker}), but mask "
+            f"{finetune_task.digest} was scored: the workers' devices or torch versions differ. Use workers of one "
+            "kind"
+        )
 
 
 def eval_scores(point: EvalPoint) -> dict[Score, float]:

@@ -18,6 +18,7 @@ from typing import Any
 from ray import tune
 
 from raymask.config import apply_choices, load_data, make_spec
+from raymask.core.callbacks import Callback
 from raymask.core.errors import UserError
 from raymask.core.lineage import IMP, branches
 from raymask.core.recipe import planned_epochs, resolve
@@ -32,7 +33,6 @@ from raymask.executor.resources import (
     require_capacity,
     resources_per_worker,
 )
-from raymask.report.console import NullCallback
 from raymask.runs.run_dir import RunDir, check_run
 from raymask.train.context import WorkerContext
 
@@ -116,13 +116,13 @@ def run_trial(data: Mapping[str, Any], choices: Mapping[str, Any], working_dir: 
     with suppress(OSError):
         os.chdir(working_dir)  # Tune changes the directory, and a spec may name files by relative paths
     spec, run = trial_spec(data, choices), trial_run_uri()
-    store, callback = RunDir(run), TuneCallback(spec, run)
-    check_run(store, spec)
+    run_dir, callback = RunDir(run), TuneCallback(spec, run)
+    check_run(run_dir, spec)
     for level in range(1, callback.last):
         for lineage in branches(spec):
-            if store.has_level(lineage, level):
-                callback.on_level_end(lineage, store.read_level(lineage, level))
-    callback.finish(run_search(spec, run, callback).levels[-1])
+            if run_dir.has_level(lineage, level):
+                callback.on_level_end(lineage, run_dir.read_level(lineage, level))
+    callback.finish(run_search(spec, run, [callback]).levels[-1])
 
 
 def trial_run_uri() -> str:
@@ -143,7 +143,7 @@ def trial_run_uri() -> str:
     return f"{SCHEMES[kind]}{storage.trial_fs_path}/{RUN_DIR}"
 
 
-class TuneCallback(NullCallback):
+class TuneCallback(Callback):
     """Callback that reports the best branch of every level to Tune. Tune may end the trial at a report.
 
     Attributes:
@@ -170,7 +170,7 @@ class TuneCallback(NullCallback):
         if lineage != IMP and 0 < level.level < self.last:  # the last level is reported by `finish`
             self.done.setdefault(level.level, []).append(level)
 
-    def on_phase_begin(self, stage: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
+    def on_phase_begin(self, phase: str, level: int, total: int, known: Sequence[Evaluation] | None = None) -> None:
         """Report the levels before `level`, all of whose branches are done."""
         for number in sorted(number for number in self.done if number < level):
             records = self.done.pop(number)

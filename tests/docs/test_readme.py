@@ -20,7 +20,6 @@ from raymask.config import UniqueKeys, load_spec, parse_spec
 from raymask.core.presets import PRESETS
 from raymask.core.spec import GLUE, Spec
 from raymask.driver.search import search
-from raymask.report.console import NullCallback
 from raymask.tune.space import load_space
 
 DOCS = ROOT / "docs"
@@ -171,7 +170,7 @@ def test_a_classifier_and_rows_of_one_s_own_are_pruned_as_the_readme_says(
         write_table(tmp_path / f"{split}.csv", {"message": messages, "queue": [names[label] for label in labels]})
     monkeypatch.chdir(tmp_path)
     quick = ["candidates.count=1", "early_eval.epochs=0.5", "finetune.epochs=1", "imp.epochs=1"]
-    result = search(parse_spec(text, quick), "runs/tickets", NullCallback(), in_process=True)
+    result = search(parse_spec(text, quick), "runs/tickets", in_process=True)
     assert [row.sparsity["prunable"] for row in result.models] == pytest.approx([0, 0.9, 0.9], abs=0.01)
     exported = AutoModelForSequenceClassification.from_pretrained("runs/tickets/export")
     assert exported.config.id2label == names

@@ -18,7 +18,6 @@ from support.s3_server import BUCKET, S3Server
 from raymask.config import load_spec
 from raymask.core.records import Result
 from raymask.driver.search import search
-from raymask.report.console import NullCallback
 from raymask.runs import object_storage, storage
 from raymask.runs.local_storage import LocalStorage
 from raymask.runs.run_dir import RunDir
@@ -37,7 +36,7 @@ def test_kill_9_in_the_middle_of_a_level_on_s3_and_the_same_command_find_the_sam
     """Killed as a process, continued here, where a dead driver is noticed in two seconds."""
     monkeypatch.setattr(object_storage, "MAX_HEARTBEAT_POLLS", 2)
     monkeypatch.chdir(project_in(tmp_path))
-    undisturbed = search(load_spec("spec.yaml", SLOW), tmp_path / "local", NullCallback(), in_process=True)
+    undisturbed = search(load_spec("spec.yaml", SLOW), tmp_path / "local", in_process=True)
     uri, root, filesystem = s3.uri(tmp_path.name), f"{BUCKET}/{tmp_path.name}", s3.filesystem()
 
     def files() -> dict[str, bytes]:

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import ray
-from support.builders import climbed, refused, tiny_context, tiny_snapshot
-from support.callbacks import Ear, by_place, pid_of
+from support.builders import refused, run_halving, tiny_context, tiny_snapshot
+from support.callbacks import RecordingCallback, by_place, pid_of
 
+from raymask.core.callbacks import Callback
 from raymask.core.errors import UserError
 from raymask.core.recipe import propose_candidates, resolve
 from raymask.core.tasks import Snapshot
 from raymask.executor import actor_pool, connection, local_executor, ray_executor, worker_actor
-from raymask.report.console import NullCallback
 
 import psutil  # isort: skip - Ray brings it along, so it is found once Ray is imported
 
@@ -92,7 +92,7 @@ def test_a_search_waits_for_a_cluster_to_grow_as_long_as_it_is_told_to(
     monkeypatch.setattr(actor_pool, "NO_WORKER_WARNING_S", 1.0)
     demand: list[Any] = []
 
-    class Grower(Ear):
+    class Grower(RecordingCallback):
         def on_message(self, text: str) -> None:
             super().on_message(text)
             if text.startswith("waiting for the cluster") and not demand:
@@ -100,37 +100,33 @@ def test_a_search_waits_for_a_cluster_to_grow_as_long_as_it_is_told_to(
                 nodes.add(num_cpus=1)
 
     ear, pool = Grower(), propose_candidates(resolve(JOB.spec), 1)[:2]
-    said = refused(ray_executor.workers(JOB, Ear(), None).__enter__)
+    said = refused(ray_executor.RayExecutor(JOB, RecordingCallback(), None).__enter__)
     assert "no node can hold a worker" in said
     assert "the nodes have 0 CPUs" in said
     assert "workers.scale_up_timeout" in said
-    with ray_executor.workers(tiny_context(early_eval=EARLY_EVAL, workers={"scale_up_timeout": 60}), ear, None) as (
-        evaluate,
-        _,
-    ):
-        assert all(evaluation.ok for evaluation in climbed(evaluate, parent, pool))
+    with ray_executor.RayExecutor(
+        tiny_context(early_eval=EARLY_EVAL, workers={"scale_up_timeout": 60}), ear, None
+    ) as executor:
+        assert all(evaluation.ok for evaluation in run_halving(executor, parent, pool))
     note, *_ = [text for text in ear.notes if text.startswith("waiting for the cluster")]
     assert "a worker asks for 1 CPUs, 0 GPUs" in note
     assert len(demand) == len(pool), "an autoscaler sees no demand"
     with (
-        ray_executor.workers(
-            tiny_context(early_eval=EARLY_EVAL, workers={"scale_up_timeout": 2, "cpus": 8}), Ear(), None
-        ) as (
-            evaluate,
-            _,
-        ),
+        ray_executor.RayExecutor(
+            tiny_context(early_eval=EARLY_EVAL, workers={"scale_up_timeout": 2, "cpus": 8}), RecordingCallback(), None
+        ) as executor,
         pytest.raises(UserError, match=r"no node can hold a worker: one asks for 8 CPUs"),
     ):
-        list(climbed(evaluate, parent, pool))
+        list(run_halving(executor, parent, pool))
 
 
 def test_a_late_node_gets_work_and_its_loss_is_survived(parent: Snapshot, nodes: Nodes) -> None:
     nodes.add(num_cpus=1)
     job = tiny_context(early_eval=EARLY_EVAL, candidates={"count": 400}, workers={"max_retries": 5})
-    pool, ear, found = propose_candidates(resolve(job.spec), 1), Ear(), {}
+    pool, ear, found = propose_candidates(resolve(job.spec), 1), RecordingCallback(), {}
     first = elsewhere = late = killed = None
-    with ray_executor.workers(job, ear, None) as (evaluate, _):
-        for evaluation in climbed(evaluate, parent, pool):
+    with ray_executor.RayExecutor(job, ear, None) as executor:
+        for evaluation in run_halving(executor, parent, pool):
             found[evaluation.candidate.index] = evaluation
             pid = pid_of(evaluation)
             if late is None:
@@ -159,20 +155,20 @@ def test_weights_that_are_lost_with_their_node_are_put_again(
             return [self.held]
 
     pool = propose_candidates(resolve(JOB.spec), 1)
-    with local_executor.workers(JOB, NullCallback()) as (evaluate, _):
-        undisturbed = by_place(climbed(evaluate, parent, pool))
+    with local_executor.LocalExecutor(JOB, Callback()) as executor:
+        undisturbed = by_place(run_halving(executor, parent, pool))
     lost = nodes.add(num_cpus=1, resources={"holder": 1})
     puts: list[Any] = []
-    put, ear, found = ray.put, Ear(), []
+    put, ear, found = ray.put, RecordingCallback(), []
 
     def elsewhere(value: object, *args: Any, **kwargs: Any) -> Any:
         puts.append(put(value, *args, **kwargs) if puts else ray.get(holder.hold.remote(value))[0])
         return puts[-1]
 
-    with ray_executor.workers(JOB, ear, None) as (evaluate, _):
+    with ray_executor.RayExecutor(JOB, ear, None) as executor:
         holder = ray.remote(num_cpus=0, resources={"holder": 1})(Holder).remote()
         monkeypatch.setattr(ray, "put", elsewhere)
-        for evaluation in climbed(evaluate, parent, pool):
+        for evaluation in run_halving(executor, parent, pool):
             found.append(evaluation)
             if len(found) == 1:
                 nodes.add(num_cpus=1)

@@ -17,7 +17,7 @@ import pytest
 from ray import tune as ray_tune
 from ray.tune.schedulers import ASHAScheduler
 from support.builders import reviews, tiny_model, write_table
-from support.callbacks import PATIENCE, desks, private_ray, wait_until
+from support.callbacks import PATIENCE, private_ray, wait_until, worker_pids
 from support.cli import Done, raymask, refused_command
 from support.paths import RAYMASK
 
@@ -100,7 +100,7 @@ def test_trials_run_side_by_side_asha_stops_one_between_levels_and_no_worker_is_
             ),
             run_config=ray_tune.RunConfig(name="tuning", storage_path=str(tmp_path), verbose=0),
         ).fit()
-        wait_until(lambda: not desks())
+        wait_until(lambda: not worker_pids())
     assert [result.metrics["level"] for result in results] == [2, 2, 1]
     good, other, bad = results
     started_at = [result.metrics["timestamp"] - result.metrics["time_total_s"] for result in (good, other)]

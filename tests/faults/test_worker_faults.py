@@ -10,16 +10,25 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from support.builders import climbed, tiny_context, tiny_snapshot
-from support.callbacks import Ear, Killer, assert_same, by_place, desks, pid_of, private_ray, wait_until
+from support.builders import run_halving, tiny_context, tiny_snapshot
+from support.callbacks import (
+    Killer,
+    RecordingCallback,
+    assert_same,
+    by_place,
+    pid_of,
+    private_ray,
+    wait_until,
+    worker_pids,
+)
 
+from raymask.core.callbacks import Callback
 from raymask.core.errors import UserError
 from raymask.core.protocols import Evaluate, FineTune
 from raymask.core.recipe import finetune_config, propose_candidates, resolve
 from raymask.core.records import Candidate
 from raymask.core.tasks import FinetuneTask, Snapshot
 from raymask.executor import actor_pool, local_executor, ray_executor
-from raymask.report.console import NullCallback
 from raymask.train.context import WorkerContext
 
 import psutil  # isort: skip - Ray brings it along, so it is found once Ray is imported
@@ -55,10 +64,10 @@ def pool() -> tuple[Candidate, ...]:
 
 
 @contextmanager
-def hired(job: WorkerContext, callback: Ear) -> Iterator[tuple[Evaluate, FineTune]]:
+def hired(job: WorkerContext, callback: RecordingCallback) -> Iterator[tuple[Evaluate, FineTune]]:
     """The seams on the Ray that runs already, when the workers of the test before are gone."""
-    wait_until(lambda: not desks())
-    with ray_executor.workers(job, callback, None) as seams:
+    wait_until(lambda: not worker_pids())
+    with ray_executor.RayExecutor(job, callback, None) as seams:
         yield seams
 
 
@@ -67,11 +76,11 @@ def test_a_worker_killed_in_the_middle_of_an_early_evaluation_is_replaced_on_eve
 ) -> None:
     rungs = [0.5, 1.0]
     job = tiny_context(early_eval=EARLY_EVAL | {"rungs": rungs}, workers=ONE)
-    with local_executor.workers(job, NullCallback()) as (evaluate, _):
-        expected = by_place(climbed(evaluate, parent, pool[:2], rungs))
+    with local_executor.LocalExecutor(job, Callback()) as executor:
+        expected = by_place(run_halving(executor, parent, pool[:2], rungs))
     killer, found = Killer(), []
-    with hired(job, killer) as (evaluate, _):
-        for evaluation in climbed(evaluate, parent, pool[:2], rungs):
+    with hired(job, killer) as executor:
+        for evaluation in run_halving(executor, parent, pool[:2], rungs):
             found.append(evaluation)
             if evaluation.candidate.index == 1 and evaluation.rung == 0:
                 killer.times = 2  # from here on it is on the next rung
@@ -85,8 +94,8 @@ def test_a_candidate_whose_workers_die_again_and_again_is_recorded_and_the_other
     parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
     killer = Killer(times=2)
-    with hired(tiny_context(early_eval=EARLY_EVAL, workers=ONE | {"max_retries": 1}), killer) as (evaluate, _):
-        found = by_place(climbed(evaluate, parent, pool[:3]))
+    with hired(tiny_context(early_eval=EARLY_EVAL, workers=ONE | {"max_retries": 1}), killer) as executor:
+        found = by_place(run_halving(executor, parent, pool[:3]))
     assert len(killer.hit) == 2
     assert [found[index, 0].ok for index in range(3)] == [True, False, True]
     assert "its workers failed 2 times; the last one: " in str(found[1, 0].error)
@@ -98,8 +107,8 @@ def test_a_hanging_candidate_is_ended_at_its_timeout_and_the_others_get_a_fresh_
     killer = Killer(signal=signal.SIGSTOP)  # from here on the candidate makes no step any more
     job = tiny_context(early_eval=EARLY_EVAL, workers=ONE | {"timeout": 10})
     try:
-        with hired(job, killer) as (evaluate, _):
-            found = {evaluation.candidate.index: evaluation for evaluation in climbed(evaluate, parent, pool[:3])}
+        with hired(job, killer) as executor:
+            found = {evaluation.candidate.index: evaluation for evaluation in run_halving(executor, parent, pool[:3])}
     finally:
         for pid in killer.hit:
             if psutil.pid_exists(pid):
@@ -116,18 +125,18 @@ def test_a_worker_killed_while_idle_is_nobody_s_fault_and_one_killed_in_a_fine_t
     parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
     work = [(parent, FinetuneTask("IMP", pool[0], STAGE))]
-    with local_executor.workers(JOB, NullCallback()) as (evaluate, fine_tune):
-        expected = by_place(climbed(evaluate, parent, pool[:1]))
-        [(_, checkpoint)] = fine_tune(work)
+    with local_executor.LocalExecutor(JOB, Callback()) as executor:
+        expected = by_place(run_halving(executor, parent, pool[:1]))
+        [(_, checkpoint)] = executor.finetune(work)
     killer = Killer(name="IMP")
-    with hired(tiny_context(early_eval=EARLY_EVAL, workers=ONE), killer) as (evaluate, fine_tune):
-        list(climbed(evaluate, parent, pool[:1]))
-        [idle] = desks()
+    with hired(tiny_context(early_eval=EARLY_EVAL, workers=ONE), killer) as executor:
+        list(run_halving(executor, parent, pool[:1]))
+        [idle] = worker_pids()
         os.kill(idle, signal.SIGKILL)
-        wait_until(lambda: idle not in desks())
-        assert by_place(climbed(evaluate, parent, pool[:1])) == expected
+        wait_until(lambda: idle not in worker_pids())
+        assert by_place(run_halving(executor, parent, pool[:1])) == expected
         assert killer.troubles == []
-        [(_, found)] = fine_tune(work)
+        [(_, found)] = executor.finetune(work)
     assert len(killer.hit) == 1
     [note] = killer.troubles
     assert note.startswith("IMP: its worker was lost")
@@ -139,11 +148,11 @@ def test_a_shared_fine_tuning_that_loses_a_member_is_done_again_by_fresh_workers
 ) -> None:
     stage = STAGE.model_copy(update={"data_parallel": 2})
     work = [(parent, FinetuneTask("selected", pool[1], stage))]
-    with local_executor.workers(JOB, NullCallback()) as (_, fine_tune):
-        [(_, expected)] = fine_tune(work)
+    with local_executor.LocalExecutor(JOB, Callback()) as executor:
+        [(_, expected)] = executor.finetune(work)
     killer = Killer(name="selected", together=1)
-    with hired(tiny_context(early_eval=EARLY_EVAL, workers={"cpus": 0.5, "count": 2}), killer) as (_, fine_tune):
-        [(_, found)] = fine_tune(work)
+    with hired(tiny_context(early_eval=EARLY_EVAL, workers={"cpus": 0.5, "count": 2}), killer) as executor:
+        [(_, found)] = executor.finetune(work)
     assert len(killer.hit) == 1
     assert [note.partition(":")[0] for note in killer.troubles] == ["selected"]
     assert len(found.finetune_result.helper_workers) == 1
@@ -158,13 +167,15 @@ def test_a_worker_of_several_processes_with_a_sharded_model_is_replaced_as_a_who
     config = copy.deepcopy(plain.config)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     job = replace(plain, config=config)
-    with local_executor.workers(job, NullCallback()) as (evaluate, _):
-        expected = by_place(climbed(evaluate, parent, pool[:2]))
+    with local_executor.LocalExecutor(job, Callback()) as executor:
+        expected = by_place(run_halving(executor, parent, pool[:2]))
     killer = Killer(together=1)
-    with hired(job, killer) as (evaluate, fine_tune):
-        found = by_place(climbed(evaluate, parent, pool[:2]))
+    with hired(job, killer) as executor:
+        found = by_place(run_halving(executor, parent, pool[:2]))
         stage = STAGE.model_copy(update={"epochs": 2.0})
-        [(_, checkpoint)] = fine_tune([(parent, FinetuneTask("selected", pool[1], stage, expected[1, 0].digest))])
+        [(_, checkpoint)] = executor.finetune(
+            [(parent, FinetuneTask("selected", pool[1], stage, expected[1, 0].digest))]
+        )
     assert len(killer.hit) == 1
     assert [note.partition(":")[0] for note in killer.troubles] == ["candidate 1"]
     for place, evaluation in found.items():
@@ -179,11 +190,11 @@ def test_workers_that_cannot_start_end_the_search_with_the_last_reason(
     parent: Snapshot, pool: tuple[Candidate, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actor_pool, "MAX_FAILED_STARTS", 1)
-    nothing_known, ear = replace(tiny_context(workers=ONE), config=dict), Ear()
+    nothing_known, ear = replace(tiny_context(workers=ONE), config=dict), RecordingCallback()
     with (
-        hired(nothing_known, ear) as (evaluate, _),
+        hired(nothing_known, ear) as executor,
         pytest.raises(UserError, match=r"1 workers in a row did not start; the last one said: TypeError: cannot set"),
     ):
-        list(climbed(evaluate, parent, pool))
+        list(run_halving(executor, parent, pool))
     [note] = ear.troubles
     assert "TypeError: cannot set 'use_cache'" in note

@@ -167,7 +167,9 @@ def gradients_of(shards, rows, seed=0, **settings):
 
     one_step = {"epochs": 0.001, "data_parallel": shards, "batch_size": rows, "distill": job.spec.distill}
     stage = dense_config(job.spec).model_copy(update=one_step)
-    worker.train(tiny_snapshot(job), stage, {}, 0, [], lambda step: None, Stop(worker.module.parameters()))
+    teacher = worker.teacher_outputs(tiny_snapshot(job), stage, 0, 0, cache=False)
+    optimizer = Stop(worker.module.parameters())
+    list(worker.trainer.train(job.data.train, stage, optimizer, {}, seed=0, teacher=teacher))
     return seen
 
 

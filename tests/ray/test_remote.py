@@ -15,16 +15,26 @@ from typing import Any
 
 import pytest
 import ray
-from support.builders import climbed, refused, tiny_context, tiny_snapshot
-from support.callbacks import PATIENCE, Ear, assert_same, by_place, desks, family, pid_of, result, wait_until
+from support.builders import refused, run_halving, tiny_context, tiny_snapshot
+from support.callbacks import (
+    PATIENCE,
+    RecordingCallback,
+    assert_same,
+    by_place,
+    family,
+    pid_of,
+    result,
+    wait_until,
+    worker_pids,
+)
 
+from raymask.core.callbacks import Callback
 from raymask.core.errors import UserError
 from raymask.core.recipe import finetune_config, propose_candidates, resolve
 from raymask.core.records import Candidate, Evaluation
 from raymask.core.tasks import Checkpoint, FinetuneTask, Snapshot
 from raymask.core.tensors import pack
 from raymask.executor import actor_pool, local_executor, ray_executor
-from raymask.report.console import NullCallback
 
 import psutil  # isort: skip - Ray brings it along, so it is found once Ray is imported
 
@@ -63,35 +73,34 @@ class Alone:
 
 @pytest.fixture(scope="module")
 def alone(parent: Snapshot, pool: tuple[Candidate, ...], work: list[tuple[Snapshot, FinetuneTask]]) -> Alone:
-    with local_executor.workers(JOB, NullCallback()) as (evaluate, fine_tune):
-        return Alone(by_place(climbed(evaluate, parent, pool, RUNGS)), dict(fine_tune(work)))
+    with local_executor.LocalExecutor(JOB, Callback()) as executor:
+        return Alone(by_place(run_halving(executor, parent, pool, RUNGS)), dict(executor.finetune(work)))
 
 
 @dataclass(frozen=True)
 class Seams:
-    """The two seams on the shared Ray, by two workers that are kept from test to test."""
+    """An executor on the shared Ray, with two workers that are kept from test to test."""
 
-    evaluate: Any
-    fine_tune: Any
-    ear: Ear = field(default_factory=Ear)
+    executor: ray_executor.RayExecutor
+    ear: RecordingCallback = field(default_factory=RecordingCallback)
 
 
 @pytest.fixture(scope="module")
 def seams(one_cpu: None) -> Iterator[Seams]:
-    ear = Ear()
-    with ray_executor.workers(JOB, ear, None) as (evaluate, fine_tune):
-        yield Seams(evaluate, fine_tune, ear)
+    ear = RecordingCallback()
+    with ray_executor.RayExecutor(JOB, ear, None) as executor:
+        yield Seams(executor, ear)
 
 
 def test_two_workers_share_a_cpu_and_find_bitwise_what_one_process_finds(
     seams: Seams, parent: Snapshot, pool: tuple[Candidate, ...], alone: Alone
 ) -> None:
-    forwards = list(climbed(seams.evaluate, parent, pool, RUNGS))
-    wait_until(lambda: len(desks()) == 2)  # each takes half of the only CPU
-    assert {pid_of(evaluation) for evaluation in forwards} <= set(desks())
+    forwards = list(run_halving(seams.executor, parent, pool, RUNGS))
+    wait_until(lambda: len(worker_pids()) == 2)  # each takes half of the only CPU
+    assert {pid_of(evaluation) for evaluation in forwards} <= set(worker_pids())
     assert all(evaluation.worker.endswith("cpu 1 threads fp32") for evaluation in forwards)
     assert by_place(forwards) == alone.evaluations
-    assert by_place(climbed(seams.evaluate, parent, pool[::-1], RUNGS)) == alone.evaluations
+    assert by_place(run_halving(seams.executor, parent, pool[::-1], RUNGS)) == alone.evaluations
     assert len(alone.evaluations) == 2 * len(pool)
     assert all(evaluation.ok for evaluation in alone.evaluations.values())
 
@@ -100,16 +109,16 @@ def test_workers_that_would_stand_idle_share_a_fine_tuning_and_change_no_bit_of_
     seams: Seams, work: list[tuple[Snapshot, FinetuneTask]], alone: Alone
 ) -> None:
     undivided = [(start, replace(finetune_task, config=STAGE)) for start, finetune_task in work]
-    both = dict(seams.fine_tune(work))
-    backwards = dict(seams.fine_tune(work[::-1]))
-    one = dict(seams.fine_tune(work[:1]))
-    single = dict(seams.fine_tune(undivided[:1]))
+    both = dict(seams.executor.finetune(work))
+    backwards = dict(seams.executor.finetune(work[::-1]))
+    one = dict(seams.executor.finetune(work[:1]))
+    single = dict(seams.executor.finetune(undivided[:1]))
     found = [both[0], both[1], backwards[1], backwards[0], one[0]]
     assert [len(checkpoint.finetune_result.helper_workers) for checkpoint in (*found, single[0])] == [0, 0, 0, 0, 1, 0]
     for checkpoint, index in zip(found, [0, 1, 0, 1, 0], strict=True):
         assert_same(checkpoint, alone.checkpoints[index])
-    with local_executor.workers(JOB, NullCallback()) as (_, fine_tune):
-        assert_same(single[0], dict(fine_tune(undivided[:1]))[0])
+    with local_executor.LocalExecutor(JOB, Callback()) as executor:
+        assert_same(single[0], dict(executor.finetune(undivided[:1]))[0])
 
 
 def test_weights_are_put_once_a_snapshot_and_workers_are_kept(
@@ -123,17 +132,17 @@ def test_weights_are_put_once_a_snapshot_and_workers_are_kept(
         return put(value, *args, **kwargs)
 
     parent = tiny_snapshot(JOB, seed=1)
-    before = desks()
+    before = worker_pids()
     monkeypatch.setattr(ray, "put", counting)
-    first = list(climbed(seams.evaluate, parent, pool, RUNGS))
+    first = list(run_halving(seams.executor, parent, pool, RUNGS))
     assert puts == [parent.weights]
-    checkpoints = dict(seams.fine_tune([(parent, FinetuneTask("selected", pool[1], STAGE, None))]))
+    checkpoints = dict(seams.executor.finetune([(parent, FinetuneTask("selected", pool[1], STAGE, None))]))
     assert len(puts) == 1
     child = Snapshot("search-1", checkpoints[0].weights, checkpoints[0].optimizer)
-    second = list(climbed(seams.evaluate, child, propose_candidates(resolve(JOB.spec), 2), RUNGS))
-    list(climbed(seams.evaluate, child, pool[:1], RUNGS))
+    second = list(run_halving(seams.executor, child, propose_candidates(resolve(JOB.spec), 2), RUNGS))
+    list(run_halving(seams.executor, child, pool[:1], RUNGS))
     assert puts == [parent.weights, child.weights, child.optimizer]
-    assert sorted(desks()) == sorted(before)
+    assert sorted(worker_pids()) == sorted(before)
     assert {pid_of(evaluation) for evaluation in [*first, *second]} <= set(before)
 
 
@@ -142,13 +151,13 @@ def test_a_candidates_own_failure_is_recorded_and_costs_no_worker(
 ) -> None:
     tensors = {name: view.clone() for name, view in parent.weights.views().items()}
     tensors["classifier.bias"][0] = float("nan")
-    before = desks()
-    broken = list(climbed(seams.evaluate, Snapshot("poisoned", pack(tensors)), pool[:1], RUNGS))
+    before = worker_pids()
+    broken = list(run_halving(seams.executor, Snapshot("poisoned", pack(tensors)), pool[:1], RUNGS))
     assert ["the loss on validation is nan" in str(evaluation.error) for evaluation in broken] == [True]
     assert not broken[0].system_failure
-    good = list(climbed(seams.evaluate, parent, pool[:1], RUNGS))
+    good = list(run_halving(seams.executor, parent, pool[:1], RUNGS))
     assert result(good[0]) == alone.evaluations[0, 0]
-    assert sorted(desks()) == sorted(before)
+    assert sorted(worker_pids()) == sorted(before)
     assert seams.ear.troubles == []
 
 
@@ -158,7 +167,7 @@ def test_the_callback_sees_progress_rise(
     monkeypatch.setattr(actor_pool, "POLL_INTERVAL_S", 0.05)
     start, finetune_task = work[0]
     longer = replace(finetune_task, name="longer", config=STAGE.model_copy(update={"epochs": 40.0}))
-    list(seams.fine_tune([(start, longer)]))
+    list(seams.executor.finetune([(start, longer)]))
     told = [shares["longer"] for shares in seams.ear.shares if "longer" in shares]
     assert told == sorted(told)
     assert len(set(told)) > 2
@@ -171,8 +180,8 @@ def test_a_mistake_that_a_group_finds_is_told_once_and_as_it_is(
     """Here both workers end, so this is the last test that uses them."""
     start, finetune_task = work[0]
     with pytest.raises(UserError, match=r"candidate 1 of level 1 drew mask .*, but mask 0{32} was scored") as told:
-        list(seams.fine_tune([(start, replace(finetune_task, digest="0" * 32))]))
-    wait_until(lambda: not desks())
+        list(seams.executor.finetune([(start, replace(finetune_task, digest="0" * 32))]))
+    wait_until(lambda: not worker_pids())
     assert told  # which still holds the error and all that it knows, so nothing has ended for being forgotten
 
 
@@ -182,7 +191,7 @@ def test_a_mistake_that_a_group_finds_is_told_once_and_as_it_is(
 def test_more_than_any_node_has_is_refused_at_once(one_cpu: None, asked: dict[str, Any], said: str) -> None:
     if ray.cluster_resources().get("GPU", 0) and "gpus" in asked:
         pytest.skip("there is a GPU here")
-    told = refused(ray_executor.workers(tiny_context(workers=asked), Ear(), None).__enter__)
+    told = refused(ray_executor.RayExecutor(tiny_context(workers=asked), RecordingCallback(), None).__enter__)
     assert f"no node can hold a worker: {said}" in told
     assert "the nodes have 1 CPUs, " in told
 

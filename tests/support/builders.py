@@ -16,7 +16,7 @@ import torch
 from raymask.api import apply_mask, draw_mask
 from raymask.core.errors import UserError
 from raymask.core.masking.masks import digest, pack_bits
-from raymask.core.protocols import Evaluate
+from raymask.core.protocols import Executor
 from raymask.core.records import Candidate, EvalPoint, Evaluation, FinetuneResult, LevelRecord, Result
 from raymask.core.spec import QUICKSTART, Spec, Task
 from raymask.core.successive_halving import SuccessiveHalving
@@ -155,11 +155,16 @@ def tiny_snapshot(job: WorkerContext, seed: int = 0) -> Snapshot:
     return Snapshot(f"random {seed}", random_weights(job.config, seed, job.data.kind), teacher=teacher)
 
 
-def climbed(
-    evaluate: Evaluate, parent: Snapshot, pool: Sequence[Candidate], rungs: Sequence[float] = (1.0,)
+def run_halving(
+    executor: Executor, parent: Snapshot, pool: Sequence[Candidate], rungs: Sequence[float] = (1.0,)
 ) -> Iterator[Evaluation]:
     """Early evaluation of a pool whose candidates have one parent."""
-    return SuccessiveHalving(pool, rungs).run(evaluate, {1: parent})
+    halving = SuccessiveHalving(pool, rungs)
+    while eval_tasks := halving.ask():
+        evaluation = executor.evaluate({1: parent}, eval_tasks)
+        halving.tell(evaluation)
+        yield evaluation
+    executor.cancel()
 
 
 def write_table(path: Path, columns: dict[str, Any]) -> Path:

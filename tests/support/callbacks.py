@@ -15,10 +15,10 @@ import pytest
 import ray
 from support.builders import tiny_context
 
+from raymask.core.callbacks import Callback
 from raymask.core.records import Evaluation
 from raymask.core.tasks import Checkpoint
 from raymask.executor import connection
-from raymask.report.console import NullCallback
 
 import psutil  # isort: skip - Ray brings it along, so it is found once Ray is imported
 
@@ -26,7 +26,7 @@ PATIENCE = 60.0  # seconds after which something that must happen counts as neve
 
 
 @dataclass
-class Ear(NullCallback):
+class RecordingCallback(Callback):
     """A Callback that writes down what it is told, in the order in which it comes.
 
     Attributes:
@@ -50,7 +50,7 @@ class Ear(NullCallback):
 
 
 @dataclass
-class Killer(Ear):
+class Killer(RecordingCallback):
     """Signals the workers, or `together` of them, in the middle of `name`, a number of `times`, each a new process."""
 
     name: str = "candidate 1"
@@ -63,7 +63,7 @@ class Killer(Ear):
         super().on_progress(shares)
         noticed = not self.together or len(self.hit) <= len(self.troubles)  # else its partners are still there
         if shares.get(self.name, 0.0) > 0.0 and len(self.hit) < self.times and noticed:
-            for pid in [pid for pid in desks() if pid not in self.hit][: self.together]:
+            for pid in [pid for pid in worker_pids() if pid not in self.hit][: self.together]:
                 os.kill(pid, self.signal)
                 self.hit.append(pid)
 
@@ -73,7 +73,7 @@ def family() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
 
 
-def desks() -> list[int]:
+def worker_pids() -> list[int]:
     """Process ids of the workers among them, those of trials of Ray Tune included."""
     found = []
     for process in family():

@@ -17,11 +17,10 @@ import pytest
 from ray.exceptions import RayActorError
 
 from raymask.config import make_spec
-from raymask.core.protocols import Evaluate, FineTune
+from raymask.core.callbacks import Callback
 from raymask.core.records import Evaluation
 from raymask.core.tasks import EvalTask, FinetuneTask
 from raymask.executor import actor_pool, ray_executor
-from raymask.report.console import NullCallback
 from raymask.train.process_group import ProcessGroup
 
 LONG = 1e4  # seconds that no test's work takes
@@ -151,21 +150,21 @@ class FakeRay:
             patch.setattr(module, "node_resources", self.nodes)
         patch.setattr(actor_pool, "actor_class", lambda need: SimpleNamespace(remote=self.start))
 
-    def pool(self, callback: NullCallback | None = None, **workers: Any) -> actor_pool.WorkerPool:
+    def pool(self, callback: Callback | None = None, **workers: Any) -> actor_pool.WorkerPool:
         spec = make_spec({"model": "quickstart", "task": "quickstart", "workers": workers | {"gpus": 0}})
         return actor_pool.WorkerPool(
-            SimpleNamespace(spec=spec, config=None, peak_host_memory=lambda on_gpu: 0.0), callback or NullCallback()
+            SimpleNamespace(spec=spec, config=None, peak_host_memory=lambda on_gpu: 0.0), callback or Callback()
         )
 
     @contextmanager
-    def seams(self, callback: NullCallback | None = None, **sections: Any) -> Iterator[tuple[Evaluate, FineTune]]:
-        """The two functions that run a search's tasks, by simulated workers."""
+    def executor(self, callback: Callback | None = None, **sections: Any) -> Iterator[ray_executor.RayExecutor]:
+        """An executor with simulated workers."""
         workers = sections.pop("workers", {}) | {"gpus": 0}
         spec = make_spec({"model": "quickstart", "task": "quickstart", "workers": workers, **sections})
         job: Any = SimpleNamespace(spec=spec, config=None, peak_host_memory=lambda on_gpu: 0.0)
         with (
             mock.patch.object(ray_executor, "ray_connection", return_value=nullcontext()),
-            ray_executor.workers(job, callback or NullCallback(), None) as found,
+            ray_executor.RayExecutor(job, callback or Callback(), None) as found,
         ):
             yield found
 
@@ -173,10 +172,12 @@ class FakeRay:
         """What the pool makes of the tasks, by key, in the order in which they end."""
         missing = {task.key: task for task in tasks}
         results: dict[Any, Any] = {}
-        for key, outcome in pool.run(lambda: map(self.call, missing.values())):
+        while missing:
+            key, outcome = pool.next_result([self.call(task) for task in missing.values()])
             assert key not in results, "one result a task"
             results[key] = outcome
             del missing[key]
+        pool.cancel()
         return results
 
     def call(self, task: Task) -> actor_pool.RemoteTask:

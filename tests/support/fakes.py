@@ -1,21 +1,22 @@
-"""Fakes of the two functions that run tasks, by which the level loop runs without training anything."""
+"""A fake executor, by which the level loop runs without training anything."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import torch
 
 from raymask.config import make_spec
+from raymask.core.callbacks import Callback
 from raymask.core.masking.masks import digest, pack_bits
 from raymask.core.records import Candidate, EvalPoint, Evaluation, FinetuneResult
 from raymask.core.tasks import Checkpoint, EvalTask, FinetuneTask, Snapshot
 from raymask.core.tensors import pack
-from raymask.driver.search import run_levels
+from raymask.driver.search import LevelLoop
 from raymask.driver.setup import SearchSetup, prepare
-from raymask.report.console import NullCallback
 from raymask.runs.run_dir import RunDir
 
 LEVELS = (0.5, 0.9)
@@ -39,7 +40,7 @@ def setup_of(**changes: object) -> SearchSetup:
 
 @dataclass
 class Fakes:
-    """Both functions, in a few lines: scores are given by candidate index, and everything asked for is written down.
+    """An executor in a few lines: scores are given by candidate index, and everything asked for is written down.
 
     `metrics`: after fine-tuning, by the candidate's index; 0.5 where there is none.
 
@@ -59,37 +60,42 @@ class Fakes:
         if self.lives < 0:
             raise Killed
 
-    def evaluate(
-        self, parents: Mapping[int, Snapshot], wanted: Callable[[], Iterable[EvalTask]]
-    ) -> Iterator[Evaluation]:
-        """The least worthwhile first, which must make no difference."""
-        while eval_tasks := list(wanted()):
-            self.spend_a_life()
-            candidate, rung, order = eval_tasks[-1].candidate, eval_tasks[-1].rung, eval_tasks[-1].repeat
-            self.evaluated.append((parents[candidate.parent_branch].key, candidate))
-            score = self.scores[candidate.index]
-            if score is None:
-                yield Evaluation(
-                    candidate=candidate, rung=rung, repeat=order, error="it broke", system_failure=self.machine
-                )
-                continue
-            losses = np.full(len(self.search_setup.context.data.validation), 1 - score, np.float32)
-            yield Evaluation(
-                candidate=candidate,
-                rung=rung,
-                repeat=order,
-                score=score,
-                curve=(EvalPoint(step=1, loss=1 - score, metric=score),),
-                row_losses=losses.tobytes(),
-                distance=0.0,
-                digest=f"{candidate.level}-{candidate.index}",
-                started=10.0 * candidate.level + candidate.index,
-                seconds=1.0,
-                worker="fake/1 cpu",
-            )
+    def __enter__(self) -> Self:
+        return self
 
-    def fine_tune(self, work: Sequence[tuple[Snapshot, FinetuneTask]]) -> Iterator[tuple[int, Checkpoint]]:
-        for index, (parent, finetune_task) in reversed(list(enumerate(work))):
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def cancel(self) -> None:
+        pass
+
+    def evaluate(self, parents: Mapping[int, Snapshot], tasks: Sequence[EvalTask]) -> Evaluation:
+        """The least worthwhile first, which must make no difference."""
+        self.spend_a_life()
+        candidate, rung, order = tasks[-1].candidate, tasks[-1].rung, tasks[-1].repeat
+        self.evaluated.append((parents[candidate.parent_branch].key, candidate))
+        score = self.scores[candidate.index]
+        if score is None:
+            return Evaluation(
+                candidate=candidate, rung=rung, repeat=order, error="it broke", system_failure=self.machine
+            )
+        losses = np.full(len(self.search_setup.context.data.validation), 1 - score, np.float32)
+        return Evaluation(
+            candidate=candidate,
+            rung=rung,
+            repeat=order,
+            score=score,
+            curve=(EvalPoint(step=1, loss=1 - score, metric=score),),
+            row_losses=losses.tobytes(),
+            distance=0.0,
+            digest=f"{candidate.level}-{candidate.index}",
+            started=10.0 * candidate.level + candidate.index,
+            seconds=1.0,
+            worker="fake/1 cpu",
+        )
+
+    def finetune(self, tasks: Sequence[tuple[Snapshot, FinetuneTask]]) -> Iterator[tuple[int, Checkpoint]]:
+        for index, (parent, finetune_task) in reversed(list(enumerate(tasks))):
             self.spend_a_life()
             self.tuned.append((parent, finetune_task))
             index_of = finetune_task.candidate.index
@@ -118,4 +124,4 @@ class Fakes:
     def run(self, store: RunDir) -> None:
         if not store.has_progress():
             store.write_spec(self.search_setup.recipe.spec)
-        run_levels(self.search_setup, store, self.evaluate, self.fine_tune, NullCallback())
+        LevelLoop(self.search_setup, store, self, Callback()).run()

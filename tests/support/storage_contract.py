@@ -211,7 +211,10 @@ class StorageContract:
         place.filesystem.delete_file(f"{place.root}/level-1/{MODEL}")
         assert f"{where}: is gone. Delete " in refused(store.read_weights, SEARCH, 1)
         place.write("level-1/level.json", place.read("level-1/level.json")[:-3])
-        assert refused(store.read_level, SEARCH, 1) == f"{record}: is damaged. Delete it to do this level again"
+        assert (
+            refused(RunDir(place.uri).read_level, SEARCH, 1)
+            == f"{record}: is damaged. Delete it to do this level again"
+        )
         for index in (0, 1):
             store.append(evaluation(index))
         journal = place.read("level-1/evaluations.jsonl")

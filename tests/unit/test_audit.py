@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ from support.fakes import Fakes, setup_of
 
 from raymask.commands.audit import BUDGETS, audit_spec, by_level, early_score, rank_correlations, show_audit
 from raymask.config import make_spec
-from raymask.core import stats
 from raymask.core.records import Candidate, EvalPoint, Evaluation, LevelRecord, Result
 from raymask.core.spec import Spec
 from raymask.driver.result import build_result
@@ -23,12 +22,7 @@ from raymask.runs.run_dir import RunDir
 BASE = {"model": "quickstart", "task": "quickstart", "levels": [0.5, 0.9], "candidates": {"count": 3}, "distill": False}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_resamples() -> Iterator[None]:
-    """Enough where no interval's width matters."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stats, "RESAMPLES", 50)
-        yield
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from raymask.train.calibration import calibrate
 from raymask.train.losses import TASK_LOSSES, loss_denominators
 from raymask.train.model import build_model, state_tensors
 from raymask.train.prunable import matrices, transposed_weights
-from raymask.train.trainer import task_loss
+from raymask.train.trainer import mean_label_loss
 
 
 def prepared(family="bert", *, regression=False, **settings):
@@ -36,7 +36,7 @@ def ragged(rows):
 
 def calibrated(module, job):
     rows = ragged(job.data.train)
-    return calibrate(module, job.prunable, rows, padding=job.data.padding, objective=TASK_LOSSES[job.data.kind])
+    return calibrate(module, job.prunable, rows, padding=job.data.padding, task_loss=TASK_LOSSES[job.data.kind])
 
 
 def one_by_one(module, job):
@@ -54,7 +54,7 @@ def one_by_one(module, job):
     hooks = [layers[name].register_forward_pre_hook(hear(name)) for name in job.prunable]
     for row in range(len(rows)):
         batch = collate(rows, np.array([row]), job.data.padding)
-        task_loss(module, batch, TASK_LOSSES[job.data.kind], loss_denominators(rows.lengths)).backward()
+        mean_label_loss(module, batch, TASK_LOSSES[job.data.kind], loss_denominators(rows.lengths)).backward()
     for hook in hooks:
         hook.remove()
     gradients = {name: module.get_parameter(name).grad.clone() for name in job.prunable}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ import raymask
 from raymask.commands.check import show_check
 from raymask.commands.show import show_run
 from raymask.config import make_spec
-from raymask.core import stats
 from raymask.core.lineage import DENSE
 from raymask.core.masking.masks import unpack_bits
 from raymask.core.masking.scorers import SCORERS
@@ -63,12 +62,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_resamples() -> Iterator[None]:
-    """Enough where no interval's width matters."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stats, "RESAMPLES", 50)
-        yield
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,7 @@ def test_budgets_are_equal_whatever_the_spec_keeps(glue: ModuleType) -> None:
     tree = glue.spec_of(plain, {"select": {"keep": 2, "beam": True}, "early_eval.rungs": [0.5, 1.0]})
     budget, searches = glue.at_equal_budget(tree)
     spent = {name: planned_epochs(resolve(spec)) for name, spec in searches.items()}
-    assert spent["raymask"]["baseline (IMP)"] == pytest.approx(2 * budget)
+    assert spent["raymask"]["IMP baseline"] == pytest.approx(2 * budget)
     assert spent["voting"]["fine-tuning"] == spent["random"]["fine-tuning"] == pytest.approx(2 * budget)
     assert not searches["voting"].select.beam
 
@@ -164,7 +164,7 @@ def test_it_runs_and_what_is_done_is_not_done_again(
     place = tmp_path / "run" / "sst2-0"
     ours, single = RunDir(place / "raymask"), RunDir(place / "voting")
     spent = planned_epochs(resolve(ours.read_spec()))
-    assert spent["baseline (IMP)"] == spent["early evaluation"] + spent["fine-tuning"] == 5.0
+    assert spent["IMP baseline"] == spent["early evaluation"] + spent["fine-tuning"] == 5.0
     assert planned_epochs(resolve(single.read_spec()))["fine-tuning"] == 5.0
     assert single.read_level(DENSE, 0) == ours.read_level(DENSE, 0)
     for name in ("voting", "random"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from raymask.core.records import Result
 from raymask.driver.setup import prepare
 from raymask.runs.run_dir import RunDir
 from raymask.train.losses import TASK_LOSSES
-from raymask.train.trainer import predict
+from raymask.train.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +76,7 @@ def test_transformers_alone_loads_the_export_in_bf16_and_answers_alike(
     module = AutoModelForSequenceClassification.from_pretrained(run / "export").eval()
     assert module.dtype == torch.bfloat16
     data = prepare(make_spec(spec)).context.data
-    logits = predict(module, data.test, objective=TASK_LOSSES[data.kind], padding=data.padding, autocast=nullcontext)
+    logits = Trainer(module, TASK_LOSSES[data.kind], data.padding).predict(data.test)
     assert np.array_equal(logits.numpy(), RunDir(run).read_logits(SEARCH, 2))
     assert len(logits.unique()) > 10
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.builders import climbed
+from support.builders import run_halving
 
 from raymask.config import make_spec
+from raymask.core.callbacks import Callback
 from raymask.core.recipe import finetune_config, resolve
 from raymask.core.records import Candidate, Evaluation
 from raymask.core.tasks import EvalTask, FinetuneTask, Snapshot
 from raymask.driver.setup import SearchSetup, prepare
 from raymask.executor import local_executor
-from raymask.report.console import NullCallback
 from raymask.train.failures import SystemFailure
 from raymask.train.worker import Worker
 
@@ -34,7 +34,7 @@ SPEC = {
 
 
 @dataclass
-class Ear(NullCallback):
+class RecordingCallback(Callback):
     """A Callback that writes down the progress it is told."""
 
     shares: dict[str, list[float]] = field(default_factory=dict)
@@ -56,8 +56,10 @@ def result(evaluation: Evaluation) -> Evaluation:
 def evaluate_all(
     search_setup: SearchSetup, parent: Snapshot, candidates: tuple[Candidate, ...]
 ) -> dict[int, Evaluation]:
-    with local_executor.workers(search_setup.context, NullCallback()) as (evaluate, _):
-        return {evaluation.candidate.index: result(evaluation) for evaluation in climbed(evaluate, parent, candidates)}
+    with local_executor.LocalExecutor(search_setup.context, Callback()) as executor:
+        return {
+            evaluation.candidate.index: result(evaluation) for evaluation in run_halving(executor, parent, candidates)
+        }
 
 
 def test_every_candidate_is_evaluated_once_and_the_order_does_not_matter(
@@ -81,9 +83,9 @@ def test_what_was_scored_is_what_is_fine_tuned(
         (parent, FinetuneTask(candidate.name, candidate, config, found[candidate.index].digest)) for candidate in pool
     ]
     before = parent.weights.buffer.copy()
-    with local_executor.workers(search_setup.context, NullCallback()) as (_, fine_tune):
-        tuned = dict(fine_tune(work))
-        again = dict(fine_tune(work[::-1]))
+    with local_executor.LocalExecutor(search_setup.context, Callback()) as executor:
+        tuned = dict(executor.finetune(work))
+        again = dict(executor.finetune(work[::-1]))
     assert sorted(tuned) == [0, 1, 2]
     for index, checkpoint in tuned.items():
         assert checkpoint.digest == found[index].digest
@@ -95,9 +97,9 @@ def test_what_was_scored_is_what_is_fine_tuned(
 def test_results_arrive_while_others_are_still_to_come(
     search_setup: SearchSetup, parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
-    ear = Ear()
-    with local_executor.workers(search_setup.context, ear) as (evaluate, _):
-        first = next(iter(climbed(evaluate, parent, pool)))
+    ear = RecordingCallback()
+    with local_executor.LocalExecutor(search_setup.context, ear) as executor:
+        first = next(iter(run_halving(executor, parent, pool)))
     assert first.candidate == pool[0]
     assert set(ear.shares) == {"magnitude mask"}
 
@@ -124,11 +126,11 @@ def test_memory_that_runs_out_is_a_failed_record_and_the_others_go_on(
 def test_progress_is_told_and_rises_to_the_end(
     search_setup: SearchSetup, parent: Snapshot, pool: tuple[Candidate, ...]
 ) -> None:
-    ear = Ear()
+    ear = RecordingCallback()
     config = finetune_config(resolve(search_setup.context.spec), 1)
-    with local_executor.workers(search_setup.context, ear) as (evaluate, fine_tune):
-        list(climbed(evaluate, parent, pool))
-        list(fine_tune([(parent, FinetuneTask("raymask (candidate 1)", pool[1], config, None))]))
+    with local_executor.LocalExecutor(search_setup.context, ear) as executor:
+        list(run_halving(executor, parent, pool))
+        list(executor.finetune([(parent, FinetuneTask("raymask (candidate 1)", pool[1], config, None))]))
     assert list(ear.shares) == ["magnitude mask", "candidate 1", "candidate 2", "raymask (candidate 1)"]
     for told in ear.shares.values():
         assert told == sorted(told)
@@ -144,11 +146,11 @@ def test_the_callers_threads_and_random_numbers_are_untouched(
     torch.set_num_threads(3)
     try:
         state, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()
-        with local_executor.workers(search_setup.context, NullCallback()) as (evaluate, fine_tune):
-            for evaluation in climbed(evaluate, parent, pool):
+        with local_executor.LocalExecutor(search_setup.context, Callback()) as executor:
+            for evaluation in run_halving(executor, parent, pool):
                 assert "1 threads" in evaluation.worker
                 assert torch.get_num_threads() == 3
-            list(fine_tune([(parent, FinetuneTask("magnitude mask", pool[0], config, None))]))
+            list(executor.finetune([(parent, FinetuneTask("magnitude mask", pool[0], config, None))]))
         assert torch.get_num_threads() == 3
         assert torch.equal(torch.get_rng_state(), state)
         assert np.array_equal(np.random.get_state()[1], legacy)

@@ -1,7 +1,6 @@
 """Does training see every row, keep every mask, follow seed and schedule, and learn from the teacher it is given?"""
 
 import copy
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -24,7 +23,7 @@ from raymask.train.losses import TASK_LOSSES, LossDenominators, loss_denominator
 from raymask.train.model import build_model, state_tensors
 from raymask.train.optim import lr_multiplier, make_optimizer, optimizer_state
 from raymask.train.prunable import find_prunable
-from raymask.train.trainer import distillation, num_steps, predict, steps_per_epoch, task_loss
+from raymask.train.trainer import Trainer, distillation, mean_label_loss, num_steps, steps_per_epoch
 
 CLASSIFICATION, REGRESSION, NEXT_TOKEN = TASK_LOSSES.values()
 CONFIG = TrainConfig(epochs=1, batch_size=16, learning_rate=0.01, schedule="constant", warmup=0.0, distill=False)
@@ -73,34 +72,29 @@ def half_masks(module):
     return masks
 
 
-def fit(module, rows, config=CONFIG, *, optimizer=None, **changes):
-    """Train with settings that change nothing unless they are given."""
-    settings = {
-        "padding": 0,
-        "seed": 0,
-        "mask": {},
-        "optimizer": optimizer or make_optimizer(module, Optimizer(), None),
-        "max_grad_norm": 1.0,
-        "autocast": nullcontext,
-        "teacher": None,
-        "objective": CLASSIFICATION,
-        "eval_steps": frozenset(),
-        "on_eval": lambda step: None,
-        "on_progress": lambda share: None,
-    }
-    trainer.train(module, rows, config, **settings | changes)
+def trainer_of(module, task_loss=CLASSIFICATION, **changes):
+    """A trainer with settings that change nothing unless they are given."""
+    return Trainer(module, task_loss, 0, **{"max_grad_norm": 1.0} | changes)
 
 
-def predicted(module, rows, objective=CLASSIFICATION, autocast=nullcontext):
-    return predict(module, rows, padding=0, autocast=autocast, objective=objective)
+def fit(module, rows, config=CONFIG, *, optimizer=None, mask=None, seed=0, teacher=None, eval_steps=(), **changes):
+    """Train to the end, and call `on_eval` with each of the steps to evaluate at."""
+    optimizer, on_eval = optimizer or make_optimizer(module, Optimizer(), None), changes.pop("on_eval", None)
+    keys = {"seed": seed, "teacher": teacher, "eval_steps": eval_steps}
+    for step in trainer_of(module, **changes).train(rows, config, optimizer, mask or {}, **keys):
+        on_eval(step)
 
 
-def loss_of(module, batch, objective=CLASSIFICATION, teacher=None, whole=None):
+def predicted(module, rows, task_loss=CLASSIFICATION, **changes):
+    return trainer_of(module, task_loss, **changes).predict(rows)
+
+
+def loss_of(module, batch, task_loss=CLASSIFICATION, teacher=None, whole=None):
     """What a step would go down, of a batch on its own or as a part of a whole one."""
     whole = whole or counted(batch)
     if teacher:
-        return distillation(module, teacher, batch, objective, whole)
-    return task_loss(module, batch, objective, whole)
+        return distillation(module, teacher, batch, task_loss, whole)
+    return mean_label_loss(module, batch, task_loss, whole)
 
 
 def counted(batch):

@@ -197,8 +197,8 @@ def test_transposed_weights_are_kept_as_those_of_linear_layers_are(twins, alloca
 def test_transposed_weights_score_as_those_of_linear_layers_do(twins, score):
     data, names, seen = tiny_context("gpt2").data, find_prunable(twins[0]), []
     for module in twins:
-        objective = TASK_LOSSES[data.kind]
-        seen.append(calibrate(module, names, data.train, padding=data.padding, objective=objective))
+        task_loss = TASK_LOSSES[data.kind]
+        seen.append(calibrate(module, names, data.train, padding=data.padding, task_loss=task_loss))
     ours, theirs = (
         {name: SCORERS[score](weight, calibration[name]) for name, weight in matrices(module, names).items()}
         for module, calibration in zip(twins, seen, strict=True)

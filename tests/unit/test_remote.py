@@ -10,17 +10,17 @@ import pytest
 import ray
 import torch
 from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError
-from support.builders import climbed, refused, tiny_context, tiny_snapshot
-from support.callbacks import Ear
+from support.builders import refused, run_halving, tiny_context, tiny_snapshot
+from support.callbacks import RecordingCallback
 from support.fake_ray import FakeRay
 
+from raymask.core.callbacks import Callback
 from raymask.core.errors import UserError
 from raymask.core.recipe import finetune_config, propose_candidates, resolve
 from raymask.core.records import Evaluation
 from raymask.core.tasks import EvalTask, FinetuneTask, Snapshot
 from raymask.core.tensors import pack
 from raymask.executor import actor_pool, connection, local_executor, resources, worker_actor
-from raymask.report.console import NullCallback
 from raymask.train.context import WorkerContext
 
 RUNGS = [0.5, 1.0]
@@ -46,8 +46,8 @@ def test_an_early_evaluation_goes_on_where_it_paused(
     job: WorkerContext, parent: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulated, pool = fake(monkeypatch, 1), propose_candidates(resolve(job.spec), 1)
-    with simulated.seams(early_eval={"rungs": RUNGS}) as (evaluate, _):
-        evaluations = list(climbed(evaluate, parent, pool, RUNGS))
+    with simulated.executor(early_eval={"rungs": RUNGS}) as executor:
+        evaluations = list(run_halving(executor, parent, pool, RUNGS))
     for place, below in zip(simulated.order, simulated.below, strict=True):
         index, rung, order = place
         assert below == ([("pause", (index, rung - 1, order))] if rung else [])
@@ -59,12 +59,9 @@ def test_pauses_of_which_no_candidate_can_make_use_are_forgotten(
 ) -> None:
     """Who is wanted on the next rung only later begins at its parent."""
     simulated, [candidate, other, *_] = fake(monkeypatch, 1), propose_candidates(resolve(job.spec), 1)
-    steps = [[EvalTask(candidate)], [EvalTask(other)], [EvalTask(candidate, 1)], []]
-    with simulated.seams(early_eval={"rungs": RUNGS}) as (evaluate, _):
-        results = evaluate({1: parent}, lambda: steps[0])
-        for _ in range(3):
-            next(results)
-            del steps[0]
+    with simulated.executor(early_eval={"rungs": RUNGS}) as executor:
+        for eval_task in (EvalTask(candidate), EvalTask(other), EvalTask(candidate, 1)):
+            executor.evaluate({1: parent}, [eval_task])
     assert simulated.below == [[], [], []]
 
 
@@ -74,8 +71,8 @@ def test_a_candidate_whose_machines_failed_is_recorded_as_the_machine_s_fault(
     simulated, pool = fake(monkeypatch, 1), propose_candidates(resolve(job.spec), 1)
     fine = simulated.scored
     simulated.scored = lambda eval_task: RayActorError() if eval_task.candidate.index == 1 else fine(eval_task)
-    with simulated.seams(workers={"max_retries": 1}) as (evaluate, _):
-        found = {evaluation.candidate.index: evaluation for evaluation in climbed(evaluate, parent, pool)}
+    with simulated.executor(workers={"max_retries": 1}) as executor:
+        found = {evaluation.candidate.index: evaluation for evaluation in run_halving(executor, parent, pool)}
     assert [found[index].ok for index in sorted(found)] == [True, False, True, True]
     assert found[1].system_failure
     assert str(found[1].error).startswith("its workers failed 2 times; the last one: ")
@@ -90,10 +87,10 @@ def test_a_fine_tuning_that_may_not_be_repeated_ends_the_search_and_says_which(
     simulated.settled = RayActorError()
     work = [(parent, FinetuneTask("IMP", magnitude, finetune_config(resolve(job.spec), 1)))]
     with (
-        simulated.seams(workers={"max_retries": 0}) as (_, fine_tune),
+        simulated.executor(workers={"max_retries": 0}) as executor,
         pytest.raises(UserError, match=r"IMP: its workers failed 1 times.*same command goes on from here"),
     ):
-        list(fine_tune(work))
+        list(executor.finetune(work))
     assert simulated.living() == 0
 
 
@@ -104,11 +101,11 @@ def test_a_fine_tuning_has_the_timeout_once_an_epoch(
     simulated, [magnitude, *_] = fake(monkeypatch, 1), propose_candidates(resolve(job.spec), 1)
     simulated.settle_seconds = seconds
     config = finetune_config(resolve(job.spec), 1).model_copy(update={"epochs": epochs})
-    with simulated.seams(workers={"timeout": 10}) as (_, fine_tune):
+    with simulated.executor(workers={"timeout": 10}) as executor:
         if ends:
-            assert list(fine_tune([(parent, FinetuneTask("x", magnitude, config))])) == [(0, "checkpoint")]
+            assert list(executor.finetune([(parent, FinetuneTask("x", magnitude, config))])) == [(0, "checkpoint")]
         else:
-            told = refused(list, fine_tune([(parent, FinetuneTask("x", magnitude, config))]))
+            told = refused(list, executor.finetune([(parent, FinetuneTask("x", magnitude, config))]))
             assert told.startswith("x: took longer than the timeout of 30 s (workers.timeout)")
 
 
@@ -117,7 +114,7 @@ def shelf(monkeypatch: pytest.MonkeyPatch) -> Iterator[actor_pool.WorkerPool]:
     """A pool that only puts."""
     monkeypatch.setattr(ray, "put", lambda packed: f"a reference to {packed.index}")
     pool = object.__new__(actor_pool.WorkerPool)
-    pool.callback, pool.object_refs = Ear(), {}
+    pool.callback, pool.object_refs = RecordingCallback(), {}
     return pool
 
 
@@ -156,8 +153,8 @@ def test_a_pause_that_is_lost_with_its_node_counts_as_none(monkeypatch: pytest.M
 
 def test_what_travels_for_a_candidate_is_small(job: WorkerContext, parent: Snapshot) -> None:
     pool = propose_candidates(resolve(job.spec), 1)
-    with local_executor.workers(job, NullCallback()) as (evaluate, _):
-        evaluations: list[Evaluation] = list(climbed(evaluate, parent, pool[:2]))
+    with local_executor.LocalExecutor(job, Callback()) as executor:
+        evaluations: list[Evaluation] = list(run_halving(executor, parent, pool[:2]))
     assert all(len(ray.cloudpickle.dumps(candidate)) <= 2 * 2**10 for candidate in pool)
     assert all(len(ray.cloudpickle.dumps(evaluation)) <= 10 * 2**10 for evaluation in evaluations)
 
@@ -201,16 +198,17 @@ def test_of_many_busy_workers_a_few_are_asked_at_a_time_and_all_in_turn() -> Non
             asked_workers[self.index] += 1
             return object()
 
-    pool = actor_pool.WorkerPool.__new__(actor_pool.WorkerPool)
-    calls = [actor_pool.RemoteTask(index, "", 0.0, lambda actors: []) for index in range(20)]
-    pool.running = {f"work {call.key}": (call, [Actor(call.key)], 0.0) for call in calls}
-    asked: dict[object, int] = {}
+    pool = object.__new__(actor_pool.WorkerPool)
+    pool.pending = {}
+    tasks = [actor_pool.RemoteTask(index, "", 0.0, lambda actors: []) for index in range(20)]
+    pool.running = {task.key: actor_pool.RunningTask(task, [Actor(task.key)], 0.0) for task in tasks}
     for _ in range(5):
-        pool.poll_progress(asked)
-        asked.clear()  # all have answered
+        pool.poll_progress()
+        for running in pool.running.values():
+            running.is_polled = False  # all have answered
     assert dict(asked_workers) == dict.fromkeys(range(20), 2)
-    asked = {"owed": 3}
+    pool.running[3].is_polled = True
     for _ in range(5):
-        pool.poll_progress(asked)
-    assert sorted(asked.values()) == list(range(20)), "a worker that owes an answer was asked again"
-    assert {call.key for call, _, _ in pool.running.values()} == set(range(20))
+        pool.poll_progress()
+    assert asked_workers == Counter(dict.fromkeys(range(20), 3)) - Counter([3]), "who owes an answer is not asked again"
+    assert set(pool.running) == set(range(20))

@@ -70,7 +70,7 @@ def test_the_same_are_left_at_the_top_whoever_runs_beside_whom_and_is_done_first
     pool, rungs, scores = race
     halving, running = SuccessiveHalving(pool, rungs), []
     workers = data.draw(st.integers(1, 5))
-    while wanted := list(halving.ask()):
+    while wanted := halving.ask():
         for eval_task in wanted:
             if len(running) < workers and eval_task not in running:
                 running.append(eval_task)
@@ -85,7 +85,7 @@ def test_the_same_are_left_at_the_top_whoever_runs_beside_whom_and_is_done_first
 def test_one_worker_does_nothing_in_vain(race, data):
     pool, rungs, scores = race
     halving, spent = SuccessiveHalving(pool, rungs), 0
-    while eval_task := next(halving.ask(), None):
+    while eval_task := next(iter(halving.ask()), None):
         assert eval_task.key not in halving.results
         halving.tell(evaluated(eval_task.candidate, eval_task.rung, scores[eval_task.candidate.index][eval_task.rung]))
         spent += 1
@@ -102,7 +102,7 @@ def test_it_goes_on_from_what_is_known(race, data):
     ]
     known = data.draw(st.lists(st.sampled_from(everything), unique_by=lambda e: (e.candidate.index, e.rung)))
     halving = SuccessiveHalving(pool, rungs, known)
-    while eval_task := next(halving.ask(), None):
+    while eval_task := next(iter(halving.ask()), None):
         assert all((e.candidate, e.rung) != (eval_task.candidate, eval_task.rung) for e in known)
         halving.tell(evaluated(eval_task.candidate, eval_task.rung, scores[eval_task.candidate.index][eval_task.rung]))
     assert {(e.candidate.index, e.rung) for e in halving.finalists()} == by_the_book(pool, rungs, scores).keys()
@@ -151,7 +151,7 @@ def doubtful_losses(index, order):
 def run(halving, losses=doubtful_losses):
     """Run all that it asks for; returns the keys in this order."""
     seen = []
-    while eval_task := next(halving.ask(), None):
+    while eval_task := next(iter(halving.ask()), None):
         seen.append(eval_task.key)
         found = losses(eval_task.candidate.index, eval_task.repeat)
         halving.tell(told(eval_task.candidate, eval_task.rung, eval_task.repeat, found))
@@ -192,9 +192,9 @@ def test_a_repeat_that_fails_does_not_count():
     halving = SuccessiveHalving(pool_of(1), (1.0,), repeats=2)
     for candidate in halving.pool:
         halving.tell(told(candidate, 0, 0, doubtful_losses(1, candidate.index)))
-    for eval_task in list(halving.ask()):
+    for eval_task in halving.ask():
         halving.tell(Evaluation(candidate=eval_task.candidate, repeat=1, error="it broke"))
-    assert not list(halving.ask())
+    assert not halving.ask()
     assert [evaluation.losses().mean() for evaluation in halving.finalists()] == pytest.approx(
         [doubtful_losses(1, index).mean() for index in range(2)], rel=1e-4
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -15,25 +15,17 @@ from support.fakes import BASE, Fakes, Killed, setup_of
 
 from raymask.commands.check import show_check
 from raymask.config import make_spec
-from raymask.core import stats
 from raymask.core.errors import UserError
 from raymask.core.lineage import DENSE, IMP, SEARCH
 from raymask.core.records import Evaluation, Result
 from raymask.core.tasks import Checkpoint, EvalTask, FinetuneTask, Snapshot
 from raymask.core.tensors import PackedTensors
 from raymask.driver.result import build_result
-from raymask.driver.search import run_levels, search
+from raymask.driver.search import search
 from raymask.driver.setup import SearchSetup
-from raymask.report.console import NullCallback
 from raymask.runs.run_dir import RunDir, check_run, dump_checksummed, open_run
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_resamples() -> Iterator[None]:
-    """Enough where no interval's width matters."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stats, "RESAMPLES", 50)
-        yield
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 @pytest.fixture(scope="module")
@@ -125,17 +117,17 @@ def test_the_result_says_when_every_task_was_done(search_setup: SearchSetup, tmp
         ("dense", 0, 4.0),
         *(("early evaluation", 1, 10.0 + index) for index in (0, 1, 3)),
         ("fine-tuning", 1, 14.0),
-        ("baseline (IMP)", 1, 15.0),
+        ("IMP baseline", 1, 15.0),
         *(("early evaluation", 2, 20.0 + index) for index in (0, 1, 3)),
         ("fine-tuning", 2, 24.0),
-        ("baseline (IMP)", 2, 25.0),
+        ("IMP baseline", 2, 25.0),
     ]
     assert {(span.worker, span.seconds) for span in result.timeline} == {("fake/1 cpu", 1.0)}
     assert result.seconds == {
         "dense": 1.0,
         "early evaluation": 6.0,
         "fine-tuning": 2.0,
-        "baseline (IMP)": 2.0,
+        "IMP baseline": 2.0,
         "wall": 7.0,
     }
 
@@ -282,7 +274,7 @@ def test_a_level_that_was_made_from_another_parent_is_refused(search_setup: Sear
     path = Path(store.level_uri(SEARCH, 1))
     path.write_text(dump_checksummed(record.model_copy(update={"parent_key": "dense-0-another"})))
     with pytest.raises(UserError, match=r"level-1/level.json: was made from another parent than .*\. Delete it to"):
-        Fakes(search_setup).run(store)
+        Fakes(search_setup).run(RunDir(tmp_path))
 
 
 def test_a_level_that_would_keep_nothing_is_refused() -> None:
@@ -336,20 +328,21 @@ def test_the_baseline_can_be_left_out(tmp_path: Path) -> None:
 
 
 def test_parents_are_let_go_of_with_their_level(search_setup: SearchSetup, tmp_path: Path) -> None:
-    fakes = Fakes(search_setup)
     known: list[weakref.ref[PackedTensors]] = []
 
-    def evaluate(parents: Mapping[int, Snapshot], wanted: Callable[[], Iterable[EvalTask]]) -> Iterator[Evaluation]:
-        assert not any(weights() for weights in known)
-        known.extend(weakref.ref(parent.weights) for parent in parents.values())
-        yield from fakes.evaluate(parents, wanted)
+    class Watching(Fakes):
+        def evaluate(self, parents: Mapping[int, Snapshot], tasks: Sequence[EvalTask]) -> Evaluation:
+            if len(tasks) == 4:  # the first of the level
+                assert not any(weights() for weights in known)
+                known.extend(weakref.ref(parent.weights) for parent in parents.values())
+            return super().evaluate(parents, tasks)
 
-    def fine_tune(work: Sequence[tuple[Snapshot, FinetuneTask]]) -> Iterator[tuple[int, Checkpoint]]:
-        known.extend(weakref.ref(parent.weights) for parent, _ in work)
-        yield from fakes.fine_tune(work)
-        fakes.tuned.clear()
+        def finetune(self, tasks: Sequence[tuple[Snapshot, FinetuneTask]]) -> Iterator[tuple[int, Checkpoint]]:
+            known.extend(weakref.ref(parent.weights) for parent, _ in tasks)
+            yield from super().finetune(tasks)
+            self.tuned.clear()
 
-    run_levels(search_setup, RunDir(tmp_path / "run"), evaluate, fine_tune, NullCallback())
+    Watching(search_setup).run(RunDir(tmp_path / "run"))
     assert len(known) == 1 + 2 * (1 + 2)  # the dense model; at each level the search's twice, the baseline's once
 
 
@@ -391,7 +384,7 @@ def test_what_is_trained_on_is_no_test_split(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     task = {"train": "a.csv", "test": str(tmp_path / "a.csv"), "text": "s"}
     said = r"task\.test: is the file of task.train: give a file with rows that the model is not trained on"
-    for start in (lambda spec: search(spec, "run", NullCallback()), lambda spec: show_check(Console(), spec, None)):
+    for start in (lambda spec: search(spec, "run"), lambda spec: show_check(Console(), spec, None)):
         with pytest.raises(UserError, match=said):
             start(make_spec({"model": "m", "task": task}))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -14,18 +13,11 @@ from support.builders import refused
 from support.fakes import Fakes, Killed, setup_of
 
 from raymask.commands.show import short_names, show_comparison, show_run
-from raymask.core import stats
 from raymask.driver.result import build_result
 from raymask.report.summary import RunSummary
 from raymask.runs.run_dir import RunDir, open_run
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_resamples() -> Iterator[None]:
-    """Enough where no interval's width matters."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stats, "RESAMPLES", 50)
-        yield
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 def output(console: Console) -> str:
@@ -86,9 +78,9 @@ def test_a_finished_search_is_shown_with_its_table_and_where_its_time_went(tmp_p
     lines = text.splitlines()
     head = lines.index("Workers' time, 0.4 s a letter:")
     bar, legend = lines[head + 1 : head + 3]
-    assert "".join(letter for letter, _ in groupby(bar)).startswith("d.pfb.pfb ")
-    assert bar.endswith("b  59%  fake/1")  # 13 of 22 seconds
-    assert legend == "d dense 1.0 s, p early evaluation 8.0 s, f fine-tuning 2.0 s, b baseline (IMP) 2.0 s, . idle"
+    assert "".join(letter for letter, _ in groupby(bar)).startswith("d.efi.efi ")
+    assert bar.endswith("i  59%  fake/1")  # 13 of 22 seconds
+    assert legend == "d dense 1.0 s, e early evaluation 8.0 s, f fine-tuning 2.0 s, i IMP baseline 2.0 s, . idle"
     assert "dense → candidate 2 → candidate 2." in text
     assert f"raymask search {tmp_path}/spec.yaml --run another" not in text  # no start was noted
 

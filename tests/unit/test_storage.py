@@ -34,7 +34,6 @@ from raymask.core.lineage import DENSE, IMP, SEARCH
 from raymask.core.records import LevelRecord
 from raymask.core.tensors import pack
 from raymask.driver.search import search
-from raymask.report.console import NullCallback
 from raymask.runs import local_storage, object_storage, storage
 from raymask.runs import open as open_module
 from raymask.runs.local_storage import LocalStorage
@@ -648,7 +647,7 @@ def test_no_name_in_a_spec_changes_or_leaves_the_run_directory(tmp_path: Path, m
             "distill": False,
         }
         before = {path for path in tmp_path.rglob("*") if here not in path.parents}
-        search(make_spec(spec), "run", NullCallback(), in_process=True)
+        search(make_spec(spec), "run", in_process=True)
         after = {path for path in tmp_path.rglob("*") if here not in path.parents}
         assert after == before
         assert [entry.name for entry in here.iterdir()] == ["run"]

@@ -26,8 +26,8 @@ class Dense(torch.nn.Module):
         )
 
 
-def outputs_of(teacher, order, batches=4, keep=True):
-    teacher.start(order, keep=keep)
+def outputs_of(teacher, order, batches=4, cache=True):
+    teacher.start(order, cache=cache)
     return [float(teacher(batch=batch).logits[0]) for batch in range(batches)]
 
 
@@ -43,7 +43,7 @@ def test_another_level_computes_anew_and_drops_the_cache_of_the_last():
     teacher = Teacher(Dense())
     first = outputs_of(teacher, "level 1")
     outputs_of(teacher, "level 2", batches=1)
-    assert len(teacher.kept) == 1
+    assert len(teacher.cached) == 1
     assert outputs_of(teacher, "level 1") != first
 
 
@@ -62,23 +62,23 @@ def test_the_cache_takes_no_more_memory_than_allowed(room, kept):
     teacher = Teacher(module, room)
     outputs_of(teacher, "level 1")
     outputs_of(teacher, "level 1")
-    assert len(teacher.kept) == kept
+    assert len(teacher.cached) == kept
     assert module.calls == 4 + (4 - kept)
 
 
 def test_nothing_is_cached_where_nobody_else_comes():
     teacher = Teacher(Dense())
-    outputs_of(teacher, "fine-tuning", keep=False)
-    assert teacher.kept == []
+    outputs_of(teacher, "fine-tuning", cache=False)
+    assert teacher.cached == []
 
 
 def test_outputs_are_rounded_under_autocast_whether_cached_or_not():
-    for keep in (True, False):
-        teacher = Teacher(Dense()).start("level 1", keep=keep)
+    for cache in (True, False):
+        teacher = Teacher(Dense()).start("level 1", cache=cache)
         with torch.autocast("cpu", torch.bfloat16):
             outputs = teacher(batch=1)
         assert {tensor.dtype for tensor in outputs.tensors()} == {torch.bfloat16}
-        assert {tensor.dtype for tensor in teacher.start("other", keep=keep)(batch=1).tensors()} == {torch.float32}
+        assert {tensor.dtype for tensor in teacher.start("other", cache=cache)(batch=1).tensors()} == {torch.float32}
 
 
 def test_the_memory_asked_for_is_that_of_the_outputs_up_to_a_bound():

@@ -77,10 +77,10 @@ def test_a_timeline_says_what_its_letters_mean_and_how_long_each_purpose_took() 
     ]
     assert timeline(work) == [
         "Workers' time, 2.0 s a letter:",
-        f"{'d' * 30}{'p' * 15}{IDLE * 15}  75%  a/1",
-        f"{IDLE * 38}{'p' * 7}{IDLE * 15}  12%  b/2",
-        f"{IDLE * 53}{'p' * 7}  12%  a/3",
-        "d dense 1 min 0 s, p early evaluation 58.0 s, . idle",
+        f"{'d' * 30}{'e' * 15}{IDLE * 15}  75%  a/1",
+        f"{IDLE * 38}{'e' * 7}{IDLE * 15}  12%  b/2",
+        f"{IDLE * 53}{'e' * 7}  12%  a/3",
+        "d dense 1 min 0 s, e early evaluation 58.0 s, . idle",
     ]
 
 

@@ -19,13 +19,14 @@ from raymask.core.records import EvalPoint
 from raymask.core.tasks import EvalTask, FinetuneTask, Snapshot
 from raymask.core.tensors import pack
 from raymask.data.metrics import compute_metrics
-from raymask.train import device, trainer, worker
+from raymask.train import device, worker
 from raymask.train.calibration import calibrate
 from raymask.train.context import WorkerContext
 from raymask.train.device import autocast_factory, deterministic
 from raymask.train.failures import SystemFailure
 from raymask.train.losses import TASK_LOSSES
 from raymask.train.model import build_model, inspect_model, state_tensors
+from raymask.train.trainer import Trainer
 from raymask.train.worker import Worker
 
 CPU = torch.device("cpu")
@@ -270,7 +271,7 @@ def scripted(monkeypatch, points):
     """Let the looks find (loss, metric) of `points` in turn; returns a list that gets the weights at each look."""
     seen, script = [], iter(points)
 
-    def look(self, step, rows, *_):
+    def look(self, group_trainer, step, rows, *_):
         seen.append(pack(self.named_tensors).buffer)
         loss, metric = next(script)
         return EvalPoint(step=step, loss=loss, metric=metric), torch.zeros(1)
@@ -311,10 +312,10 @@ def test_what_is_returned_is_what_was_measured(job, dense):
     found = finetuned(job, dense, pool(job)[1])
     module = build_model(job.config).eval()
     module.load_state_dict(found.weights.views(), strict=False)
-    how = {"padding": 0, "autocast": autocast_factory("fp32", CPU), "objective": TASK_LOSSES["classification"]}
-    test = trainer.predict(module, job.data.test, **how)
+    plain = Trainer(module, TASK_LOSSES["classification"], 0)
+    test = plain.predict(job.data.test)
     assert np.array_equal(found.test_outputs, test.numpy())
-    validation = trainer.predict(module, job.data.validation, **how)
+    validation = plain.predict(job.data.validation)
     metric = compute_metrics(("accuracy",), validation.numpy(), job.data.validation.labels)["accuracy"]
     assert found.finetune_result.best_eval.metric == metric
     assert found.finetune_result.worker == f"{platform.node()}/{os.getpid()} cpu 1 threads fp32"
@@ -445,7 +446,7 @@ def test_weights_in_bf16_are_multiplied_as_they_are_and_stay_so(monkeypatch, dis
     )
     dense = tiny_snapshot(half)
     busy = Worker(half, "cpu")
-    with busy.autocast():
+    with busy.trainer.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     found = evaluate(busy, dense, pool(half)[1])
     assert found.ok, found.error

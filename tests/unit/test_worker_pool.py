@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, repeat
 
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
-from support.callbacks import Ear
+from support.callbacks import RecordingCallback
 from support.fake_ray import FakeRay, Ref, Task
 
 from raymask.core.errors import UserError
@@ -55,7 +54,7 @@ def test_no_more_workers_than_asked_for(patch: pytest.MonkeyPatch, count: int) -
 
 
 def test_workers_are_kept_for_the_next_round_and_dead_ones_are_nobody_s_fault(patch: pytest.MonkeyPatch) -> None:
-    ray, ear = fake(patch, 2), Ear()
+    ray, ear = fake(patch, 2), RecordingCallback()
     pool = ray.pool(ear)
     ray.run(pool, [Task(0), Task(1)])
     assert ray.run(pool, [Task(2), Task(3)]) == {2: "done", 3: "done"}
@@ -73,7 +72,7 @@ def test_workers_are_kept_for_the_next_round_and_dead_ones_are_nobody_s_fault(pa
 def test_a_system_failure_is_retried_on_a_fresh_worker_as_often_as_asked(
     patch: pytest.MonkeyPatch, error: Exception, retries: int
 ) -> None:
-    ray, ear = fake(patch, 1), Ear()
+    ray, ear = fake(patch, 1), RecordingCallback()
     pool = ray.pool(ear, max_retries=retries)
     results = ray.run(pool, [Task("good"), Task("bad", outcomes=(error,)), Task("last")])
     assert results["good"] == results["last"] == "done"
@@ -107,7 +106,7 @@ def test_an_error_of_the_task_s_own_code_ends_the_round_and_its_workers(patch: p
 
 
 def test_what_is_past_its_timeout_is_ended_recorded_and_not_retried(patch: pytest.MonkeyPatch) -> None:
-    ray, ear = fake(patch, 1), Ear()
+    ray, ear = fake(patch, 1), RecordingCallback()
     pool = ray.pool(ear)
     results = ray.run(pool, [Task("slow", seconds=1e6, timeout=10.0), Task("quick", timeout=10.0)])
     assert failed(results["slow"]) == "took longer than the timeout of 10 s (workers.timeout)"
@@ -133,7 +132,7 @@ def test_every_task_has_its_own_timeout(patch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_lost_node_s_tasks_are_done_elsewhere_and_a_late_node_gets_work(patch: pytest.MonkeyPatch) -> None:
-    ray, ear = fake(patch, 1, 1), Ear()
+    ray, ear = fake(patch, 1, 1), RecordingCallback()
     ray.at(5.5, lambda: ray.lose_node(1))
     ray.at(20.0, ray.add_node)
     results = ray.run(ray.pool(ear), [Task(key, seconds=2.0) for key in range(20)])
@@ -144,7 +143,7 @@ def test_a_lost_node_s_tasks_are_done_elsewhere_and_a_late_node_gets_work(patch:
 
 
 def test_no_room_for_any_worker_is_refused_at_once_unless_the_cluster_grows(patch: pytest.MonkeyPatch) -> None:
-    ray, ear = fake(patch), Ear()
+    ray, ear = fake(patch), RecordingCallback()
     with pytest.raises(UserError, match=r"no node can hold a worker: one asks for 1 CPUs.*workers\.scale_up_timeout"):
         ray.pool()
     ray.at(40.0, ray.add_node)
@@ -177,7 +176,7 @@ def test_nodes_that_a_search_once_had_may_come_back(patch: pytest.MonkeyPatch) -
 
 
 def test_workers_that_cannot_start_end_the_search_with_the_last_reason(patch: pytest.MonkeyPatch) -> None:
-    ray, ear = fake(patch, 1), Ear()
+    ray, ear = fake(patch, 1), RecordingCallback()
     ray.start_errors = repeat(ValueError("no such module"))
     with pytest.raises(UserError, match=r"5 workers in a row did not start; the last one said: no such module\. Is "):
         ray.run(ray.pool(ear), [Task(0)])
@@ -203,7 +202,7 @@ def test_a_start_that_succeeds_ends_the_row_of_failed_starts_even_if_the_worker_
 
 
 def test_a_task_that_succeeds_ends_the_row_of_failed_starts(patch: pytest.MonkeyPatch) -> None:
-    ray, ear = fake(patch, 2), Ear()
+    ray, ear = fake(patch, 2), RecordingCallback()
     errors = [ValueError("busy")] * (actor_pool.MAX_FAILED_STARTS - 1)
     ray.start_errors = iter([None, *errors, *errors])
     tasks = [Task(key, seconds=3.0) for key in range(8)]
@@ -217,11 +216,11 @@ def test_idle_workers_share_a_task_and_all_end_with_it(patch: pytest.MonkeyPatch
     assert ray.run(pool, [Task(0, max_workers=4)]) == {0: "done"}
     assert ray.most == 4, "a shared task waits for all the workers that it can have"
     ray.run(pool, [Task(1, max_workers=4), Task(2, max_workers=4)])
-    assert len(pool.idle) + len(pool.pinged_actors) == ray.living()
+    assert len(pool.idle) + len(pool.pinged) == ray.living()
 
 
 def test_a_shared_task_that_loses_a_helper_is_done_again_by_fresh_workers(patch: pytest.MonkeyPatch) -> None:
-    ray, ear = fake(patch, 2), Ear()
+    ray, ear = fake(patch, 2), RecordingCallback()
     ray.at(5.0, lambda: ray.actors[0].die())
     assert ray.run(ray.pool(ear), [Task(0, seconds=10.0, max_workers=2)]) == {0: "done"}
     assert ray.attempts[0] == 2
@@ -230,7 +229,7 @@ def test_a_shared_task_that_loses_a_helper_is_done_again_by_fresh_workers(patch:
 
 
 def test_one_task_s_timeout_leaves_the_others_alone(patch: pytest.MonkeyPatch) -> None:
-    ray, ear = fake(patch, 2), Ear()
+    ray, ear = fake(patch, 2), RecordingCallback()
     tasks = [Task("slow", seconds=1e6, timeout=5.0), Task("long", seconds=20.0, timeout=30.0)]
     assert ray.run(ray.pool(ear), tasks)["long"] == "done"
     assert ray.attempts["long"] == 1
@@ -242,11 +241,11 @@ def test_a_worker_that_finished_while_it_was_being_ended_has_done_its_work_and_i
 ) -> None:
     ray = fake(patch, 1)
     pool, actor = ray.pool(), ray.start(None, None)
-    call = ray.call(Task(0))
-    assert pool.on_task_done(Ref(0, "done", True), [actor], call, Counter(), {0}) == "done"
-    assert pool.idle == []
-    assert pool.on_task_done(Ref(0, "done", True), [actor], call, Counter(), set()) == "done"
-    assert pool.idle == [actor]
+    for timed_out, kept in ((True, []), (False, [actor])):
+        running = actor_pool.RunningTask(ray.call(Task(0)), [actor], 0.0, timed_out=timed_out)
+        pool.running = {0: running}
+        assert pool.on_task_done(running, Ref(0, "done", True)) == (0, "done")
+        assert pool.idle == kept
 
 
 def test_weights_are_put_again_when_an_object_was_lost(patch: pytest.MonkeyPatch) -> None:
@@ -265,7 +264,7 @@ def test_a_node_that_joins_gets_a_worker_which_is_kept_though_it_came_too_late(p
     ray.at(9.1, ray.add_node)
     ray.run(pool, [Task(0), Task(1)])
     assert len(ray.actors) == ray.living() == 2
-    assert len(pool.pending_actors) == 1
+    assert len(pool.starting) == 1
     ray.run(pool, [Task(2, seconds=9.0), Task(3, seconds=9.0)])
     assert len(ray.actors) == 2
 
@@ -283,7 +282,7 @@ def test_workers_that_are_lost_with_their_node_while_they_start_are_no_failed_st
 
 
 def test_an_idle_worker_that_does_not_answer_any_more_is_replaced(patch: pytest.MonkeyPatch) -> None:
-    ray, ear = fake(patch, 1), Ear()
+    ray, ear = fake(patch, 1), RecordingCallback()
     pool = ray.pool(ear)
     ray.run(pool, [Task(0)])
     ray.actors[0].hangs = True
@@ -322,21 +321,23 @@ def test_an_oserror_of_the_machine_is_not_called_a_lost_connection(patch: pytest
 
 def test_a_helper_s_own_error_ends_the_round(patch: pytest.MonkeyPatch) -> None:
     ray = fake(patch, 2)
+    pool = ray.pool()
     with pytest.raises(UserError, match="a mistake"):
-        ray.run(ray.pool(), [Task(0, seconds=9.0, max_workers=2, helper_error=UserError("a mistake"))])
+        ray.run(pool, [Task(0, seconds=9.0, max_workers=2, helper_error=UserError("a mistake"))])
     assert ray.now < 9.0
+    pool.close()
     assert ray.living() == 0
 
 
 def test_progress_is_asked_for_and_told(patch: pytest.MonkeyPatch) -> None:
-    ray, ear = fake(patch, 1), Ear()
+    ray, ear = fake(patch, 1), RecordingCallback()
     ray.run(ray.pool(ear), [Task(0, seconds=5.0)])
     assert {"task 0": 0.5} in ear.shares
 
 
 def test_told_progress_never_falls_back(patch: pytest.MonkeyPatch) -> None:
     """A worker that is done with it, and has not been heard, says zero."""
-    ray, ear = fake(patch, 1), Ear()
+    ray, ear = fake(patch, 1), RecordingCallback()
     ray.progress = chain([0.25, 0.5], repeat(0.0))
     ray.run(ray.pool(ear), [Task(0, seconds=9.0)])
     told = [shares["task 0"] for shares in ear.shares if shares]
@@ -358,7 +359,7 @@ def test_whatever_is_lost_every_task_ends_once_within_its_retries_and_nothing_is
     """Workers and nodes die and nodes join at any time; one node is never lost."""
     dice = random.Random(seed)
     with pytest.MonkeyPatch.context() as patch:
-        ray, ear = fake(patch, *cpus), Ear()
+        ray, ear = fake(patch, *cpus), RecordingCallback()
 
         def disturb() -> None:
             kind = dice.choice(["worker", "worker", "node", "late node"])
@@ -390,4 +391,4 @@ def test_whatever_is_lost_every_task_ends_once_within_its_retries_and_nothing_is
     assert sum("trying again elsewhere" in note for note in ear.notes) == retried
     assert ray.living() == 0
     assert not pool.running
-    assert not pool.helper_refs
+    assert pool.pending.keys() == pool.starting.keys() | pool.pinged.keys()
