@@ -111,7 +111,7 @@ class Bench:
             warmup=self.stage.warmup,
             constant=False,
             mask=self.mask,
-            autocast=self.worker.autocast,
+            autocast=self.worker.trainer.autocast,
             rng=np.random.default_rng(0),
         )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.builders import tiny_model
 from support.callbacks import private_ray
 from support.cli import write_search
 from support.paths import ROOT
@@ -64,5 +65,6 @@ def test_the_gpu_benchmark_runs_on_a_cpu_when_told_to() -> None:
     assert len(findings("gpu", "--device", "cpu", "--in-process")) >= 5
 
 
-def test_the_training_benchmark_runs(minilm: Path, glue: Path) -> None:
-    assert len(findings("training", "--model", str(minilm), "--glue", str(glue))) == 4
+def test_the_training_benchmark_runs(tmp_path: Path, glue: Path) -> None:
+    model = tiny_model(tmp_path, head=False)
+    assert len(findings("training", "--model", str(model), "--glue", str(glue))) == 4

@@ -21,7 +21,7 @@ from raymask.runs.run_dir import RunDir
 SLOW = {
     "candidates": {"count": 3, "sampling_ratios": [0.02]},
     "levels": [0.5, 0.9],
-    "dense": {"epochs": 20, "batch_size": 8, "learning_rate": 0.003},
+    "dense": {"epochs": 2, "batch_size": 8, "learning_rate": 0.003},
     "early_eval": {
         "epochs": 8,
         "batch_size": 8,
@@ -36,7 +36,6 @@ SLOW = {
 }
 """Rungs, a beam and the baseline's lineage, each stage long enough to be killed in."""
 MOMENTS = (
-    "dense model: fine-tuning",
     "level 1/2, sparsity 50.00%: fine-tuning",  # branches and the baseline
     "of branch 2 after 50%: score",  # in a rung of a beam's level
 )
