@@ -12,7 +12,8 @@ import torch
 from harness import Finding, climbed, options, tell
 
 from raymask.config import make_spec
-from raymask.core.records import Candidate, Noise
+from raymask.core.masking.noise import Noise
+from raymask.core.records import Candidate
 from raymask.core.tasks import Snapshot
 from raymask.core.tensors import pack
 from raymask.driver.setup import prepare
