@@ -54,9 +54,11 @@ def import_function(path: str) -> Any:
         The function.
 
     Raises:
-        ValueError: The module cannot be imported, or has no such function.
+        ValueError: The module cannot be imported, also not by workers, or has no such function.
     """
     module, _, function = path.partition(":")
+    if module == "__main__":
+        raise ValueError(f"workers cannot import '__main__': put {function!r} into a file of its own, and name that")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # of a command only the folder that it lies in is there
     try:

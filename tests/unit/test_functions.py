@@ -93,6 +93,7 @@ def test_functions_of_one_s_own_draw_masks_alone() -> None:
         ("nowhere:f", "there is no module 'nowhere', neither installed nor in the current folder"),
         ("own_masks.inner:f", "there is no module 'own_masks.inner', neither installed nor in the current folder"),
         ("own_masks:f", "module 'own_masks' has no 'f'"),
+        ("__main__:f", "workers cannot import '__main__': put 'f' into a file of its own, and name that"),
         ("own_masks:NUMBER", "'NUMBER' of module 'own_masks' is no function but 3"),
     ],
 )

@@ -41,6 +41,7 @@ def test_a_job_carries_the_code_the_spec_and_what_it_names_by_relative_paths(pro
     carried = {name for name in files if not name.startswith("raymask/")}
     assert carried >= {
         "spec.yaml",
+        "project_masks.py",
         "packed/model.name/mine/model.safetensors",
         "packed/model.name/mine/config.json",
         "packed/task.train/train.csv",
