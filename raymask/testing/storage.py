@@ -17,7 +17,7 @@ class BlockError(Exception):
 
 
 def check_storage(open_storage: Callable[[], Storage]) -> None:
-    """Check a storage. It is filled and not emptied again.
+    """Check a storage. It is filled and not emptied again. An object store takes seconds to see a lock.
 
     Args:
         open_storage: Opens the same location at every call, as another process would. It is empty at first.

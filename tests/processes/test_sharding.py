@@ -179,6 +179,13 @@ def test_what_is_not_cut_is_loaded_gathered_and_drawn_as_ever(gaussian):
     assert masks.digest(bits) == masks.digest(masks.pack_bits(expected))
 
 
+def test_draws_from_the_same_weights_share_what_is_prepared(gaussian):
+    live, cache = {"w": gaussian(8, 16), "v": gaussian(8, 16)}, {}
+    for seed in (1, 2):
+        draw_sharded_mask(live, live, **RANDOM | {"seed": seed}, sampler_cache=cache)
+    assert len(cache) == len(live)
+
+
 # Parameters without memory.
 
 

@@ -66,9 +66,9 @@ def draw_mask(
 ) -> Mask:
     """Draw a mask.
 
-    Matrices that share a budget share a generator, seeded from the seed and their names. So neither the
-    order nor the weights of other matrices matter. A sampling ratio means the same for every allocation and pattern:
-    the number of votes is that of a matrix of their mean size, counted in weights.
+    Matrices that share a budget share a generator, seeded from `seed` and their names. So neither the order nor the
+    weights of other matrices matter. A sampling ratio means the same for every allocation and pattern: the number of
+    votes is that of a matrix of their mean size, counted in weights.
 
     Args:
         weights: Weights `[n_out, n_in]` by name, of any float dtype. The pattern must divide their shapes.
