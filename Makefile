@@ -1,7 +1,7 @@
 # The gate's steps, in its order. Each runs alone, in an environment with `pip install -e '.[test]'`.
 DIST ?= dist
 
-.PHONY: all lint types layers test faults wheel docs
+.PHONY: all lint types layers test faults wheel docs measures
 all: lint types layers test faults wheel
 
 lint:  # style and format
@@ -25,3 +25,6 @@ wheel:
 
 docs:  # README, docs/, cluster/ and jobs/ alone
 	pytest tests/docs
+
+measures:  # lengths of functions, numbers of parameters, names defined twice
+	python tests/support/measures.py

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from raymask.config import load_spec, make_spec
 from raymask.core.callbacks import Callback
-from raymask.core.masking import masks, patterns
+from raymask.core.functions import get_function
+from raymask.core.masking import masks
 from raymask.core.masking.allocations import ALLOCATIONS
-from raymask.core.masking.masks import Mask
+from raymask.core.masking.masks import Mask, PruningMethod
+from raymask.core.masking.noise import Noise
+from raymask.core.masking.patterns import parse_pattern
 from raymask.core.masking.samplers import SAMPLERS
-from raymask.core.records import Candidate, Noise, Result
-from raymask.core.spec import Spec, require_known, require_whole_groups
+from raymask.core.records import Result
+from raymask.core.spec import Spec, require_whole_groups
 from raymask.driver.search import search as run_search
 from raymask.train.prunable import find_prunable, matrices, to_module_layout
 
@@ -76,8 +79,8 @@ def draw_mask(
         seed: Seed of a random mask near the magnitude mask, in [0, 2^63). None for the magnitude mask.
         exponent: Exponent a > 0 of the scores (README, "How it works").
         sampling_ratio: Sampling ratio r > 0. Larger is nearer to the magnitude mask.
-        sampler: As in a spec's `candidates`.
-        allocation: As in a spec's `mask`.
+        sampler: As in a spec's `candidates`: a name or an import path.
+        allocation: As in a spec's `mask`: a name or an import path.
         pattern: As in a spec's `mask`.
         include: Shell-style patterns on parameter names that replace the default choice.
         exclude: Shell-style patterns on parameter names to leave dense.
@@ -91,9 +94,11 @@ def draw_mask(
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must lie in (0, 1], not {density}")
-    mask_pattern = patterns.parse_pattern(pattern)
-    allocation_fn = ALLOCATIONS[require_known(ALLOCATIONS, allocation, "allocation")]
-    sampler_fn = SAMPLERS[require_known(SAMPLERS, sampler, "sampler")]
+    method = PruningMethod(
+        allocation=get_function(ALLOCATIONS, allocation, "allocation"),
+        sampler=get_function(SAMPLERS, sampler, "sampler"),
+        pattern=parse_pattern(pattern),
+    )
     require_whole_groups(pattern, allocation, [density])
     names = find_prunable(module, tuple(include), tuple(exclude))
     if not names:
@@ -102,12 +107,10 @@ def draw_mask(
         )
     weights = matrices(module, names)
     for name, weight in weights.items():
-        if not mask_pattern.divides(tuple(weight.shape)):
+        if not method.pattern.divides(tuple(weight.shape)):
             raise ValueError(f"{pattern} does not divide {name} of {' x '.join(map(str, weight.shape))}")
     noise = None if seed is None else Noise(exponent=exponent, sampling_ratio=sampling_ratio)
-    candidate = Candidate(level=1, index=int(noise is not None), seed=seed or 0, density=density, noise=noise)
-    mask = masks.draw_mask(weights, candidate, allocation=allocation_fn, sampler=sampler_fn, pattern=mask_pattern)
-    return to_module_layout(module, mask)
+    return to_module_layout(module, masks.draw_mask(weights, density, seed=seed or 0, noise=noise, method=method))
 
 
 def apply_mask(module: nn.Module, mask: Mapping[str, Tensor]) -> None:

@@ -20,7 +20,8 @@ from ray import tune
 
 from raymask.config import make_spec
 from raymask.core.callbacks import Callback
-from raymask.core.records import Candidate, EvalPoint, Evaluation, Noise
+from raymask.core.masking.noise import Noise
+from raymask.core.records import Candidate, EvalPoint, Evaluation
 from raymask.core.tasks import EvalTask, Snapshot
 from raymask.core.tensors import PackedTensors
 from raymask.executor import connection, ray_executor, worker_actor

@@ -25,8 +25,9 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 from raymask.api import search
 from raymask.core.masking import masks
 from raymask.core.masking.masks import Mask
+from raymask.core.masking.noise import Noise
 from raymask.core.masking.samplers import SampleFn
-from raymask.core.records import Candidate, Noise, Result, TrainConfig
+from raymask.core.records import Candidate, Result, TrainConfig
 from raymask.core.spec import Spec
 from raymask.core.tasks import Snapshot
 from raymask.core.tensors import pack
@@ -181,7 +182,7 @@ def draw(spec: Spec, weights: Mapping[str, Tensor], prepared: dict[object, Sampl
     """CANDIDATE's mask on the weights' device, as a worker there draws it."""
     device = next(iter(weights.values())).device
     with isolated_torch_state(spec, device):
-        masks.draw_mask(weights, CANDIDATE, sampler_cache=prepared)
+        masks.draw_mask(weights, CANDIDATE.density, seed=CANDIDATE.seed, noise=CANDIDATE.noise, sampler_cache=prepared)
         finish(device)
 
 

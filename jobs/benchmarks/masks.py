@@ -12,9 +12,9 @@ from harness import Finding, options, peak_memory, tell
 from torch import Tensor
 
 from raymask.core.masking import masks
+from raymask.core.masking.noise import Noise
 from raymask.core.masking.patterns import num_kept
-from raymask.core.masking.samplers import SampleFn, num_votes
-from raymask.core.records import Candidate, Noise
+from raymask.core.masking.samplers import SampleFn, votes_from_ratio
 
 DENSITY = 1 / 16
 NOISE = Noise(exponent=5.0, sampling_ratio=3e-4)
@@ -53,14 +53,10 @@ def llama(layers: int, width: int, inner: int) -> dict[str, Tensor]:
     }
 
 
-def candidate(index: int) -> Candidate:
-    return Candidate(level=1, index=index, seed=index, density=DENSITY, noise=NOISE)
-
-
 def seconds_to_draw(weights: Mapping[str, Tensor], index: int, prepared: dict[object, SampleFn]) -> float:
     """Seconds for one candidate's whole mask."""
     started = time.perf_counter()
-    masks.draw_mask(weights, candidate(index), sampler_cache=prepared)
+    masks.draw_mask(weights, DENSITY, seed=index, noise=NOISE, sampler_cache=prepared)
     return time.perf_counter() - started
 
 
@@ -74,7 +70,7 @@ def seconds_the_slow_way(weights: Mapping[str, Tensor]) -> float:
         started = time.perf_counter()
         reference.tally(alike[0], DENSITY, NOISE.exponent, DRAWS, torch.Generator().manual_seed(0))
         one = (time.perf_counter() - started) / DRAWS
-        whole += len(alike) * num_votes(entries, num_kept(entries, DENSITY), NOISE.sampling_ratio) * one
+        whole += len(alike) * votes_from_ratio(entries, num_kept(entries, DENSITY), NOISE.sampling_ratio) * one
     return whole
 
 
@@ -97,7 +93,7 @@ def compare(layers: int) -> None:
 def same_masks(size: int, pairs: int) -> None:
     """Distance from the magnitude mask and kept entries by magnitude, fast and slow, of `pairs` masks of a matrix."""
     weight = torch.randn(size, size, generator=torch.Generator().manual_seed(1)).mul_(0.04)
-    magnitude = masks.draw_mask({"w": weight}, Candidate(level=1, index=0, seed=0, density=DENSITY))["w"]
+    magnitude = masks.draw_mask({"w": weight}, DENSITY)["w"]
     rank = weight.abs().reshape(-1).argsort(descending=True)
     kept = int(magnitude.sum())
     bands = [
@@ -108,7 +104,7 @@ def same_masks(size: int, pairs: int) -> None:
     for index in range(pairs):
         rng = torch.Generator().manual_seed(index)
         both = {
-            "fast": masks.draw_mask({"w": weight}, candidate(index))["w"],
+            "fast": masks.draw_mask({"w": weight}, DENSITY, seed=index, noise=NOISE)["w"],
             "slow": reference.voted(weight, DENSITY, NOISE.exponent, NOISE.sampling_ratio, rng),
         }
         for side, mask in both.items():
@@ -140,7 +136,7 @@ def billion(layers: int, width: int, inner: int) -> None:
     largest = max(weight.numel() for weight in weights.values())
     before = peak_memory(reset=True)
     started = time.perf_counter()
-    bits = masks.draw_mask(weights, candidate(1))
+    bits = masks.draw_mask(weights, DENSITY, seed=1, noise=NOISE)
     seconds = time.perf_counter() - started
     copies = (peak_memory() - before - sum(mask.nbytes for mask in bits.values())) / (4 * largest)
     what = f"the same for {entries / 1e9:.2f} billion bf16 weights (LLaMA 7B's shapes); beside the mask, at its peak "

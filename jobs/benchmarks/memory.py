@@ -13,7 +13,8 @@ from harness import Finding, options, run_halving, tell
 
 from raymask.config import make_spec
 from raymask.core.callbacks import Callback
-from raymask.core.records import Candidate, Noise
+from raymask.core.masking.noise import Noise
+from raymask.core.records import Candidate
 from raymask.core.tasks import Snapshot
 from raymask.core.tensors import pack
 from raymask.driver.setup import prepare

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raymask.core.masking.samplers import num_votes
+from raymask.core.masking.samplers import votes_from_ratio
 from raymask.data.types import TokenizedSplit
 from raymask.train.trainer import Autocast
 
@@ -30,7 +30,7 @@ def tally(weight: Tensor, density: float, exponent: float, draws: int, rng: torc
 def voted(weight: Tensor, density: float, exponent: float, ratio: float, rng: torch.Generator) -> Tensor:
     """The method's mask of one matrix, bool: the k entries with most votes."""
     count = int(weight.numel() * density)
-    votes = tally(weight, density, exponent, num_votes(weight.numel(), count, ratio), rng)
+    votes = tally(weight, density, exponent, votes_from_ratio(weight.numel(), count, ratio), rng)
     mask = torch.zeros(weight.numel(), dtype=torch.bool)
     mask[votes.reshape(-1).topk(count).indices] = True
     return mask.view(weight.shape)

@@ -101,7 +101,7 @@ class Plain:
         candidate = propose_candidates(self.recipe, level)[index]
         weights = {name: parent.get_parameter(name).detach() for name in self.search_setup.model_info.prunable}
         if candidate.noise is None:
-            return masks.draw_mask(weights, candidate)
+            return masks.draw_mask(weights, candidate.density)
         rng = torch.Generator().manual_seed(candidate.seed)
         noise = candidate.noise
         return {

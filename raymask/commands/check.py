@@ -82,9 +82,7 @@ def level_table(setup: SearchSetup) -> Table:
     for head in ("level", "sparsity", "weights kept", zeros, "zeros in whole model", "candidates"):
         table.add_column(head, justify="right")
     for level, density in enumerate(setup.recipe.densities, 1):
-        num_kept = sum(
-            max_kept(setup.model_info.shapes, density, setup.recipe.allocation, setup.recipe.pattern).values()
-        )
+        num_kept = sum(max_kept(setup.model_info.shapes, density, setup.recipe.method).values())
         shares = setup.model_info.sizes.sparsities(setup.model_info.sizes.prunable - num_kept)
         random, parents = setup.recipe.spec.candidates.count, num_parents(setup.recipe.spec, level)
         pool = f"magnitude mask + {random}" if random else "magnitude mask"

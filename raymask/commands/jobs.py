@@ -1,7 +1,7 @@
 """Searches as jobs on a Ray cluster: submit, list, follow, stop and fetch them.
 
 A job runs `raymask search` on the cluster's head node, in a working directory that is uploaded with it: the spec, the
-files that it names by relative paths, and raymask itself.
+files that it names by relative paths, the modules of its own functions, and raymask itself.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def spec_paths(spec: Spec) -> dict[str, str]:
 
 
 def build_working_dir(spec: Spec, folder: Path) -> None:
-    """Fill the job's working directory: raymask, the files with relative paths, and the spec with their new paths.
+    """Fill the job's working directory: raymask, own modules, files with relative paths, the spec with their new paths.
 
     Args:
         spec: The search's spec.
@@ -149,6 +149,8 @@ def build_working_dir(spec: Spec, folder: Path) -> None:
     Raises:
         UserError: When a file cannot be copied, or the folder is too large to upload.
     """
+    for module in own_modules(spec):
+        copy(module, folder / module)
     copy(Path(version.__file__).parent, folder / "raymask")
     data = spec.model_dump(mode="json")
     for key, path in spec_paths(spec).items():
@@ -162,12 +164,18 @@ def build_working_dir(spec: Spec, folder: Path) -> None:
         copy(source / inner, folder / target / inner)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if size > MAX_PACKAGE_BYTES:
+        uploaded = ", ".join([*spec_paths(spec).values(), *map(str, own_modules(spec))])
         raise UserError(
-            f"{', '.join(spec_paths(spec).values())}: {size / 2**20:.0f} MiB, and at most "
-            f"{MAX_PACKAGE_BYTES // 2**20} MiB are uploaded with a job: put the large ones on the "
-            "cluster's head node, and name them by absolute paths"
+            f"{uploaded}: {size / 2**20:.0f} MiB, and at most {MAX_PACKAGE_BYTES // 2**20} MiB are uploaded with a "
+            "job: put the large ones on the cluster's head node, and name them by absolute paths"
         )
     (folder / "spec.yaml").write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+
+
+def own_modules(spec: Spec) -> list[Path]:
+    """Files and packages of the current folder that have the spec's own functions. Others must be on the cluster."""
+    names = {path.partition(":")[0].partition(".")[0] for path in spec.import_paths.values()}
+    return [path for name in sorted(names) for path in (Path(name), Path(f"{name}.py")) if path.exists()]
 
 
 def copy(source: Path, target: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from raymask.core import seeds
-from raymask.core.masking import patterns
-from raymask.core.masking.allocations import ALLOCATIONS, AllocationFn
-from raymask.core.masking.patterns import Pattern
-from raymask.core.masking.samplers import SAMPLERS, Sampler
-from raymask.core.masking.scorers import SCORERS, ScoreFn
-from raymask.core.records import Candidate, Noise, TrainConfig
+from raymask.core.functions import get_function
+from raymask.core.masking.allocations import ALLOCATIONS
+from raymask.core.masking.masks import PruningMethod
+from raymask.core.masking.noise import Noise
+from raymask.core.masking.patterns import parse_pattern
+from raymask.core.masking.samplers import SAMPLERS
+from raymask.core.masking.scorers import SCORERS
+from raymask.core.records import Candidate, TrainConfig
 from raymask.core.seeds import derive
 from raymask.core.selection import SELECTIONS, SelectFn
 from raymask.core.spec import Dense, EarlyEval, Finetune, Spec
@@ -24,38 +27,36 @@ IMP_EPOCHS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """A spec with its names resolved to functions.
+    """A spec with its names resolved to functions, each when it is first used: a report needs none of them.
 
     Attributes:
         spec: The spec.
         densities: Share of the prunable weights that levels 1, 2, ... keep, in (0, 1), strictly decreasing.
-        allocation: Distributes the density over the matrices.
-        scorer: Scores the weights.
-        sampler: Draws random masks.
-        pattern: Which shapes a mask may have.
-        select: Selects the winners of a level.
     """
 
     spec: Spec
     densities: tuple[float, ...]
-    allocation: AllocationFn
-    scorer: ScoreFn
-    sampler: Sampler
-    pattern: Pattern
-    select: SelectFn
+
+    @cached_property
+    def method(self) -> PruningMethod:
+        """The functions that make a mask."""
+        mask = self.spec.mask
+        return PruningMethod(
+            allocation=get_function(ALLOCATIONS, mask.allocation, "allocation"),
+            scorer=get_function(SCORERS, mask.score, "score"),
+            sampler=get_function(SAMPLERS, self.spec.candidates.sampler, "sampler"),
+            pattern=parse_pattern(mask.pattern),
+        )
+
+    @cached_property
+    def select(self) -> SelectFn:
+        """The rule that selects the winners of a level."""
+        return get_function(SELECTIONS, self.spec.select.rule, "rule")
 
 
 def resolve(spec: Spec) -> Recipe:
-    """Look up the functions that a spec names."""
-    return Recipe(
-        spec=spec,
-        densities=spec.levels.densities(),
-        allocation=ALLOCATIONS[spec.mask.allocation],
-        scorer=SCORERS[spec.mask.score],
-        sampler=SAMPLERS[spec.candidates.sampler],
-        pattern=patterns.parse_pattern(spec.mask.pattern),
-        select=SELECTIONS[spec.select.rule],
-    )
+    """Resolve a spec."""
+    return Recipe(spec, spec.levels.densities())
 
 
 def deterministic_candidate(recipe: Recipe, level: int) -> Candidate:

@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from raymask.core.masking.noise import Noise
+
 
 class Record(BaseModel):
     """A frozen value that reads and writes JSON exactly."""
@@ -18,18 +20,6 @@ class Record(BaseModel):
 
 EvalKey = tuple[int, int, int]
 """Key of an early evaluation within a level: (candidate index, rung, repeat)."""
-
-
-class Noise(Record):
-    """How far a random mask may differ from the magnitude mask.
-
-    Attributes:
-        exponent: Exponent a > 0 of the scores, 1/temperature. Larger is nearer to the magnitude mask.
-        sampling_ratio: Sampling ratio r > 0, which gives the number of votes V = max(1, floor((N - k) r)).
-    """
-
-    exponent: float
-    sampling_ratio: float
 
 
 class Candidate(Record):

@@ -25,7 +25,7 @@ def derive(seed: int, *names: str | int) -> int:
 
     Args:
         seed: The spec's seed, or another derived one, in [0, 2^63).
-        names: The purpose. The texts are hashed with a separator, so that ("a", 12) and ("a1", 2) differ.
+        *names: The purpose. The texts are hashed with a separator, so that ("a", 12) and ("a1", 2) differ.
 
     Returns:
         A seed in [0, 2^63).

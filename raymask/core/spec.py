@@ -7,7 +7,7 @@ is used where it is fast. Pydantic finds the mistakes in a spec; `config` turns 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
@@ -18,10 +18,12 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from raymask.core.functions import get_function, is_import_path
 from raymask.core.schedules import SCHEDULES
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
@@ -114,6 +116,30 @@ def require_known(table: Iterable[str], name: str, kind: str) -> str:
     """
     if name not in table:
         raise ValueError(f"no {kind} is called {name!r}; known are {', '.join(table)}")
+    return name
+
+
+NO_IMPORTS = "no imports"
+"""Context of a validation that imports no functions: that of a run's spec, where only its report or model is wanted."""
+
+
+def require_function(table: Mapping[str, Any], name: str, kind: str, info: ValidationInfo) -> str:
+    """Return a name if it is a function's.
+
+    Args:
+        table: Functions by name.
+        name: A name in the table, or an import path.
+        kind: What the function is, for the error.
+        info: The validation; with NO_IMPORTS as context an import path is not followed.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: There is no such function.
+    """
+    if not (info.context == NO_IMPORTS and is_import_path(name)):
+        get_function(table, name, kind)
     return name
 
 
@@ -263,10 +289,11 @@ class Mask(Section):
     """Which weights a mask keeps.
 
     Attributes:
-        allocation: How the density is distributed over the matrices.
+        allocation: How the density is distributed over the matrices: a name or an import path.
         pattern: Which shapes a mask may have: `unstructured`, `n:M` (n of each M neighbours along the input dimension;
             the level gives n), or `RxC` (blocks).
-        score: How important a weight is. `wanda` and `saliency` need a sample of the training rows.
+        score: How important a weight is: a name or an import path. All but `magnitude` read a sample of the training
+            rows.
     """
 
     allocation: Text = "uniform"
@@ -276,11 +303,11 @@ class Mask(Section):
     # The tables of known names, here and below, are imported late because they import torch.
     @field_validator("allocation")
     @classmethod
-    def check_allocation(cls, name: str) -> str:
-        """Require a known allocation."""
+    def check_allocation(cls, name: str, info: ValidationInfo) -> str:
+        """Require an allocation."""
         from raymask.core.masking.allocations import ALLOCATIONS
 
-        return require_known(ALLOCATIONS, name, "allocation")
+        return require_function(ALLOCATIONS, name, "allocation", info)
 
     @field_validator("pattern")
     @classmethod
@@ -293,18 +320,19 @@ class Mask(Section):
 
     @field_validator("score")
     @classmethod
-    def check_score(cls, name: str) -> str:
-        """Require a known score."""
+    def check_score(cls, name: str, info: ValidationInfo) -> str:
+        """Require a score."""
         from raymask.core.masking.scorers import SCORERS
 
-        return require_known(SCORERS, name, "score")
+        return require_function(SCORERS, name, "score", info)
 
 
 class Candidates(Section):
     """The random masks of a level. The magnitude mask is a candidate besides them.
 
     Attributes:
-        sampler: How a mask is drawn. `random` keeps any weights, and ignores exponent and sampling ratios.
+        sampler: How a mask is drawn: a name or an import path. `random` keeps any weights, and ignores exponent and
+            sampling ratios.
         count: Number of random masks for each parent.
         exponent: Exponent a of the scores.
         sampling_ratios: Sampling ratios r, used in turn.
@@ -322,11 +350,11 @@ class Candidates(Section):
 
     @field_validator("sampler")
     @classmethod
-    def check_sampler(cls, name: str) -> str:
-        """Require a known sampler."""
+    def check_sampler(cls, name: str, info: ValidationInfo) -> str:
+        """Require a sampler."""
         from raymask.core.masking.samplers import SAMPLERS
 
-        return require_known(SAMPLERS, name, "sampler")
+        return require_function(SAMPLERS, name, "sampler", info)
 
 
 class Dense(Section):
@@ -392,7 +420,8 @@ class Select(Section):
     """Which of a level's masks are fine-tuned, and which are the next level's parents.
 
     Attributes:
-        rule: Selection rule. `first` takes the random masks that were drawn first, whatever their scores.
+        rule: Selection rule: a name or an import path. `first` takes the random masks that were drawn first, whatever
+            their scores.
         keep: How many masks are fine-tuned side by side.
         beam: Whether each of them is a parent of the next level's candidates; else only the best after fine-tuning is.
     """
@@ -403,11 +432,11 @@ class Select(Section):
 
     @field_validator("rule")
     @classmethod
-    def check_rule(cls, name: str) -> str:
-        """Require a known rule."""
+    def check_rule(cls, name: str, info: ValidationInfo) -> str:
+        """Require a rule."""
         from raymask.core.selection import SELECTIONS
 
-        return require_known(SELECTIONS, name, "rule")
+        return require_function(SELECTIONS, name, "rule", info)
 
 
 class Finetune(Section):
@@ -522,6 +551,17 @@ class Spec(Section):
     gradient_checkpointing: bool = False
     workers: Workers = Workers()
     seed: Seed = 0
+
+    @property
+    def import_paths(self) -> dict[str, str]:
+        """Import paths of the functions that are not raymask's, by key."""
+        functions = {
+            "mask.allocation": self.mask.allocation,
+            "mask.score": self.mask.score,
+            "candidates.sampler": self.candidates.sampler,
+            "select.rule": self.select.rule,
+        }
+        return {key: name for key, name in functions.items() if is_import_path(name)}
 
     @property
     def uses_teacher(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from raymask.core.tasks import Snapshot
 from raymask.data.causal_lm import Documents
 from raymask.data.task import load_dataset, tokenize_dataset
 from raymask.data.types import RawDataset
+from raymask.testing import check_allocation, check_sampler, check_score
 from raymask.train.context import WorkerContext
 from raymask.train.model import ModelInfo, inspect_model, load_weights, read_config
 
@@ -47,16 +49,39 @@ def prepare(spec: Spec) -> SearchSetup:
     Raises:
         UserError: Model or data cannot be read, they do not fit each other, or the masks cannot be made.
     """
+    recipe = resolve(spec)
+    require_own_functions(recipe)
     config, tokenizer = read_config(spec.model)
     dataset = load_dataset(spec, config)
     model_info = inspect_model(
         spec.model, config, tokenizer, dataset.classes, dataset.kind, gradient_checkpointing=spec.gradient_checkpointing
     )
-    recipe = resolve(spec)
     require_masks(model_info, recipe)
     data = tokenize_dataset(dataset, tokenizer, config)
     context = WorkerContext(spec, model_info.config, data, model_info.prunable, model_info.sizes.whole)
     return SearchSetup(recipe, model_info, dataset, context)
+
+
+def require_own_functions(recipe: Recipe) -> None:
+    """Check the functions that the spec names by import path: of a broken one a search would notice late or never.
+
+    Raises:
+        UserError: A function breaks a rule, or fails.
+    """
+    method = recipe.method
+    checks = {
+        "mask.allocation": partial(check_allocation, method.allocation),
+        "mask.score": partial(check_score, method.scorer),
+        "candidates.sampler": partial(check_sampler, method.sampler),
+    }
+    own = recipe.spec.import_paths
+    for key in [key for key in checks if key in own]:
+        try:
+            checks[key]()
+        except AssertionError as error:
+            raise UserError(f"{key}: {own[key]} breaks a rule. {error}") from None
+        except Exception as error:  # noqa: BLE001 - a function of the user's own may raise anything
+            raise UserError(f"{key}: {own[key]} fails with {type(error).__name__}: {error}") from None
 
 
 def require_distinct_splits(task: Task) -> None:
@@ -91,7 +116,7 @@ def require_divisible(model_info: ModelInfo, recipe: Recipe) -> None:
         UserError: They do not divide some matrix.
     """
     for name, shape in model_info.shapes.items():
-        if not recipe.pattern.divides(shape):
+        if not recipe.method.pattern.divides(shape):
             raise UserError(
                 f"mask.pattern: {recipe.spec.mask.pattern} does not divide {name} of "
                 f"{' x '.join(map(str, shape))}: choose another, or leave such matrices out with model.exclude"
@@ -105,7 +130,7 @@ def require_nonzero_density(model_info: ModelInfo, recipe: Recipe) -> None:
         UserError: It keeps none of some matrix or set.
     """
     density = recipe.densities[-1]
-    max_kept = masks.max_kept(model_info.shapes, density, recipe.allocation, recipe.pattern)
+    max_kept = masks.max_kept(model_info.shapes, density, recipe.method)
     num_weights = {names: sum(math.prod(model_info.shapes[name]) for name in names) for names in max_kept}
     smallest = min(max_kept, key=lambda names: (max_kept[names], num_weights[names]))
     if max_kept[smallest] == 0:

@@ -42,7 +42,7 @@ from raymask.core.lineage import DENSE, IMP, SEARCH, branches
 from raymask.core.masking.masks import empty_bits
 from raymask.core.presets import fingerprint
 from raymask.core.records import EvalKey, Evaluation, LevelRecord, Record, Result
-from raymask.core.spec import Spec
+from raymask.core.spec import NO_IMPORTS, Spec
 from raymask.core.tasks import Checkpoint
 from raymask.core.tensors import PackedTensors, pack
 from raymask.runs.open import open_storage
@@ -362,7 +362,7 @@ class RunDir:
         """
         self.require_format()
         try:
-            return Spec.model_validate(yaml.safe_load(self.storage.read(SPEC)))
+            return Spec.model_validate(yaml.safe_load(self.storage.read(SPEC)), context=NO_IMPORTS)
         except (FileNotFoundError, NotADirectoryError):
             has_files = any(True for _ in self.storage.names())
             reason = f"it has no {SPEC}" if has_files else "nothing is there"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymask.core import seeds
-from raymask.core.masking.scorers import DATA_FREE, SCORERS
-from raymask.core.recipe import num_parents
+from raymask.core.masking.scorers import DATA_FREE
+from raymask.core.recipe import num_parents, resolve
 from raymask.core.seeds import derive
 from raymask.core.spec import Spec
 from raymask.data.hf_config import vocab_size
@@ -70,7 +70,7 @@ class WorkerContext:
         Args:
             on_gpu: The model is on a GPU, so most of this is in the GPU's memory.
         """
-        calibrated = SCORERS[self.spec.mask.score] not in DATA_FREE
+        calibrated = resolve(self.spec).method.scorer not in DATA_FREE
         checkpoint = self.model_bytes + self.moment_bytes
         resident = 3 * self.model_bytes + self.moment_bytes + 4 * calibrated * self.num_parameters
         resident += self.teacher_bytes * self.spec.distill

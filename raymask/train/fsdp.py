@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -17,9 +18,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from raymask.core.errors import UserError
 from raymask.core.masking import masks
-from raymask.core.masking.masks import Mask
-from raymask.core.masking.scorers import Calibration, ScoreFn, magnitude
-from raymask.core.records import Candidate
+from raymask.core.masking.masks import DEFAULT_METHOD, Mask, PruningMethod
+from raymask.core.masking.scorers import Calibration, ScoreFn
 from raymask.core.tensors import PackedTensors, empty_packed
 from raymask.train.prunable import transformer_blocks
 
@@ -174,16 +174,33 @@ def like_parameter(parameter: Tensor, value: Tensor) -> Tensor:
     )
 
 
+@dataclass(frozen=True)
+class ScoreOnDevice:
+    """A scorer that copies each weight to a device and scores it there. Equal ones share a cache of samplers.
+
+    Attributes:
+        scorer: Scores the weights.
+        device: The device.
+    """
+
+    scorer: ScoreFn
+    device: torch.device
+
+    def __call__(self, weight: Tensor, calibration: Calibration | None) -> Tensor:
+        """Score one weight."""
+        return self.scorer(weight.to(self.device), calibration)
+
+
 def draw_sharded_mask(
     weights: Mapping[str, Tensor],
     live: Mapping[str, Tensor],
-    candidate: Candidate,
+    density: float,
     *,
-    scorer: ScoreFn = magnitude,
+    method: PruningMethod = DEFAULT_METHOD,
     transposed: Collection[str] = (),
     **draw_options: Any,
 ) -> tuple[Mask, PackedTensors]:
-    """Draw a candidate's mask for a model that may be sharded.
+    """Draw a mask for a model that may be sharded.
 
     One weight at a time is copied to the device of its `live` tensor, scored and drawn there. The bits are those that
     `masks.draw_mask` draws from weights on that device.
@@ -191,8 +208,8 @@ def draw_sharded_mask(
     Args:
         weights: Full weights [n_out, n_in] by name, on the host or a device.
         live: The model's tensors by name, sharded or not.
-        candidate: The candidate.
-        scorer: Scores a weight.
+        density: Share of the weights that is kept, in (0, 1].
+        method: The functions that make the mask.
         transposed: Names of the weights whose `live` tensor is transposed, [n_in, n_out].
         **draw_options: Other arguments of `masks.draw_mask`.
 
@@ -201,10 +218,7 @@ def draw_sharded_mask(
         every rank.
     """
     bits = masks.empty_bits({name: tuple(live[name].shape) for name in weights})
-    device = next(iter(live.values())).device
-
-    def score_on_device(weight: Tensor, calibration: Calibration | None) -> Tensor:
-        return scorer(weight.to(device), calibration)
+    on_device = replace(method, scorer=ScoreOnDevice(method.scorer, next(iter(live.values())).device))
 
     def take_local_rows(name: str, mask: Tensor) -> Tensor:
         """Write the bits of one matrix, and return this rank's rows of it."""
@@ -212,4 +226,4 @@ def draw_sharded_mask(
         masks.set_bits(bits, name, kept)
         return local_rows(kept, live[name]).clone() if is_sharded(live[name]) else kept
 
-    return masks.draw_mask(weights, candidate, scorer=score_on_device, transform=take_local_rows, **draw_options), bits
+    return masks.draw_mask(weights, density, method=on_device, transform=take_local_rows, **draw_options), bits

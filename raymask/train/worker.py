@@ -104,7 +104,7 @@ class Worker:
     ) -> None:
         self.context = context
         self.group = group
-        self.recipe = resolve(context.spec)
+        self.method = resolve(context.spec).method
         self.task_loss = TASK_LOSSES[context.data.kind]
         self.device = torch.device(device)
         if self.device.type == "cuda":
@@ -418,7 +418,7 @@ class Worker:
 
         Empty for a scorer that needs none.
         """
-        if self.recipe.scorer in DATA_FREE:
+        if self.method.scorer in DATA_FREE:
             return {}
         data = self.context.data
         rows = data.train.sample(CALIBRATION_ROWS, derive(self.context.spec.seed, seeds.CALIBRATION))
@@ -437,15 +437,13 @@ class Worker:
             transposed_weights(self.module),
         )
         weights = snapshot.weights.views() if self.group.sharded else live
-        recipe = self.recipe
         return fsdp.draw_sharded_mask(
             {name: weights[name].T if name in transposed else weights[name] for name in live},
             live,
-            candidate,
-            allocation=recipe.allocation,
-            scorer=recipe.scorer,
-            sampler=recipe.sampler,
-            pattern=recipe.pattern,
+            candidate.density,
+            seed=candidate.seed,
+            noise=candidate.noise,
+            method=self.method,
             calibration=calibration,
             sampler_cache=sampler_cache,
             transposed=transposed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from support.builders import reviews, tiny_model, write_table
 from support.cli import typed
 from support.documents import block, section, table_rows
 from support.paths import ROOT
+from support.specs import SEARCH
 from transformers import AutoModelForSequenceClassification
 
-from raymask.config import UniqueKeys, load_spec, parse_spec
+from raymask.config import UniqueKeys, load_spec, make_spec, parse_spec
 from raymask.core.presets import PRESETS
 from raymask.core.spec import GLUE, Spec
 from raymask.driver.search import search
@@ -50,7 +52,9 @@ IDS = {
     "python-search": ("README.md", "python"),
     "python-pieces": ("docs/python-api.md", "python"),
     "python-load-sparse": ("docs/export.md", "python"),
-    "python-sampler": ("docs/extending.md", "python"),
+    "python-own-functions": ("docs/extending.md", "python"),
+    "spec-own-functions": ("docs/extending.md", "yaml"),
+    "python-testing": ("docs/extending.md", "python"),
     "python-tune": ("docs/ray-tune.md", "python"),
     "cluster-commands": ("docs/cluster.md", "bash"),
     "masks-examples": ("docs/spec.md", "text"),
@@ -174,6 +178,32 @@ def test_a_classifier_and_rows_of_one_s_own_are_pruned_as_the_readme_says(
     assert [row.sparsity["prunable"] for row in result.models] == pytest.approx([0, 0.9, 0.9], abs=0.01)
     exported = AutoModelForSequenceClassification.from_pretrained("runs/tickets/export")
     assert exported.config.id2label == names
+
+
+def test_functions_of_one_s_own_draw_the_masks_of_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the docs say: a module in the current folder, checked, and named by a spec."""
+    (tmp_path / "my_masks.py").write_text(block("python-own-functions", "python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names: dict[str, Any] = {}
+    exec(block("python-testing", "python"), names)  # noqa: S102 - our own
+    assert all(int(mask.sum()) == mask.numel() // 16 for mask in names["mask"].values())
+    draws: list[int] = []
+
+    def gumbel(scores: Any, k: int, exponent: float, num_votes: int) -> Any:
+        draws.append(k)
+        return own_gumbel(scores, k, exponent, num_votes)
+
+    own_gumbel = names["my_masks"].gumbel
+    monkeypatch.setattr(names["my_masks"], "gumbel", gumbel)
+    own = yaml.safe_load(block("spec-own-functions", "yaml"))
+    spec = make_spec(SEARCH | own | {"levels": [0.5], "candidates": SEARCH["candidates"] | own["candidates"]})
+    draws.clear()
+    result = search(spec, "run", in_process=True)
+    [level] = result.levels
+    assert (level.num_evaluated, level.num_failed) == (3, 0)
+    assert 0 < max(draws) < 0.5 * level.num_prunable
+    del sys.modules["my_masks"]
 
 
 def test_the_masks_in_the_docs_are_masks() -> None:

@@ -26,10 +26,11 @@ def replaced(text: str, changes: dict[str, str]) -> str:
 
 def test_the_python_examples_run(tmp_path: Path) -> None:
     """In one interpreter, one after the other; the first is a whole search, on a Ray of its own."""
-    whole, pieces, sampler = (block(f"python-{name}", "python") for name in ("search", "pieces", "sampler"))
+    whole, pieces, own = (block(f"python-{name}", "python") for name in ("search", "pieces", "testing"))
+    (tmp_path / "my_masks.py").write_text(block("python-own-functions", "python"))
     kept = "assert all(int((model.get_parameter(n) != 0).sum()) == m.numel() // 16 for n, m in mask.items())"
     drawn = "assert all(int(m.sum()) == m.numel() // 16 for m in mask.values())"
-    code = "\n".join((replaced(whole, {'"epochs": 24': '"epochs": 1'}), pieces, kept, sampler, drawn))
+    code = "\n".join((replaced(whole, {'"epochs": 24': '"epochs": 1'}), pieces, kept, own, drawn))
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=clean_environ(), capture_output=True, text=True, timeout=280
     )

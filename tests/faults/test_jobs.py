@@ -24,7 +24,7 @@ BENCHMARKS = JOBS / "benchmarks"
 def test_tune_noise_runs_and_the_same_command_prints_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(JOBS))
+    monkeypatch.syspath_prepend(str(JOBS / "experiments"))
     noise = import_module("tune_noise")
     spec = write_search(tmp_path, levels=[0.5], candidates={"count": 1, "sampling_ratios": [0.02]}, imp={"run": False})
     words = ["--run", str(tmp_path / "noise"), "--exponents", "2", "9", "--ratios", "0.02", "--seeds", "1"]

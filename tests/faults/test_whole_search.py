@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+from importlib import invalidate_caches
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from support.cli import raymask, refused_command, typed, write_search
+from support.documents import block
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raymask.core.records import Result
@@ -18,8 +21,13 @@ from raymask.runs.run_dir import RunDir
 
 
 def test_a_search_prints_its_table_exports_and_is_shown_again(tmp_path: Path) -> None:
-    """The export is loaded by transformers alone and scores what the table says."""
-    spec = write_search(tmp_path)
+    """The export is loaded by transformers alone and scores what the table says.
+
+    Masks are drawn by functions of one's own, from a module in the current folder, which nothing needs afterwards.
+    """
+    module = tmp_path / "my_masks.py"
+    module.write_text(block("python-own-functions", "python"))
+    spec = write_search(tmp_path, **yaml.safe_load(block("spec-own-functions", "yaml")))
     done = raymask("search", spec, "--run", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\x1b" not in done.stdout
@@ -30,12 +38,17 @@ def test_a_search_prints_its_table_exports_and_is_shown_again(tmp_path: Path) ->
     assert [row.name for row in result.models] == ["dense", "IMP", "raymask"]
     check_export(tmp_path, result)
 
+    module.unlink()
+    shown = typed("show", "run", cwd=tmp_path)
+    assert result.levels[-1].digest in shown.stdout, shown.stderr
+    said = refused_command("search", spec, "--run", "run", cwd=tmp_path)
+    assert "mask.score: there is no module 'my_masks', neither installed nor in the current folder" in said
+    module.write_text(block("python-own-functions", "python"))
+    invalidate_caches()
     again = typed("search", spec, "--run", "run", cwd=tmp_path)
     assert again.returncode == 0
     assert "early evaluation" not in again.stdout.split("Took")[0]
     assert result.levels[-1].digest in again.stdout
-    shown = typed("show", "run", cwd=tmp_path)
-    assert result.levels[-1].digest in shown.stdout
     as_json = json.loads(typed("show", "run", "--json", cwd=tmp_path).stdout)
     assert Result.model_validate(as_json["result"]) == result
     assert as_json["starts"][0]["versions"]["ray"]

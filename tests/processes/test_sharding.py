@@ -22,9 +22,10 @@ from torch import nn
 from raymask.core import seeds, tensors
 from raymask.core.masking import masks
 from raymask.core.masking.allocations import ALLOCATIONS
+from raymask.core.masking.masks import PruningMethod
+from raymask.core.masking.noise import Noise
 from raymask.core.masking.patterns import parse_pattern
 from raymask.core.recipe import early_eval_config, propose_candidates, resolve
-from raymask.core.records import Candidate, Noise
 from raymask.core.seeds import derive
 from raymask.core.spec import Model
 from raymask.core.tasks import EvalTask
@@ -44,8 +45,8 @@ from raymask.train.worker import Worker
 
 RANKS = 2
 MINUTE = timedelta(minutes=1)
-MAGNITUDE = Candidate(level=1, index=0, seed=5, density=0.25)
-RANDOM = Candidate(level=1, index=1, seed=5, density=0.25, noise=Noise(exponent=5.0, sampling_ratio=0.01))
+MAGNITUDE = {"density": 0.25, "seed": 5}
+RANDOM = MAGNITUDE | {"noise": Noise(exponent=5.0, sampling_ratio=0.01)}
 OPTIMIZERS = {"adamw": (torch.optim.AdamW, {"fused": True})}
 
 
@@ -172,10 +173,17 @@ def test_what_is_not_cut_is_loaded_gathered_and_drawn_as_ever(gaussian):
     copy_into_shards(packed, target)
     assert all(torch.equal(target[name], live[name]) for name in live)
     assert torch.equal(like_parameter(live["w"], live["b"]), live["b"])
-    mask, bits = draw_sharded_mask({"w": live["w"]}, live, RANDOM)
-    expected = masks.draw_mask({"w": live["w"]}, RANDOM)
+    mask, bits = draw_sharded_mask({"w": live["w"]}, live, **RANDOM)
+    expected = masks.draw_mask({"w": live["w"]}, **RANDOM)
     assert torch.equal(mask["w"], expected["w"])
     assert masks.digest(bits) == masks.digest(masks.pack_bits(expected))
+
+
+def test_draws_from_the_same_weights_share_what_is_prepared(gaussian):
+    live, cache = {"w": gaussian(8, 16), "v": gaussian(8, 16)}, {}
+    for seed in (1, 2):
+        draw_sharded_mask(live, live, **RANDOM | {"seed": seed}, sampler_cache=cache)
+    assert len(cache) == len(live)
 
 
 # Parameters without memory.
@@ -280,25 +288,24 @@ def test_in_bf16_products_are_rounded_and_sums_of_gradients_are_not(together):
 # Masks.
 
 
-def masked(mesh, kind, packed, names, candidate, allocation, pattern):
+def masked(mesh, kind, packed, names, arguments, method):
     live = state_tensors(on_mesh(mesh, kind, packed))
     views = packed.views()
-    verbs = {"allocation": ALLOCATIONS[allocation], "pattern": parse_pattern(pattern)}
-    mask, bits = draw_sharded_mask({name: views[name] for name in names}, live, candidate, **verbs)
+    mask, bits = draw_sharded_mask({name: views[name] for name in names}, live, **arguments, method=method)
     assert all(rows.untyped_storage().nbytes() == rows.numel() for rows in mask.values())  # holds on to no more
     trainer.apply_masks([local_tensor(live[name]) for name in names], [mask[name].float() for name in names])
     return bits, gather_full(live, here=mesh.get_rank() == 0)
 
 
-@pytest.mark.parametrize("candidate", [MAGNITUDE, RANDOM], ids=["magnitude mask", "random"])
+@pytest.mark.parametrize("arguments", [MAGNITUDE, RANDOM], ids=["magnitude mask", "random"])
 @pytest.mark.parametrize(("allocation", "pattern"), [("uniform", "unstructured"), ("global", "4x1"), ("erk", "2x2")])
-def test_all_ranks_draw_the_mask_of_one_and_apply_their_rows_of_it(together, candidate, allocation, pattern):
+def test_all_ranks_draw_the_mask_of_one_and_apply_their_rows_of_it(together, arguments, allocation, pattern):
     module = whole("llama")
     weights = {name: p.detach() for name, p in module.named_parameters() if p.ndim == 2 and "layers" in name}
     packed = tensors.pack(state_tensors(module))
-    expected = masks.draw_mask(weights, candidate, allocation=ALLOCATIONS[allocation], pattern=parse_pattern(pattern))
-    arguments = ("llama", packed, tuple(weights), candidate, allocation, pattern)
-    (bits, gathered), (same, _) = together(masked, *arguments)
+    method = PruningMethod(allocation=ALLOCATIONS[allocation], pattern=parse_pattern(pattern))
+    expected = masks.draw_mask(weights, **arguments, method=method)
+    (bits, gathered), (same, _) = together(masked, "llama", packed, tuple(weights), arguments, method)
     assert masks.digest(bits) == masks.digest(same) == masks.digest(masks.pack_bits(expected))
     masks.apply(weights, expected)
     assert gathered.buffer.tobytes() == tensors.pack(state_tensors(module)).buffer.tobytes()
@@ -375,13 +382,11 @@ def evaluated(mesh, job, parent, candidate):
     apply_fsdp(module, mesh)
     live = state_tensors(module)
     copy_into_shards(parent.weights, live)
-    views, recipe = parent.weights.views(), resolve(spec)
-    verbs = {"allocation": recipe.allocation, "sampler": recipe.sampler, "pattern": recipe.pattern}
+    views, method = parent.weights.views(), resolve(spec).method
     weights = {name: views[name] for name in job.prunable}
-    mask, bits = draw_sharded_mask(weights, live, candidate, scorer=recipe.scorer, **verbs)
-    _, control = draw_sharded_mask(
-        weights, live, candidate.model_copy(update={"noise": None}), scorer=recipe.scorer, **verbs
-    )
+    arguments = {"density": candidate.density, "seed": candidate.seed, "method": method}
+    mask, bits = draw_sharded_mask(weights, live, **arguments, noise=candidate.noise)
+    _, magnitude_bits = draw_sharded_mask(weights, live, **arguments)
 
     optimizer = optim.make_optimizer(module, spec.optimizer, None)
     pruned, factors = [local_tensor(live[name]) for name in mask], [kept.float() for kept in mask.values()]
@@ -406,7 +411,7 @@ def evaluated(mesh, job, parent, candidate):
     labels = batch.pop("labels")
     with torch.no_grad():
         score = -float(F.cross_entropy(module.eval()(**batch).logits, labels))
-    return score, masks.digest(bits), masks.distance(bits, control), gather_full(live, here=rank == 0)
+    return score, masks.digest(bits), masks.distance(bits, magnitude_bits), gather_full(live, here=rank == 0)
 
 
 def test_an_early_evaluation_on_two_ranks_scores_as_on_one(together):

@@ -30,6 +30,7 @@ def typed(*words: str | Path, cwd: Path | None = None) -> Done:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         mock.patch.object(sys, "argv", ["raymask", *map(str, words)]),
+        mock.patch.object(sys, "path", list(sys.path)),
         mock.patch.dict(os.environ),
         chdir(cwd or Path.cwd()),
         redirect_stdout(out),

@@ -1,14 +1,14 @@
-"""What do all storages do alike? One class of tests, for whichever storage a test file has."""
+"""Tests that every storage passes: one class, for whichever storage a test file has."""
 
 from __future__ import annotations
 
-import random
 import signal
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,11 @@ from support.records import checkpoint, evaluation, write
 
 from raymask.config import make_spec
 from raymask.core.lineage import DENSE, IMP, SEARCH
-from raymask.runs import storage
+from raymask.runs import local_storage, object_storage, storage
 from raymask.runs.open import open_storage
 from raymask.runs.run_dir import MODEL, RunDir, open_run
 from raymask.runs.storage import Storage
+from raymask.testing import check_storage
 
 HOLDS = ("lock", "claims", "beats")  # what a driver holds a place by
 GO_ON = "Fix this and the same command goes on from here, or choose another location with"
@@ -79,81 +80,15 @@ def fill(store: RunDir) -> None:
 class StorageContract:
     """A test class that derives from it has a fixture `place`, a place of each test's own."""
 
-    def test_a_place_that_does_not_exist_is_empty(self, place: Place) -> None:
-        there = place.open()
-        assert list(there.names()) == []
-        assert not there.has("a")
-        assert not there.is_locked()
-        with pytest.raises(FileNotFoundError):
-            there.read("a/b")
-        with pytest.raises(FileNotFoundError), there.reading("a/b") as path:
-            path.read_bytes()
-        assert place.files() == {}
-
-    def test_what_is_written_is_there_under_its_name_and_replaced_whole(self, place: Place) -> None:
-        there = place.open()
-        for data in (b"a longer one", b"short", b""):
-            with there.writing("level-1/a.bin") as path:
-                path.write_bytes(data)
-            assert there.has("level-1/a.bin")
-            assert there.read("level-1/a.bin") == data
-            with there.reading("level-1/a.bin") as path:
-                assert path.read_bytes() == data
-            assert place.files() == {"level-1/a.bin": data}
-        assert list(there.names()) == ["level-1/a.bin"]
-        assert not there.has("level-1")
-
-    def test_more_than_one_part_of_an_upload_comes_back(self, place: Place) -> None:
-        data = random.Random(0).randbytes(12 * 2**20)
-        with place.open().writing("model") as path:
-            path.write_bytes(data)
-        with place.open().reading("model") as path:
-            assert path.read_bytes() == data
-
-    def test_nothing_is_left_of_a_folder_that_was_there_before(self, place: Place) -> None:
-        there = place.open()
-        for name in ("old", "new"):
-            with there.writing_folder("export") as path:
-                (path / name).write_bytes(b"1")
-        assert place.files() == {"export/new": b"1"}
-
-    def test_a_folder_appears_with_all_its_files(self, place: Place) -> None:
-        there, before = place.open(), list[str]()
-        for data in (b"1", b"2"):
-            with there.writing_folder("export") as path:
-                (path / "inner").mkdir()
-                (path / "config.json").write_bytes(data)
-                (path / "inner" / "x").write_bytes(data)
-                assert sorted(there.names()) == before
-            assert place.files() == {"export/config.json": data, "export/inner/x": data}
-            before = ["export/config.json", "export/inner/x"]
-        assert sorted(there.names()) == before
-
-    @pytest.mark.parametrize("before", [b"old", None])
-    def test_nothing_is_visible_of_a_block_that_raises(self, place: Place, before: bytes | None) -> None:
-        there = place.open()
-        expected = {} if before is None else {"a/file": before, "export/x": before}
-        for name, data in expected.items():
-            with there.writing(name) as path:
-                path.write_bytes(data)
-        with pytest.raises(ZeroDivisionError), there.writing("a/file") as path:
-            path.write_bytes(b"new")
-            _ = 1 / 0
-        with pytest.raises(ZeroDivisionError), there.writing_folder("export") as path:
-            (path / "x").write_bytes(b"new")
-            _ = 1 / 0
-        assert place.files() == expected
-        assert sorted(there.names()) == sorted(expected)
-
-    @pytest.mark.parametrize("torn", [b"", b"half a li"])
-    def test_a_line_is_added_after_whatever_is_whole(self, place: Place, torn: bytes) -> None:
-        there = place.open()
-        there.append("level-1/journal", b"one")
-        there.append("level-1/journal", b"two")
-        assert place.read("level-1/journal") == b"one\ntwo\n"
-        place.write("level-1/journal", b"one\ntwo\n" + torn)
-        there.append("level-1/journal", b"three")
-        assert place.read("level-1/journal") == b"one\ntwo\nthree\n"
+    def test_every_rule_of_a_storage_is_kept(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Drivers look at each other ten times as often as usual, or more."""
+        hasty = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds / 10, 0.1)), monotonic=time.monotonic)
+        for module in (local_storage, object_storage):
+            monkeypatch.setattr(module, "time", hasty)
+        monkeypatch.setattr(object_storage, "HEARTBEAT_INTERVAL_S", 0.05)
+        monkeypatch.setattr(object_storage, "MAX_HEARTBEAT_POLLS", 200)
+        check_storage(place.open)
+        assert sorted(place.files()) == sorted(place.open().names()), "nothing else lies there"
 
     def test_ctrl_c_at_any_moment_leaves_what_was_there_or_what_was_to_be(self, place: Place) -> None:
         """At as many moments from the beginning of a write to its end."""

@@ -1,12 +1,12 @@
-"""Does every allocation share out what the level keeps, to the weight, from level to level?"""
-
-from math import prod
+"""Allocations: shares of what a level keeps, to the weight, from level to level."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from raymask.core.masking.allocations import ALLOCATIONS, erk, global_allocation, uniform
+from raymask.testing import check_allocation
+from raymask.testing.masking import check_budgets, check_nested
 
 shapes = st.dictionaries(
     st.text(max_size=3), st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=6
@@ -15,27 +15,21 @@ densities = st.floats(1e-3, 1.0)
 BERT = {"query": (768, 768), "up": (3072, 768), "down": (768, 3072)}
 
 
-def kept(shares, shapes):
-    """Weights, not yet whole."""
-    return sum(share * sum(prod(shapes[name]) for name in names) for names, share in shares.items())
-
-
 @pytest.mark.parametrize("allocation", ALLOCATIONS.values(), ids=ALLOCATIONS.keys())
 @given(shapes=shapes, density=densities)
 def test_every_matrix_has_one_budget_and_together_they_keep_what_was_asked(allocation, shapes, density):
-    shares = allocation(shapes, density)
-    assert sorted(name for names in shares for name in names) == sorted(shapes)
-    assert all(0 < share <= 1 for share in shares.values())
-    total = sum(map(prod, shapes.values()))
-    assert kept(shares, shapes) == pytest.approx(density * total, rel=1e-9)
+    check_budgets(allocation, shapes, density)
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS.values(), ids=ALLOCATIONS.keys())
 @given(shapes=shapes, first=densities, second=densities)
 def test_a_lower_density_gives_no_budget_more(allocation, shapes, first, second):
-    less, more = allocation(shapes, min(first, second)), allocation(shapes, max(first, second))
-    assert less.keys() == more.keys()
-    assert all(share <= more[names] * (1 + 1e-12) for names, share in less.items())
+    check_nested(allocation, shapes, min(first, second), max(first, second))
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS.values(), ids=ALLOCATIONS.keys())
+def test_every_allocation_keeps_the_rules(allocation):
+    check_allocation(allocation)
 
 
 @pytest.mark.parametrize("allocation", [uniform, erk])

@@ -1,4 +1,4 @@
-"""Does jobs/glue.py put the right figures side by side, at equal budgets, and go on where it was killed?"""
+"""Experiment on GLUE: the right figures side by side, at equal budgets, and resumed after a kill."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raymask.core.lineage import DENSE
 from raymask.core.recipe import planned_epochs, resolve
 from raymask.runs.run_dir import RunDir, check_run
 
-SCRIPT = Path(__file__).resolve().parents[2] / "jobs" / "glue.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "jobs" / "experiments" / "glue.py"
 LEVELS = (0.75, 0.9375)
 
 

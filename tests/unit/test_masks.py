@@ -1,4 +1,4 @@
-"""Is a mask its candidate's and nobody else's, and does it survive packing?"""
+"""Masks: what a seed, a density and a method make of weights, and packed bits."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from support.contests import unstructured
 
 from raymask.core.masking.allocations import ALLOCATIONS
 from raymask.core.masking.masks import (
+    PruningMethod,
     apply,
     digest,
     distance,
@@ -18,13 +19,15 @@ from raymask.core.masking.masks import (
     pack_bits,
     unpack_bits,
 )
+from raymask.core.masking.noise import Noise
 from raymask.core.masking.patterns import parse_pattern
-from raymask.core.masking.samplers import voting
+from raymask.core.masking.samplers import random, voting
 from raymask.core.masking.scorers import SCORERS, Calibration
-from raymask.core.records import Candidate, Noise
 
-MAGNITUDE = Candidate(level=1, index=0, seed=5, density=0.25)
-RANDOM = Candidate(level=1, index=1, seed=5, density=0.25, noise=Noise(exponent=5.0, sampling_ratio=1e-3))
+NOISE = Noise(exponent=5.0, sampling_ratio=1e-3)
+MAGNITUDE = {"density": 0.25, "seed": 5}
+RANDOM = MAGNITUDE | {"noise": NOISE}
+either = pytest.mark.parametrize("arguments", [MAGNITUDE, RANDOM], ids=["magnitude mask", "random"])
 
 
 @st.composite
@@ -86,11 +89,11 @@ def test_bits_are_packed_row_by_row_from_the_most_significant():
 
 
 def test_a_read_only_buffer_can_be_unpacked_and_its_masks_written(weights):
-    packed = pack_bits(draw_mask(weights, MAGNITUDE))
+    packed = pack_bits(draw_mask(weights, **MAGNITUDE))
     packed.buffer.setflags(write=False)
     mask = unpack_bits(packed)
     mask["q.weight"].fill_(False)
-    assert same(unpack_bits(packed), draw_mask(weights, MAGNITUDE))
+    assert same(unpack_bits(packed), draw_mask(weights, **MAGNITUDE))
 
 
 @given(full_masks, st.data())
@@ -134,26 +137,25 @@ def test_the_digest_stays_the_same_from_version_to_version():
 
 
 def test_the_deterministic_mask_is_the_magnitude_mask(weights):
-    mask = draw_mask(weights, MAGNITUDE)
+    mask = draw_mask(weights, **MAGNITUDE)
     assert list(mask) == list(weights)
     assert same(mask, {name: unstructured(weight.abs(), 0.25) for name, weight in weights.items()})
 
 
 @pytest.mark.parametrize(
-    "noise", [None, RANDOM.noise, Noise(exponent=5.0, sampling_ratio=1e-7)], ids=["magnitude mask", "voting", "race"]
+    "noise", [None, NOISE, Noise(exponent=5.0, sampling_ratio=1e-7)], ids=["magnitude mask", "voting", "race"]
 )
 def test_every_matrix_keeps_its_exact_share(weights, noise):
-    mask = draw_mask(weights, RANDOM.model_copy(update={"noise": noise}))
+    mask = draw_mask(weights, 0.25, seed=5, noise=noise)
     assert {name: int(tensor.sum()) for name, tensor in mask.items()} == {
         name: weight.numel() // 4 for name, weight in weights.items()
     }
     assert num_kept_bits(pack_bits(mask)) == sum(weight.numel() for weight in weights.values()) // 4
 
 
-def test_the_same_candidate_gives_the_same_mask_and_another_seed_another(weights):
-    other = RANDOM.model_copy(update={"seed": 6})
-    assert same(draw_mask(weights, RANDOM), draw_mask(weights, RANDOM))
-    assert not same(draw_mask(weights, RANDOM), draw_mask(weights, other))
+def test_the_same_seed_gives_the_same_mask_and_another_seed_another(weights):
+    assert same(draw_mask(weights, **RANDOM), draw_mask(weights, **RANDOM))
+    assert not same(draw_mask(weights, **RANDOM), draw_mask(weights, 0.25, seed=6, noise=NOISE))
 
 
 def test_of_each_matrix_only_what_is_taken_stays(weights):
@@ -163,17 +165,17 @@ def test_of_each_matrix_only_what_is_taken_stays(weights):
         seen[name] = mask
         return mask[:1]
 
-    taken = draw_mask(weights, RANDOM, transform=first_row)
-    assert same(seen, draw_mask(weights, RANDOM))
+    taken = draw_mask(weights, **RANDOM, transform=first_row)
+    assert same(seen, draw_mask(weights, **RANDOM))
     assert same(taken, {name: mask[:1] for name, mask in seen.items()})
 
 
-def test_a_mask_depends_on_the_seed_and_not_on_level_or_index(weights):
-    assert same(draw_mask(weights, RANDOM), draw_mask(weights, RANDOM.model_copy(update={"level": 2, "index": 7})))
+def test_no_seed_changes_the_mask_of_the_largest_scores(weights):
+    assert same(draw_mask(weights, 0.25), draw_mask(weights, 0.25, seed=6))
 
 
 def test_equal_matrices_of_other_names_have_independent_masks(weights):
-    mask = draw_mask(weights, RANDOM)
+    mask = draw_mask(weights, **RANDOM)
     assert torch.equal(weights["q.weight"], weights["k.weight"])
     assert not torch.equal(mask["q.weight"], mask["k.weight"])
 
@@ -182,8 +184,8 @@ def test_equal_matrices_of_other_names_have_independent_masks(weights):
 @given(st.permutations(["q.weight", "k.weight", "up.weight"]), st.integers(1, 3))
 def test_neither_the_order_nor_the_other_matrices_matter(weights, names, count):
     some = {name: weights[name] for name in names[:count]}
-    mask = draw_mask(weights, RANDOM)
-    assert same(draw_mask(some, RANDOM), {name: mask[name] for name in some})
+    mask = draw_mask(weights, **RANDOM)
+    assert same(draw_mask(some, **RANDOM), {name: mask[name] for name in some})
 
 
 def test_what_is_prepared_once_serves_every_candidate(weights):
@@ -194,40 +196,57 @@ def test_what_is_prepared_once_serves_every_candidate(weights):
         return voting(*arguments)
 
     for seed in (1, 2, 3):
-        candidate = RANDOM.model_copy(update={"seed": seed})
-        mask = draw_mask(weights, candidate, sampler=counting, sampler_cache=prepared)
-        assert same(mask, draw_mask(weights, candidate))
+        arguments = RANDOM | {"seed": seed}
+        mask = draw_mask(weights, **arguments, method=PruningMethod(sampler=counting), sampler_cache=prepared)
+        assert same(mask, draw_mask(weights, **arguments))
     assert len(calls) == len(weights)
 
 
-def test_other_noise_and_another_density_are_prepared_anew(weights):
+def squared(weight, calibration):
+    return weight.float() ** 2
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        {"density": 0.1},
+        {"noise": Noise(exponent=2.0, sampling_ratio=1e-3)},
+        {"noise": None},
+        {"method": PruningMethod(sampler=random)},
+        {"method": PruningMethod(scorer=squared)},
+        {"method": PruningMethod(pattern=parse_pattern("n:4"))},
+        {"method": PruningMethod(allocation=ALLOCATIONS["global"])},
+    ],
+    ids=["density", "exponent", "no noise", "sampler", "score", "pattern", "allocation"],
+)
+def test_what_another_mask_needs_is_prepared_anew(weights, update):
     prepared = {}
-    for update in ({}, {"density": 0.1}, {"noise": Noise(exponent=2.0, sampling_ratio=1e-3)}, {"noise": None}):
-        candidate = RANDOM.model_copy(update=update)
-        assert same(draw_mask(weights, candidate, sampler_cache=prepared), draw_mask(weights, candidate))
+    draw_mask(weights, **RANDOM, sampler_cache=prepared)
+    arguments = RANDOM | update
+    assert same(draw_mask(weights, **arguments, sampler_cache=prepared), draw_mask(weights, **arguments))
 
 
-@pytest.mark.parametrize("candidate", [MAGNITUDE, RANDOM], ids=["magnitude mask", "random"])
+@either
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_gives_the_mask_of_the_same_values_in_full(weights, dtype, candidate):
+def test_half_precision_gives_the_mask_of_the_same_values_in_full(weights, dtype, arguments):
     halves = {name: weight.to(dtype) for name, weight in weights.items()}
     full = {name: weight.float() for name, weight in halves.items()}
-    assert same(draw_mask(halves, candidate), draw_mask(full, candidate))
+    assert same(draw_mask(halves, **arguments), draw_mask(full, **arguments))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("candidate", [MAGNITUDE, RANDOM], ids=["magnitude mask", "random"])
-def test_a_weight_that_is_not_finite_is_refused_by_name(value, dtype, candidate):
+@either
+def test_a_weight_that_is_not_finite_is_refused_by_name(value, dtype, arguments):
     sick = torch.ones(4, 4, dtype=dtype)
     sick[2, 1] = value
     with pytest.raises(ValueError, match=r"^b holds values that are not finite: it cannot be pruned$"):
-        draw_mask({"a": torch.ones(4, 4), "b": sick}, candidate)
+        draw_mask({"a": torch.ones(4, 4), "b": sick}, **arguments)
 
 
-@pytest.mark.parametrize("candidate", [MAGNITUDE, RANDOM], ids=["magnitude mask", "random"])
-def test_empty_and_one_dimensional_weights_have_masks_too(gaussian, candidate):
-    mask = draw_mask({"empty": torch.zeros(0, 4), "vector": gaussian(40), "zeros": torch.zeros(3, 3)}, candidate)
+@either
+def test_empty_and_one_dimensional_weights_have_masks_too(gaussian, arguments):
+    mask = draw_mask({"empty": torch.zeros(0, 4), "vector": gaussian(40), "zeros": torch.zeros(3, 3)}, **arguments)
     assert mask["empty"].shape == (0, 4)
     assert mask["vector"].sum() == 10
     assert not mask["zeros"].any()
@@ -237,10 +256,10 @@ def test_empty_and_one_dimensional_weights_have_masks_too(gaussian, candidate):
 @given(st.integers(0, 2**63 - 1), st.sampled_from([1e-7, 1e-3, 0.1]))
 def test_levels_nest_whatever_the_noise(weights, seed, ratio):
     pruned = {name: weight.clone() for name, weight in weights.items()}
-    parent = draw_mask(pruned, RANDOM.model_copy(update={"seed": seed}))
+    parent = draw_mask(pruned, 0.25, seed=seed, noise=NOISE)
     apply(pruned, parent)
     noise = Noise(exponent=1.0, sampling_ratio=ratio)
-    child = draw_mask(pruned, Candidate(level=2, index=1, seed=seed, density=0.2, noise=noise))
+    child = draw_mask(pruned, 0.2, seed=seed, noise=noise)
     assert all(not (child[name] & ~parent[name]).any() for name in child)
     assert num_kept_bits(pack_bits(child)) == sum(int(weight.numel() * 0.2) for weight in weights.values())
 
@@ -249,7 +268,7 @@ def test_levels_nest_whatever_the_noise(weights, seed, ratio):
 def test_applying_zeroes_the_pruned_and_leaves_the_rest_to_the_bit(gaussian, dtype):
     tensors = {"w": torch.nn.Parameter(gaussian(8, 8).to(dtype)), "bias": gaussian(8)}
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    mask = draw_mask({"w": tensors["w"]}, MAGNITUDE)
+    mask = draw_mask({"w": tensors["w"]}, **MAGNITUDE)
     address = tensors["w"].data_ptr()
     apply(tensors, mask)
     assert torch.equal(tensors["w"][mask["w"]], before["w"][mask["w"]])
@@ -306,9 +325,12 @@ every_where = pytest.mark.parametrize(("pattern", "allocation"), WHERE)
 NOISES = [None, Noise(exponent=5.0, sampling_ratio=1e-7), Noise(exponent=1.0, sampling_ratio=1e-3)]
 
 
-def drawn(weights, pattern, allocation, noise=RANDOM.noise, density=0.25, seed=5):
-    candidate = RANDOM.model_copy(update={"noise": noise, "density": density, "seed": seed})
-    return draw_mask(weights, candidate, pattern=parse_pattern(pattern), allocation=ALLOCATIONS[allocation])
+def method_of(pattern, allocation):
+    return PruningMethod(pattern=parse_pattern(pattern), allocation=ALLOCATIONS[allocation])
+
+
+def drawn(weights, pattern, allocation, noise=NOISE, density=0.25, seed=5):
+    return draw_mask(weights, density, seed=seed, noise=noise, method=method_of(pattern, allocation))
 
 
 def counts(mask, names):
@@ -320,7 +342,7 @@ def counts(mask, names):
 def test_every_budget_is_spent_to_the_weight(weights, pattern, allocation, noise):
     mask = drawn(weights, pattern, allocation, noise)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    expected = max_kept(shapes, 0.25, ALLOCATIONS[allocation], parse_pattern(pattern))
+    expected = max_kept(shapes, 0.25, method_of(pattern, allocation))
     assert list(mask) == list(weights)
     assert {names: counts(mask, names) for names in expected} == expected
     entries = sum(weight.numel() for weight in weights.values())
@@ -385,7 +407,7 @@ def test_calibration_reaches_its_matrix_by_name():
         "a": Calibration(torch.tensor([1.0, 2.0, 3.0, 4.0]), gradient),
         "b": Calibration(torch.tensor([4.0, 3.0, 2.0, 1.0]), gradient),
     }
-    mask = draw_mask(weights, MAGNITUDE.model_copy(update={"density": 0.5}), scorer=SCORERS["wanda"], calibration=seen)
+    mask = draw_mask(weights, 0.5, method=PruningMethod(scorer=SCORERS["wanda"]), calibration=seen)
     assert mask["a"].int().tolist() == [[0, 0, 1, 1]] * 2
     assert mask["b"].int().tolist() == [[1, 1, 0, 0]] * 2
 
@@ -395,4 +417,4 @@ def test_a_calibration_that_is_not_finite_is_told_from_a_weight_that_is_not():
     with pytest.raises(
         ValueError, match=r"^the calibration of a holds values that are not finite: it cannot be pruned$"
     ):
-        draw_mask({"a": torch.ones(4, 4)}, MAGNITUDE, scorer=SCORERS["saliency"], calibration=seen)
+        draw_mask({"a": torch.ones(4, 4)}, 0.25, method=PruningMethod(scorer=SCORERS["saliency"]), calibration=seen)

@@ -1,4 +1,4 @@
-"""Does a pattern keep exactly what it should, ties and odd shapes included?"""
+"""Patterns: what they keep, ties and odd shapes included."""
 
 from fractions import Fraction
 
@@ -10,6 +10,7 @@ from support.contests import largest, unstructured
 
 from raymask.core.masking.patterns import PATTERNS, Pattern, kth_largest, num_kept, parse_pattern, topk_mask
 from raymask.core.masking.scorers import magnitude
+from raymask.testing import check_pattern
 
 densities = st.floats(0.0, 1.0)
 few_values = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0]), max_size=60)  # ties are the rule
@@ -69,21 +70,8 @@ def test_every_pattern_keeps_what_a_sort_of_its_contestants_keeps(name, scores, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(scores=tied_matrices(), density=densities)
-def test_every_pattern_says_how_many_it_keeps_at_most(name, scores, density):
-    pattern = parse_pattern(name)
-    assert pattern.divides((12, 24))
-    assert pattern.num_kept(scores.numel(), density) == int(largest(pattern, scores + 1, density).sum())
-    assert pattern.num_kept(scores.numel(), 1.0) == scores.numel()
-
-
-@pytest.mark.parametrize("name", NAMES)
-@given(scores=tied_matrices(), first=densities, second=densities)
-def test_every_pattern_nests_from_level_to_level(name, scores, first, second):
-    pattern = parse_pattern(name)
-    parent = largest(pattern, scores, max(first, second))
-    child = largest(pattern, torch.rand(12, 24) * parent, min(first, second))
-    assert not (child & ~parent).any()
+def test_every_pattern_keeps_the_rules(name):
+    check_pattern(parse_pattern(name))
 
 
 @pytest.mark.parametrize(

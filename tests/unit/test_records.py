@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from raymask.core.masking.noise import Noise
 from raymask.core.records import (
     Candidate,
     ConfidenceInterval,
@@ -16,7 +17,6 @@ from raymask.core.records import (
     FinetuneResult,
     LevelRecord,
     ModelMetrics,
-    Noise,
     Phase,
     Record,
     Result,
@@ -100,7 +100,6 @@ results = st.builds(
     export=words,
 )
 RECORDS = {
-    Noise: noises,
     Candidate: candidates,
     EvalPoint: points,
     Evaluation: evaluations,
@@ -148,6 +147,19 @@ def test_a_record_refuses_what_it_does_not_know(record, data):
     fields = data.draw(RECORDS[record]).model_dump()
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         record.model_validate({**fields, "color": "blue"})
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        ({"exponent": 5.0, "sampling_ratio": 1e-4, "color": "blue"}, "noise.color\n  Unexpected keyword argument"),
+        ({"exponent": 5.0}, "noise.sampling_ratio\n  Field required"),
+        ({"exponent": "five", "sampling_ratio": 1e-4}, "noise.exponent\n  Input should be a valid number"),
+    ],
+)
+def test_a_candidate_refuses_noise_that_is_none(noise, message):
+    with pytest.raises(ValidationError, match=message):
+        Candidate.model_validate({"level": 1, "index": 1, "seed": 0, "density": 0.5, "noise": noise})
 
 
 @pytest.mark.parametrize("number", [5e-324, 1.7976931348623157e308, -0.0, 0.1 + 0.2, float("inf"), float("-inf")])

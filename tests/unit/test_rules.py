@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymask.core.errors import UserError
-from raymask.core.records import Candidate, Evaluation, Noise
+from raymask.core.masking.noise import Noise
+from raymask.core.records import Candidate, Evaluation
 from raymask.core.selection import SELECTIONS, best, first
 
 scores = st.sampled_from([-1.0, -0.5, 0.5]) | st.floats(-9, 9)  # ties are common

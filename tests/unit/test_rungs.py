@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymask.core import stats
-from raymask.core.records import Candidate, Evaluation, Noise
+from raymask.core.masking.noise import Noise
+from raymask.core.records import Candidate, Evaluation
 from raymask.core.successive_halving import (
     SuccessiveHalving,
     num_evaluations,

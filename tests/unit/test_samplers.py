@@ -1,4 +1,4 @@
-"""Are raymask's fast votes the same distribution as the method's slow ones?"""
+"""Samplers: fast votes of the same distribution as the method's slow ones."""
 
 from collections import Counter
 from functools import partial
@@ -20,14 +20,16 @@ from raymask.core.masking.samplers import (
     MAX_EXACT_VOTES,
     SAMPLERS,
     histogram,
-    num_votes,
     prepare_binomial,
     random,
     sample_exact,
     sample_grouped,
     sample_undecided,
+    votes_from_ratio,
     voting,
 )
+from raymask.testing import check_sampler
+from raymask.testing.masking import check_sample
 
 SIDE = 96
 KEPT = SIDE * SIDE // 16
@@ -38,21 +40,21 @@ EDGES = [0, KEPT // 2, 7 * KEPT // 8, KEPT, 9 * KEPT // 8, 3 * KEPT // 2, 3 * KE
 def method(scores, density, ratio, exponent=5.0):
     """The method's votes in one contest of all `scores`, (1, entries), with as many votes as it takes."""
     kept = num_kept(scores.numel(), density)
-    return voting(scores, kept, exponent, num_votes(scores.numel(), kept, ratio))
+    return voting(scores, kept, exponent, votes_from_ratio(scores.numel(), kept, ratio))
 
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def judge(scores, rng, *, kept, exponent, count):
+def judge(scores, rng, *, k, exponent, num_votes):
     """The method to the letter: V draws without replacement summed, ties in the sum broken at random."""
     chances = (scores.reshape(-1).double() / scores.max()) ** exponent
     tally = torch.rand(chances.numel(), generator=rng, dtype=torch.float64)
-    for _ in range(count):
-        tally[torch.multinomial(chances, kept, generator=rng)] += 1
+    for _ in range(num_votes):
+        tally[torch.multinomial(chances, k, generator=rng)] += 1
     keep = torch.zeros(chances.numel(), dtype=torch.bool)
-    keep[tally.topk(kept).indices] = True
+    keep[tally.topk(k).indices] = True
     return keep.view(scores.shape)
 
 
@@ -92,7 +94,7 @@ def square(gaussian):
 
 @pytest.mark.parametrize(("exponent", "count"), [(5.0, 1), (5.0, 8), (1.0, 20), (0.05, 20), (30.0, 20)])
 def test_both_paths_agree_with_the_slow_sampler(square, exponent, count):
-    arguments = {"kept": KEPT, "exponent": exponent, "count": count}
+    arguments = {"k": KEPT, "exponent": exponent, "num_votes": count}
     expected = torch.stack([judge(square, rng, **arguments).reshape(-1) for rng in map(seeded, range(40))])
     agree(masks_of(partial(sample_exact, **arguments), square, 40), expected, square)
     if count > 1:  # a single vote is always a race
@@ -101,7 +103,7 @@ def test_both_paths_agree_with_the_slow_sampler(square, exponent, count):
 
 def test_both_paths_agree_with_the_slow_sampler_on_a_parent_that_is_already_sparse(square):
     scores = square * (square >= square.reshape(-1).topk(3 * KEPT).values[-1])
-    arguments = {"kept": KEPT, "exponent": 5.0, "count": 20}
+    arguments = {"k": KEPT, "exponent": 5.0, "num_votes": 20}
     expected = torch.stack([judge(scores, rng, **arguments).reshape(-1) for rng in map(seeded, range(40))])
     agree(masks_of(partial(sample_exact, **arguments), scores, 40), expected, scores)
     agree(masks_of(prepare_binomial(scores, **arguments), scores, 80), expected, scores)
@@ -138,7 +140,7 @@ def test_masks_of_a_tiny_matrix_follow_the_exact_plackett_luce_probabilities(cou
     assert sum(expected.values()) == pytest.approx(1.0)
     rng, found = seeded(count), Counter()
     for _ in range(4000):
-        keys = sample_exact(scores, rng, kept=2, exponent=2.0, count=count)
+        keys = sample_exact(scores, rng, k=2, exponent=2.0, num_votes=count)
         found[frozenset(unstructured(keys, 0.4)[0].nonzero()[:, 0].tolist())] += 1
     assert set(found) <= set(expected)
     observed = [found[outcome] for outcome in expected]
@@ -166,7 +168,7 @@ def test_score_zero_is_never_kept_and_the_count_is_exact_whatever_the_noise(kind
     scores[torch.rand(1, 2000, generator=seeded(seed + 100)) < 0.5] = 0
     live = int(scores.count_nonzero())
     kept = max(1, int(share * live))
-    arguments = {"kept": kept, "exponent": exponent, "count": count}
+    arguments = {"k": kept, "exponent": exponent, "num_votes": count}
     keys = (
         sample_exact(scores, seeded(seed), **arguments)
         if kind == "race"
@@ -181,7 +183,7 @@ def test_score_zero_is_never_kept_and_the_count_is_exact_whatever_the_noise(kind
 def test_score_zero_is_never_kept_where_too_few_entries_got_a_vote():
     scores = torch.rand(1, 400, generator=seeded(0))
     scores[:, ::2] = 0
-    draw = prepare_binomial(scores, kept=40, exponent=1000.0, count=2)
+    draw = prepare_binomial(scores, k=40, exponent=1000.0, num_votes=2)
     short = 0
     for seed in range(100):
         keys = draw(scores, seeded(seed))
@@ -193,7 +195,7 @@ def test_score_zero_is_never_kept_where_too_few_entries_got_a_vote():
 @pytest.mark.parametrize("kind", ["race", "predicted"])
 def test_ties_are_broken_at_random_and_not_by_position(kind):
     equal = torch.ones(1, SIDE * SIDE)
-    arguments = {"kept": KEPT, "exponent": 5.0, "count": 20}
+    arguments = {"k": KEPT, "exponent": 5.0, "num_votes": 20}
     draw = prepare_binomial(equal, **arguments) if kind == "predicted" else partial(sample_exact, **arguments)
     front = masks_of(draw, equal, 40)[:, : SIDE * SIDE // 2].float().mean().item()
     assert front == pytest.approx(1 / 16, abs=4.5 * sqrt(15 / 16 / 16 / (40 * SIDE * SIDE / 2)))
@@ -212,13 +214,12 @@ def test_every_sampler_fills_the_places_of_every_contest_with_live_entries_only(
 ):
     whole = len(values) // contestants * contestants
     scores = torch.tensor(values[:whole], dtype=torch.float32).view(-1, contestants) if whole else torch.zeros(1, 0)
-    before, places = scores.clone(), int(share * scores.shape[1])
-    keys = sampler(scores, places, exponent, count)(scores, seeded(0))
-    mask = topk_mask(keys, places)
-    assert keys.shape == scores.shape
-    assert mask.sum(1).tolist() == scores.count_nonzero(1).clamp(max=places).tolist()
-    assert not mask[scores == 0].any()
-    assert torch.equal(scores, before)
+    check_sample(sampler, scores, int(share * scores.shape[1]), exponent, count)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
+def test_every_sampler_keeps_the_rules(sampler):
+    check_sampler(sampler)
 
 
 def test_chance_alone_keeps_any_entry_that_has_a_score(square):
@@ -243,7 +244,7 @@ def test_the_same_generator_gives_the_same_keys_and_another_gives_others(gaussia
 
 @pytest.mark.parametrize("count", [1, 30])
 def test_a_very_large_exponent_gives_the_magnitude_mask(square, count):
-    arguments = {"kept": KEPT, "exponent": 1000.0, "count": count}
+    arguments = {"k": KEPT, "exponent": 1000.0, "num_votes": count}
     assert strays(unstructured(sample_exact(square, seeded(0), **arguments), 1 / 16), square, 1 / 16) <= 0.01
     assert (
         strays(unstructured(prepare_binomial(square, **arguments)(square, seeded(0)), 1 / 16), square, 1 / 16) <= 0.01
@@ -261,7 +262,7 @@ def test_more_and_more_votes_converge_to_the_magnitude_mask(square):
 
 
 def test_a_tiny_exponent_forgets_the_magnitudes(square):
-    mask = unstructured(sample_exact(square, seeded(0), kept=KEPT, exponent=1e-3, count=1), 1 / 16)
+    mask = unstructured(sample_exact(square, seeded(0), k=KEPT, exponent=1e-3, num_votes=1), 1 / 16)
     assert strays(mask, square, 1 / 16) == pytest.approx(15 / 16, abs=0.04)
 
 
@@ -278,16 +279,16 @@ def test_a_tiny_exponent_forgets_the_magnitudes(square):
 )
 def test_masks_stray_from_the_magnitude_mask_as_far_as_was_measured(gaussian, density, ratio, count, share):
     scores = gaussian(1, 768 * 768).abs()
-    assert num_votes(scores.numel(), num_kept(scores.numel(), density), ratio) == count
+    assert votes_from_ratio(scores.numel(), num_kept(scores.numel(), density), ratio) == count
     keys = method(scores, density, ratio)(scores, seeded(1))
     assert strays(unstructured(keys, density), scores, density) == pytest.approx(share, abs=0.015)
 
 
 def outside(arguments, miss):
-    """`arguments` of tally_open whose boundary or span is wrong on purpose."""
+    """`arguments` of `sample_undecided` whose boundary or span is wrong on purpose."""
     low, high = arguments["span"]
     wrong = {
-        "boundary too high": {"boundary": (arguments["count"], arguments["count"])},
+        "boundary too high": {"boundary": (arguments["num_votes"], arguments["num_votes"])},
         "boundary too low": {"boundary": (0, 0)},
         "span too high": {"span": (high * 1.5, float("inf"))},
         "span too low": {"span": (low / 4, low / 2)},
@@ -339,7 +340,7 @@ def test_the_histogram_counts_every_live_entry(values):
 
 @pytest.mark.parametrize(("entries", "kept", "ratio", "count"), [(10, 5, 1.0, 5), (10, 5, 1e-9, 1), (10, 10, 1.0, 1)])
 def test_the_number_of_votes_is_the_method_s(entries, kept, ratio, count):
-    assert num_votes(entries, kept, ratio) == count
+    assert votes_from_ratio(entries, kept, ratio) == count
 
 
 def test_a_matrix_of_more_than_16_million_entries_is_drawn_exactly(gaussian):
@@ -363,7 +364,7 @@ def rates(mask, order):
 def test_a_race_of_many_small_contests_is_the_exact_one_in_each(count):
     chances = [1.0, 1.3, 0.7, 1.1, 0.9]
     scores = torch.tensor([chances]).repeat(4000, 1)
-    keys = sample_exact(scores, seeded(count), kept=2, exponent=2.0, count=count)
+    keys = sample_exact(scores, seeded(count), k=2, exponent=2.0, num_votes=count)
     found = Counter(frozenset(row.nonzero()[:, 0].tolist()) for row in topk_mask(keys, 2))
     expected = slow_voting([chance**2 for chance in chances], 2, count)
     assert set(found) <= set(expected)
@@ -376,7 +377,7 @@ def test_votes_of_many_contests_agree_with_their_race(gaussian, size, kept, coun
     """To as much as `tally_contests` claims, beside four standard errors."""
     scores = gaussian(24_000 // size, size).abs()
     order, magnitude = scores.argsort(1, descending=True), topk_mask(scores, kept)
-    arguments = {"kept": kept, "exponent": 5.0, "count": count}
+    arguments = {"k": kept, "exponent": 5.0, "num_votes": count}
     fast, slow = (topk_mask(draw(scores, seeded(1), **arguments), kept) for draw in (sample_grouped, sample_exact))
     assert fast.sum(1).tolist() == slow.sum(1).tolist() == [kept] * len(scores)
     close = 0.04 if size < 16 or kept < 3 else 0.15
@@ -398,7 +399,7 @@ def test_few_votes_are_raced_and_many_tallied(gaussian):
 def test_contests_with_too_few_live_entries_keep_these_and_the_others_their_places(gaussian, draw):
     scores = gaussian(2000, 8).abs()
     scores[torch.rand(2000, 8, generator=seeded(0)) < 0.6] = 0
-    mask = topk_mask(draw(scores, seeded(1), kept=4, exponent=5.0, count=20), 4)
+    mask = topk_mask(draw(scores, seeded(1), k=4, exponent=5.0, num_votes=20), 4)
     assert not mask[scores == 0].any()
     assert mask.sum(1).tolist() == scores.count_nonzero(1).clamp(max=4).tolist()
 
@@ -406,7 +407,7 @@ def test_contests_with_too_few_live_entries_keep_these_and_the_others_their_plac
 @pytest.mark.parametrize("draw", [sample_exact, sample_grouped])
 def test_ties_within_contests_are_broken_at_random_and_not_by_position(draw):
     equal = torch.ones(20_000, 4)
-    kept = topk_mask(draw(equal, seeded(0), kept=2, exponent=5.0, count=10), 2).float().mean(0)
+    kept = topk_mask(draw(equal, seeded(0), k=2, exponent=5.0, num_votes=10), 2).float().mean(0)
     assert kept.tolist() == pytest.approx([0.5] * 4, abs=4.5 * sqrt(0.25 / 20_000))
 
 
@@ -414,7 +415,7 @@ def test_ties_within_contests_are_broken_at_random_and_not_by_position(draw):
 def test_certain_groups_are_the_magnitude_mask_s(gaussian, exponent, count):
     """An entry that gets all votes, and one that gets none, are still ranked."""
     scores = gaussian(5000, 8).abs()
-    mask = topk_mask(sample_grouped(scores, seeded(0), kept=4, exponent=exponent, count=count), 4)
+    mask = topk_mask(sample_grouped(scores, seeded(0), k=4, exponent=exponent, num_votes=count), 4)
     assert float((mask & ~topk_mask(scores, 4)).sum() / mask.sum()) <= 0.01
 
 
@@ -422,6 +423,6 @@ def test_certain_groups_are_the_magnitude_mask_s(gaussian, exponent, count):
 def test_contests_depend_on_the_generator_alone(gaussian, count):
     scores = gaussian(3000, 4).abs()
     for draw in (sample_exact, sample_grouped):
-        first, again, other = (draw(scores, seeded(seed), kept=2, exponent=5.0, count=count) for seed in (1, 1, 2))
+        first, again, other = (draw(scores, seeded(seed), k=2, exponent=5.0, num_votes=count) for seed in (1, 1, 2))
         assert torch.equal(first, again)
         assert not torch.equal(topk_mask(first, 2), topk_mask(other, 2))

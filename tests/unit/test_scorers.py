@@ -1,4 +1,4 @@
-"""Does every scorer rank as its formula says, and never bring back what is pruned?"""
+"""Scorers: formulas, and weights that the parent has pruned."""
 
 import pytest
 import torch
@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymask.core.masking.scorers import DATA_FREE, MIN_RELATIVE_SCORE, SCORERS, Calibration, magnitude, saliency, wanda
+from raymask.testing import check_score
+from raymask.testing.masking import check_scored
 
 WEIGHT = torch.tensor([[1.0, -2.0, 0.0], [0.5, 0.0, -4.0]])
 SEEN = Calibration(inputs=torch.tensor([3.0, 0.5, 1.0]), gradient=torch.tensor([[-1.0, 0.0, 9.0], [2.0, 9.0, 0.25]]))
@@ -32,10 +34,12 @@ def test_every_scorer_is_zero_where_the_weight_is_and_only_there(scorer, seed, s
     weight[torch.rand(6, 8, generator=rng) < 0.5] = 0
     awake = torch.rand(8, generator=rng) >= asleep
     seen = Calibration(scale * torch.rand(8, generator=rng) * awake, scale * gradient * awake)
-    weight = weight.to(dtype)
-    scores = scorer(weight, seen)
-    assert (scores.dtype, scores.shape) == (torch.float32, weight.shape)
-    assert torch.equal(scores > 0, weight != 0)
+    check_scored(scorer, weight.to(dtype), seen)
+
+
+@pytest.mark.parametrize("scorer", SCORERS.values(), ids=SCORERS.keys())
+def test_every_scorer_keeps_the_rules(scorer):
+    check_score(scorer)
 
 
 def test_only_the_magnitude_needs_no_calibration():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,7 @@ def test_a_job_carries_the_code_the_spec_and_what_it_names_by_relative_paths(pro
     carried = {name for name in files if not name.startswith("raymask/")}
     assert carried >= {
         "spec.yaml",
+        "project_masks.py",
         "packed/model.name/mine/model.safetensors",
         "packed/model.name/mine/config.json",
         "packed/task.train/train.csv",
@@ -58,6 +60,28 @@ def test_absolute_paths_and_hub_ids_stay_as_they_are(project: Path, tmp_path: Pa
     jobs.build_working_dir(load_spec("spec.yaml", overrides), tmp_path / "job")
     assert not (tmp_path / "job" / "packed").exists()
     assert load_spec(tmp_path / "job" / "spec.yaml").task.folder == "/on/the/cluster"
+
+
+def test_modules_of_one_s_own_travel_to_the_job_s_folder_where_workers_import_them(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "job").mkdir()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (project / "own_sampler.py").write_text("def f(): ...")
+    (project / "own_package").mkdir()
+    for name in ("__init__", "scores", "helpers"):
+        (project / "own_package" / f"{name}.py").write_text("def g(): ...")
+    own = ["candidates.sampler=own_sampler:f", "mask.score=own_package.scores:g", "select.rule=os.path:exists"]
+    jobs.build_working_dir(load_spec("spec.yaml", own), tmp_path / "job")
+    assert {path.name for path in (tmp_path / "job").glob("own_*")} == {"own_sampler.py", "own_package"}
+    assert {path.name for path in (tmp_path / "job/own_package").glob("*.py")} == {
+        "__init__.py",
+        "scores.py",
+        "helpers.py",
+    }
+    assert load_spec(tmp_path / "job" / "spec.yaml").mask.score == "own_package.scores:g"
+    for name in ("own_sampler", "own_package", "own_package.scores"):
+        del sys.modules[name]
 
 
 def test_of_a_glue_folder_only_the_task_travels(project: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from raymask.config import make_spec
 from raymask.core.lineage import IMP, SEARCH
+from raymask.core.masking.noise import Noise
 from raymask.core.records import (
     Candidate,
     ConfidenceInterval,
@@ -16,7 +17,6 @@ from raymask.core.records import (
     Evaluation,
     FinetuneResult,
     LevelRecord,
-    Noise,
 )
 from raymask.report import console as console_module
 from raymask.report.console import LogCallback, ProgressBarCallback, progress_callback

@@ -1,4 +1,4 @@
-"""Does jobs/tune_noise.py compare pairs fairly?"""
+"""Experiment on noise: fair comparisons of pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from rich.console import Console
 
-SCRIPT = Path(__file__).resolve().parents[2] / "jobs" / "tune_noise.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "jobs" / "experiments" / "tune_noise.py"
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from raymask.core.masking.noise import Noise
 from raymask.core.records import (
     BASELINE,
     RAYMASK,
@@ -12,7 +13,6 @@ from raymask.core.records import (
     EvalPoint,
     Evaluation,
     ModelMetrics,
-    Noise,
     Result,
 )
 from raymask.report.text import duration, evaluated_line, verdict

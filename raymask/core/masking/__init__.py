@@ -1,1 +1,1 @@
-"""Masks: scores, samplers, patterns, allocations, and how they make a mask. Takes a candidate, no other record."""
+"""Masks: scores, samplers, patterns, allocations, and how they make a mask. Knows no record."""

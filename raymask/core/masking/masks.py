@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import blake2b
 
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from raymask.core import seeds
 from raymask.core.masking.allocations import AllocationFn, Shapes, uniform
+from raymask.core.masking.noise import Noise
 from raymask.core.masking.patterns import Pattern, num_kept, topk_mask
-from raymask.core.masking.samplers import SampleFn, Sampler, num_votes, voting
+from raymask.core.masking.samplers import SampleFn, Sampler, votes_from_ratio, voting
 from raymask.core.masking.scorers import Calibration, ScoreFn, magnitude
-from raymask.core.records import Candidate
 from raymask.core.seeds import derive
 from raymask.core.tensors import PackedTensors
 
@@ -31,31 +32,50 @@ Mask = dict[str, Tensor]
 UNSTRUCTURED = Pattern()
 
 
+@dataclass(frozen=True)
+class PruningMethod:
+    """The functions that make a mask of weights.
+
+    Attributes:
+        allocation: Distributes the density over the matrices.
+        scorer: Scores the weights.
+        sampler: Perturbs the scores, where a mask has noise.
+        pattern: Which weights compete.
+    """
+
+    allocation: AllocationFn = uniform
+    scorer: ScoreFn = magnitude
+    sampler: Sampler = voting
+    pattern: Pattern = UNSTRUCTURED
+
+
+DEFAULT_METHOD = PruningMethod()
+"""The paper's method: the same density everywhere, single weights scored by magnitude, and votes."""
+
+
 def draw_mask(
     weights: Mapping[str, Tensor],
-    candidate: Candidate,
+    density: float,
     *,
-    allocation: AllocationFn = uniform,
-    scorer: ScoreFn = magnitude,
-    sampler: Sampler = voting,
-    pattern: Pattern = UNSTRUCTURED,
+    seed: int = 0,
+    noise: Noise | None = None,
+    method: PruningMethod = DEFAULT_METHOD,
     calibration: Mapping[str, Calibration] | None = None,
     sampler_cache: dict[object, SampleFn] | None = None,
     transform: Callable[[str, Tensor], Tensor] = lambda name, mask: mask,
 ) -> Mask:
-    """Draw the mask that a candidate describes.
+    """Draw a mask.
 
-    Matrices that share a budget share a generator, seeded from the candidate's seed and their names. So neither the
-    order nor the weights of other matrices matter. A sampling ratio means the same for every allocation and pattern:
-    the number of votes is that of a matrix of their mean size, counted in weights.
+    Matrices that share a budget share a generator, seeded from `seed` and their names. So neither the order nor the
+    weights of other matrices matter. A sampling ratio means the same for every allocation and pattern: the number of
+    votes is that of a matrix of their mean size, counted in weights.
 
     Args:
         weights: Weights `[n_out, n_in]` by name, of any float dtype. The pattern must divide their shapes.
-        candidate: Density, seed and noise of the mask.
-        allocation: Distributes the density over the matrices.
-        scorer: Scores the weights.
-        sampler: Perturbs the scores, where the candidate has noise.
-        pattern: Which weights compete.
+        density: Share of the weights that is kept, in (0, 1].
+        seed: Seed of the random draws, in [0, 2^63).
+        noise: Randomness of the mask. None for the mask of the largest scores, which no seed changes.
+        method: The functions that make the mask.
         calibration: Calibration by name, for scorers that need it.
         sampler_cache: Cache of prepared samplers. Pass the same dict for every draw from the same weights, so that what
             depends only on the weights is computed once.
@@ -69,24 +89,24 @@ def draw_mask(
         ValueError: A weight or its score is not finite.
     """
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    mask = {}
-    for names, density in allocation(shapes, candidate.density).items():
+    mask, pattern = {}, method.pattern
+    for names, share in method.allocation(shapes, density).items():
         matrix_scores = [
-            pattern.to_groups(score_matrix(name, weights[name], scorer, (calibration or {}).get(name)))
+            pattern.to_groups(score_matrix(name, weights[name], method.scorer, (calibration or {}).get(name)))
             for name in names
         ]
         widths = [matrix.shape[1] for matrix in matrix_scores]
         scores = matrix_scores[0] if len(matrix_scores) == 1 else torch.cat(matrix_scores, 1)
         del matrix_scores  # they may be as large as the whole model
-        k = num_kept(scores.shape[1], density)
-        if candidate.noise is not None:
-            key = (names, density, candidate.noise)
+        k = num_kept(scores.shape[1], share)
+        if noise is not None:
+            key = (names, share, noise, method)
             cache = {} if sampler_cache is None else sampler_cache
             if key not in cache:
                 entries = sum(weights[name].numel() for name in names) // len(names)
-                votes = num_votes(entries, num_kept(entries, density), candidate.noise.sampling_ratio)
-                cache[key] = sampler(scores, k, candidate.noise.exponent, votes)
-            rng = torch.Generator(scores.device).manual_seed(derive(candidate.seed, seeds.MASK, *names))
+                votes = votes_from_ratio(entries, num_kept(entries, share), noise.sampling_ratio)
+                cache[key] = method.sampler(scores, k, noise.exponent, votes)
+            rng = torch.Generator(scores.device).manual_seed(derive(seed, seeds.MASK, *names))
             scores = cache[key](scores, rng)
         for name, kept in zip(names, torch.split(topk_mask(scores, k), widths, 1), strict=True):
             mask[name] = transform(name, pattern.from_groups(kept, shapes[name]))
@@ -115,11 +135,11 @@ def score_matrix(name: str, weight: Tensor, scorer: ScoreFn, calibration: Calibr
     return scores
 
 
-def max_kept(shapes: Shapes, density: float, allocation: AllocationFn, pattern: Pattern) -> dict[tuple[str, ...], int]:
+def max_kept(shapes: Shapes, density: float, method: PruningMethod) -> dict[tuple[str, ...], int]:
     """How many weights a mask keeps at most, by the names of the matrices that share a budget."""
     return {
-        names: pattern.num_kept(sum(math.prod(shapes[name]) for name in names), share)
-        for names, share in allocation(shapes, density).items()
+        names: method.pattern.num_kept(sum(math.prod(shapes[name]) for name in names), share)
+        for names, share in method.allocation(shapes, density).items()
     }
 
 
@@ -135,17 +155,17 @@ def num_kept_bits(bits: PackedTensors) -> int:
     return int(np.bitwise_count(bits.buffer).sum(dtype=np.int64))
 
 
-def distance(bits: PackedTensors, control: PackedTensors) -> float:
+def distance(bits: PackedTensors, magnitude_bits: PackedTensors) -> float:
     """Share in [0, 1] of a mask's kept weights that the magnitude mask prunes.
 
     Args:
         bits: The packed mask.
-        control: The packed magnitude mask of the same matrices.
+        magnitude_bits: The packed magnitude mask of the same matrices.
 
     Returns:
         The distance; 0 for a mask that keeps nothing.
     """
-    num_differing = np.bitwise_count(bits.buffer & ~control.buffer).sum(dtype=np.int64)
+    num_differing = np.bitwise_count(bits.buffer & ~magnitude_bits.buffer).sum(dtype=np.int64)
     return int(num_differing) / max(num_kept_bits(bits), 1)
 
 

@@ -1,7 +1,7 @@
 """Which noise suits a task: what exponent, what sampling ratio?
 
-    python jobs/tune_noise.py
-    python jobs/tune_noise.py jobs/minilm-mrpc.yaml --set imp.run=false --ratios 5e-5 3e-4 --seeds 3 --run runs/noise
+    python jobs/experiments/tune_noise.py
+    python jobs/experiments/tune_noise.py jobs/minilm-mrpc.yaml --set imp.run=false --ratios 5e-5 3e-4 --seeds 3
 
 Every pair is a search for each of some seeds, by Ray Tune, and is judged by the loss on `validation` at the last level,
 in which a difference shows sooner than in the metric. A seed makes another dense model, so pairs are compared seed by
@@ -25,7 +25,7 @@ from raymask.config import load_data
 from raymask.executor.connection import ray_connection
 from raymask.tune import command, trial
 
-HERE = Path(__file__).resolve().parent
+JOBS = Path(__file__).resolve().parents[1]
 Pair = tuple[float, float]
 Losses = dict[Pair, dict[int, float]]
 """By exponent and ratio, then by seed."""
@@ -33,7 +33,7 @@ Losses = dict[Pair, dict[int, float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("spec", nargs="?", default=HERE / "tune-quickstart.yaml", type=Path, help="a YAML spec")
+    parser.add_argument("spec", nargs="?", default=JOBS / "tune-quickstart.yaml", type=Path, help="a YAML spec")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the spec")
     parser.add_argument("--exponents", nargs="+", type=float, default=[2.0, 10.0])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.002, 0.02])

@@ -1,7 +1,7 @@
 """How good are randomized masks on GLUE, beside what else could be done with the same training?
 
-    python jobs/glue.py jobs/glue-short.yaml                    here, for a few hours
-    python jobs/glue.py --address auto --run s3://bucket/glue   on the Ray cluster that this machine belongs to
+    python jobs/experiments/glue.py jobs/glue-short.yaml                    here, for a few hours
+    python jobs/experiments/glue.py --address auto --run s3://bucket/glue   on this machine's Ray cluster
 
 For each task and seed there are searches of one spec, from one dense model:
 
@@ -51,7 +51,7 @@ from raymask.report.console import progress_callback
 from raymask.runs.open import open_storage
 from raymask.runs.run_dir import LEVEL, MODEL, RunDir, open_run, write_tensors
 
-HERE = Path(__file__).resolve().parent
+JOBS = Path(__file__).resolve().parents[1]
 OURS, BASELINE, SMALLER = "raymask", "IMP", "smaller dense"
 SINGLE = {"one uniform mask": "random", "one random mask": "voting"}  # by the sampler that draws it
 METHODS = ("dense", SMALLER, BASELINE, *SINGLE, OURS)
@@ -75,7 +75,7 @@ class Cell:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("spec", nargs="?", default=HERE / "glue.yaml", type=Path, help="a YAML spec")
+    parser.add_argument("spec", nargs="?", default=JOBS / "glue.yaml", type=Path, help="a YAML spec")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the spec")
     parser.add_argument("--tasks", nargs="+", default=["glue/mrpc", "glue/stsb"])
     parser.add_argument("--seeds", type=int, default=3)
