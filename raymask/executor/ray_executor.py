@@ -34,8 +34,6 @@ class RayExecutor:
         paused: References to the snapshots in which candidates are paused at a rung, by key of the evaluation.
     """
 
-    pool: WorkerPool
-
     def __init__(self, context: WorkerContext, callback: Callback, address: str | None) -> None:
         """Prepare; the connection is made when the block begins.
 
