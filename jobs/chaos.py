@@ -1,4 +1,4 @@
-"""Does a search survive? Breaks one thing a round, at a moment drawn from a seed, and compares the outcome.
+"""Searches under faults: one fault a round, at a moment drawn from a seed, and a comparison of the outcomes.
 
     python jobs/chaos.py --rounds 50 --seed 0
     python jobs/chaos.py --minutes 2

@@ -1,4 +1,4 @@
-"""Does a search of a model of a billion parameters fit a machine with 24 GB, and where does its time go?
+"""A search of a model of a billion parameters on a machine with 24 GB: memory, and where the time goes.
 
 A decoder with random weights, of the shape of LLaMA, on a few of the quickstart's sentences: two steps of everything.
 What is measured is one `raymask search`, its Ray and its worker with it. It takes about ten minutes and 10 GB of disk.

@@ -1,4 +1,4 @@
-"""What does the driver cost: in time beside Ray Tune's, in workers that stand idle, and in bytes over the wire?"""
+"""Cost of the driver: its time beside Ray Tune's, idle workers, and bytes over the wire."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does one CUDA GPU make of raymask: training, masks, and whole searches, with nothing from the network?"""
+"""Training, masks and whole searches on one CUDA GPU, with nothing from the network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What do all benchmarks have in common? Two sides in one run, words for people, JSON for programs."""
+"""What all benchmarks share: two sides in one run, words for people, JSON for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long does it take to draw a model's masks, and are they the same masks as the slow way's?"""
+"""Time to draw a model's masks, compared with a slow reference that must give the same masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory do the workers of one node take, and is the parent among it once or once for each?"""
+"""Memory of one node's workers, and whether they share one copy of the parent."""
 
 from __future__ import annotations
 

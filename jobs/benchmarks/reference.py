@@ -1,4 +1,4 @@
-"""How does the method go about its work when it is written plainly, without a thought for speed?"""
+"""The method written plainly in one process, without regard to speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much faster are two workers than one, at many candidates and at one fine-tuning?"""
+"""Speed of two workers against one, for many candidates and for one fine-tuning."""
 
 from __future__ import annotations
 

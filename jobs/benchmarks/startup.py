@@ -1,4 +1,4 @@
-"""How long until a search's first candidate runs, and what does a kill -9 cost?"""
+"""Time until a search's first candidate runs, and the cost of a kill -9."""
 
 from __future__ import annotations
 

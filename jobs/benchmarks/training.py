@@ -1,4 +1,4 @@
-"""How fast is a candidate trained, what does its mask cost, and what does a shared teacher save?"""
+"""Speed of training a candidate, cost of its mask, and what a cached teacher saves."""
 
 from __future__ import annotations
 

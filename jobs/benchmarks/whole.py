@@ -1,4 +1,4 @@
-"""How long does a whole search take, and how long the method's own procedure, one step after another?"""
+"""Time of a whole search against the method's procedure in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good are randomized masks on GLUE, beside what else could be done with the same training?
+"""Randomized masks on GLUE, beside other uses of the same training.
 
     python jobs/experiments/glue.py jobs/glue-short.yaml                    here, for a few hours
     python jobs/experiments/glue.py --address auto --run s3://bucket/glue   on this machine's Ray cluster

@@ -1,4 +1,4 @@
-"""Which noise suits a task: what exponent, what sampling ratio?
+"""Noise for a task: a grid of exponents and sampling ratios.
 
     python jobs/experiments/tune_noise.py
     python jobs/experiments/tune_noise.py jobs/minilm-mrpc.yaml --set imp.run=false --ratios 5e-5 3e-4 --seeds 3

@@ -1,4 +1,4 @@
-"""Does `raymask bench` measure as it is told to?"""
+"""`raymask bench` as a user types it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does the command line do what its help says, as a user types it?"""
+"""The command line as a user types it: help, options, messages and exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does `raymask eval` print what was measured, and say what it cannot measure?"""
+"""`raymask eval` as a user types it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does `raymask export` print what it writes, and say which options it does not know?"""
+"""`raymask export` as a user types it."""
 
 from __future__ import annotations
 

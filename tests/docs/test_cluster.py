@@ -1,4 +1,4 @@
-"""Are the files of cluster/ what Ray, KubeRay and docker take, and closed to the world?"""
+"""The files of cluster/: valid for Ray, KubeRay and docker, and closed to the world."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What do these tests share? A cluster of two nodes and an S3 server, which nobody kills."""
+"""Fixtures of the fault tests: a cluster of two nodes and an S3 server, which nobody kills."""
 
 from collections.abc import Iterator
 

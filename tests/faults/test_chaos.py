@@ -1,4 +1,4 @@
-"""Does every search survive what jobs/chaos.py does to it?"""
+"""Two minutes of jobs/chaos.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do the scripts that search or train run, at sizes that show no more than that?"""
+"""Scripts that search or train, at the smallest sizes at which they run."""
 
 from __future__ import annotations
 

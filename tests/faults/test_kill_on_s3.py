@@ -1,4 +1,4 @@
-"""Does a search whose driver is killed go on from an object store as if nothing had happened?"""
+"""A driver that is killed and continued, with its run directory in an object store."""
 
 from __future__ import annotations
 

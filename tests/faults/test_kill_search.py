@@ -1,4 +1,4 @@
-"""Does a search that is killed go on, and does one that is stopped end at once?"""
+"""Searches that are killed and continued, or stopped by a signal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does the local cluster run: two nodes on loopback, closed to whoever has no token, and gone when it is taken down?"""
+"""The local cluster: two nodes on loopback, closed to whoever has no token."""
 
 from __future__ import annotations
 

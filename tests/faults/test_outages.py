@@ -1,4 +1,4 @@
-"""Is an object store's outage sat out by Amazon's own client, and then by us?"""
+"""An outage of an object store, first with Amazon's own client, then with our retries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do other runtimes say nothing of their own where a whole bench or export is typed?"""
+"""Output of a whole bench and export: nothing of other runtimes' own."""
 
 from __future__ import annotations
 

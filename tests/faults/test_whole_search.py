@@ -1,4 +1,4 @@
-"""Is a search by the command line on Ray what it says, from its first line to the exported model?"""
+"""A whole search by the command line on Ray, from its first line to the exported model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What do these tests share? One S3 server."""
+"""Fixtures of the tests that start processes: one S3 server."""
 
 from collections.abc import Iterator
 

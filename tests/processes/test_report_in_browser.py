@@ -1,4 +1,4 @@
-"""Is a report drawn by a browser, on a phone and on a desk, in the light and in the dark?"""
+"""A report in a browser: on a phone and a desktop, light and dark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What do the tests of the training layer build: tiny models, task files, and a worker's job?"""
+"""Builders of tiny models, task files and worker contexts."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Searches on a private Ray as tests watch and disturb them: what they say, their workers' processes, their results."""
+"""Callbacks that record what they are told, workers that are killed, and comparisons of results."""
 
 from __future__ import annotations
 

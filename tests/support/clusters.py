@@ -1,4 +1,4 @@
-"""How do tests get a real cluster on this machine, and how is it gone afterwards? By cluster/local."""
+"""A real cluster on this machine, by cluster/local, and its end."""
 
 from __future__ import annotations
 

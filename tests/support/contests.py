@@ -1,4 +1,4 @@
-"""How do tests choose by scores alone, without a candidate?"""
+"""Selections by scores alone, without candidates."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""What speaks S3 on this machine? Moto's server, as a process of its own that can be made to fail for a while.
+"""An S3 server: Moto's, as a process of its own that can be made to fail for a while.
 
 By hand: `python tests/support/s3_server.py PORT SWITCH_FILE`. Port 0 takes a free one, the port is printed, and the
 server ends with its standard input. While the switch file exists, every request is answered with the status and error

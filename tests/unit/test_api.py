@@ -1,4 +1,4 @@
-"""Do the pieces work alone, in somebody else's training loop?"""
+"""The Python API: masks in a training loop of one's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does an audit tell a score that picks well from one that does not?"""
+"""Audits: whether a score picks well."""
 
 from __future__ import annotations
 

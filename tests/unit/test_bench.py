@@ -1,4 +1,4 @@
-"""Does a bench measure the models it names, and say what sparsity is worth even where it is worth nothing?"""
+"""Benchmarks of a run's models: what is measured, and what is said of it."""
 
 from __future__ import annotations
 

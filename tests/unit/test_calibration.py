@@ -1,4 +1,4 @@
-"""Are inputs and gradients measured over all real tokens of all rows, and is nothing left behind?"""
+"""Calibration: inputs and gradients over all tokens of all rows."""
 
 from itertools import product
 

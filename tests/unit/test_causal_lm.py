@@ -1,4 +1,4 @@
-"""Does a whole search work on a decoder, and does its export reproduce the perplexity that is reported?"""
+"""Whole searches on a decoder, and the perplexity of their exports."""
 
 from __future__ import annotations
 

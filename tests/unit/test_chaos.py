@@ -1,4 +1,4 @@
-"""Does jobs/chaos.py say truly whether a search survives?"""
+"""jobs/chaos.py itself: faults, rounds and their verdicts."""
 
 from __future__ import annotations
 

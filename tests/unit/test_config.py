@@ -1,4 +1,4 @@
-"""Does every YAML text become the spec that was meant, or one message that names every mistake?"""
+"""Specs from YAML and overrides, and messages about mistakes in them."""
 
 import os
 from textwrap import dedent

@@ -1,4 +1,4 @@
-"""Are the right rows in train, validation and test, and is every unusable file refused with its reason?"""
+"""Data sets: the rows of train, validation and test, and messages about unusable files."""
 
 from dataclasses import replace
 

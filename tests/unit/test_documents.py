@@ -1,4 +1,4 @@
-"""Does a language model read its texts whole, once, in rows of one length, and is what cannot be read refused?"""
+"""Texts of a language model: joined, cut into rows of one length, and refused where they cannot be read."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Does eval give the very figures that a search reports, and does it refuse what it cannot measure?"""
+"""Evaluation of a model: the same figures as in a search, and messages about what cannot be measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is what leaves a search what the search selected, and is nothing else overwritten or believed?"""
+"""Exports: what was selected, with no file overwritten or unpickled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Can the masks be drawn again by what the recipe says, from the weights that it names?"""
+"""Exported masks, drawn again from the recipe beside them."""
 
 from __future__ import annotations
 

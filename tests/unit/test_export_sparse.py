@@ -1,4 +1,4 @@
-"""Does a model come back out of little room bit for bit, and is it as little as is said?"""
+"""The sparse format: bit for bit the model, and as small as stated."""
 
 from __future__ import annotations
 

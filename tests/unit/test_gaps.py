@@ -1,4 +1,4 @@
-"""Does a code of a mask give back the mask, whatever its gaps, and is it the shorter one?"""
+"""Delta coding of masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Are the chances of a draw without replacement what a walk through all its orders finds?"""
+"""Inclusion probabilities, against a walk through all orders of a draw."""
 
 from itertools import permutations
 from math import comb

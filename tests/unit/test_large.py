@@ -1,4 +1,4 @@
-"""Does a whole search with all that saves memory keep its masks, go on after an end, and export what it measured?"""
+"""Whole searches with everything that saves memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does training see every row, keep every mask, follow seed and schedule, and learn from the teacher it is given?"""
+"""Training: rows, masks, seeds, schedule, distillation, predictions."""
 
 import copy
 from dataclasses import replace

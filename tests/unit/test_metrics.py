@@ -1,4 +1,4 @@
-"""Are the metrics the field's own, on cases small enough to work out by hand?"""
+"""Metrics, against scikit-learn and cases worked out by hand."""
 
 import numpy as np
 import pytest

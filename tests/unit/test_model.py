@@ -1,4 +1,4 @@
-"""Are the right matrices pruned in every family, and is every checkpoint that cannot be used refused unread?"""
+"""Models: which matrices are pruned in every family, and messages about unusable checkpoints."""
 
 import copy
 import json

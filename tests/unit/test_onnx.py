@@ -1,4 +1,4 @@
-"""Is a file of ONNX the same model, for batches of any size, and is what int8 costs measured?"""
+"""ONNX files: the same model for batches of any size, and the cost of int8."""
 
 from __future__ import annotations
 

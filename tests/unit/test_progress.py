@@ -1,4 +1,4 @@
-"""Does progress count right, and is the time it foretells the time that it takes?"""
+"""Progress: counts, and the estimate of the time left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is the quickstart task what it says: reproducible, balanced, disjoint, and more than counting words?"""
+"""The quickstart task: reproducible, balanced, disjoint, and more than counting words."""
 
 import pytest
 from sklearn.feature_extraction.text import CountVectorizer

@@ -1,4 +1,4 @@
-"""Does it work on a real pre-trained model and a real task?"""
+"""A real pre-trained model on a real task."""
 
 from __future__ import annotations
 

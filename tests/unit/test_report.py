@@ -1,4 +1,4 @@
-"""Is a report written when it should be, true to its run, and fit for a browser?"""
+"""Reports: when they are written, and their figures."""
 
 from __future__ import annotations
 

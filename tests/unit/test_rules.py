@@ -1,4 +1,4 @@
-"""Does the best candidate win, whatever the order of arrival and whatever failed?"""
+"""Rules of selection: independent of the order of arrival, and never a failed candidate."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Does successive halving keep the best, and the magnitude masks, whoever is evaluated first?"""
+"""Successive halving: the same outcome in whatever order evaluations finish."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Does every schedule fall to the sparsity that was asked for, one level at a time?"""
+"""Schedules of levels: each falls to the sparsity that was asked for."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""Does the level loop do the method, and never the same work twice, whoever does the work?"""
+"""The level loop over a fake executor: the method, resumed at every piece of work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do other names give other seeds, today and tomorrow?"""
+"""Seeds: stable over time, and different for different names."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""Is a search shown as far as it is, in a terminal and to other programs, alone and beside others?"""
+"""Searches as `show` and `compare` print them, for people and for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is a model without its dead units the same model, and are they all gone?"""
+"""Removal of dead units: the same model, and none left."""
 
 from __future__ import annotations
 

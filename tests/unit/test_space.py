@@ -1,4 +1,4 @@
-"""Is a tuning's space read as it was meant, and is every mistake in it said before anything starts?"""
+"""Search spaces of a tuning, and messages about mistakes in them."""
 
 from __future__ import annotations
 

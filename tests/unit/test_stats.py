@@ -1,4 +1,4 @@
-"""Does the interval say noise for noise, and gain for gain?"""
+"""Bootstrap intervals and win probabilities."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Is a run safe in a folder and in memory as in an object store, whatever happens to drivers and disks?"""
+"""Run directories in a folder, in memory and in an object store: locks, outages, damage."""
 
 from __future__ import annotations
 

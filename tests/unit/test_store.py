@@ -1,4 +1,4 @@
-"""Is what the run directory says is done really done, whatever happened to its files?"""
+"""The run directory's records: what is damaged is found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does a job carry, and what is refused before one is submitted?"""
+"""Jobs: what they carry, and what is refused before one is submitted."""
 
 from __future__ import annotations
 

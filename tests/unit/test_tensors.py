@@ -1,4 +1,4 @@
-"""Do tensors of every type and shape survive the flat buffer?"""
+"""Packed tensors of every type and shape."""
 
 import numpy as np
 import pytest

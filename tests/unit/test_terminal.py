@@ -1,4 +1,4 @@
-"""Is the progress alive on a terminal, and plain in a log?"""
+"""Console output of a search: bars on a terminal, lines in a log."""
 
 from __future__ import annotations
 

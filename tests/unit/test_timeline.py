@@ -1,4 +1,4 @@
-"""Does a timeline show who did what, when, and for how long?"""
+"""The timeline: who did what, when, and for how long."""
 
 from __future__ import annotations
 

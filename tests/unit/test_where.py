@@ -1,4 +1,4 @@
-"""Does a whole search keep what its mask section asks for and `check` foretells, in every level and in the export?"""
+"""Whole searches with every option of the mask section, level by level and in the export."""
 
 from __future__ import annotations
 

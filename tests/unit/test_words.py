@@ -1,4 +1,4 @@
-"""Do the words say what the figures say?"""
+"""Texts about figures: verdicts, levels, durations."""
 
 from __future__ import annotations
 

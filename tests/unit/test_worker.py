@@ -1,4 +1,4 @@
-"""Is a worker's result a function of its work alone, and does every failure end up where it belongs?"""
+"""The worker: results that depend on the task alone, and where each failure ends up."""
 
 import os
 import platform
