@@ -101,12 +101,18 @@ class SuccessiveHalving:
             seed: Seed of the bootstrap that decides which candidates are repeated.
         """
         self.pool = tuple(pool)
+        self._rungs = tuple(rungs)
         self._rung_sizes = rung_sizes(sum(not candidate.is_magnitude for candidate in pool), rungs)
         self.results: dict[EvalKey, Evaluation] = {}
         self._max_repeats, self._seed = repeats, seed
         self._contenders: dict[int, list[Candidate]] = {}  # by repeat, decided once
         for evaluation in known:
             self.tell(evaluation)
+
+    @property
+    def num_planned(self) -> int:
+        """How many evaluations, each from one rung to the next, are planned, without repeats and speculative ones."""
+        return num_evaluations(self._rung_sizes[0], len(self.pool) - self._rung_sizes[0], self._rungs)
 
     def tell(self, evaluation: Evaluation) -> None:
         """Report an evaluation that has ended."""

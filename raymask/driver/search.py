@@ -23,13 +23,21 @@ from raymask.core.recipe import (
 from raymask.core.records import Result
 from raymask.core.seeds import derive
 from raymask.core.spec import Spec
-from raymask.core.successive_halving import SuccessiveHalving, num_evaluations
+from raymask.core.successive_halving import SuccessiveHalving
 from raymask.core.tasks import FinetuneTask, Snapshot
 from raymask.core.tensors import PackedTensors
 from raymask.driver.branches import is_done, parent_branches, read_parent, require_same_data
 from raymask.driver.result import build_result
 from raymask.driver.setup import SearchSetup, load_initial, prepare, require_distinct_splits
-from raymask.driver.tasks import PendingFinetune, Selection, describe_level, level_label, single, task_label
+from raymask.driver.tasks import (
+    PendingFinetune,
+    Selection,
+    describe_level,
+    level_label,
+    pending_branches,
+    single,
+    task_label,
+)
 from raymask.executor.open import open_executor
 from raymask.report.writer import ReportCallback
 from raymask.runs.run_dir import RunDir, check_run, open_run
@@ -152,13 +160,7 @@ class LevelLoop:
         }
         selection = self.evaluate_and_select(level, parents)
         done = [run_dir.read_level(lineage, level) for lineage in branches(recipe.spec) if lineage not in open_branches]
-        done_candidates = {record.winner.candidate for record in done}
-        open_winners = [i for i, winner in enumerate(selection.winners) if winner.candidate not in done_candidates]
-        config = finetune_config(recipe, level)
-        return [
-            PendingFinetune(lineage, parents[selection.winners[i].candidate.parent_branch], config, selection, i)
-            for lineage, i in zip(open_branches, open_winners, strict=False)
-        ]
+        return pending_branches(open_branches, selection, parents, finetune_config(recipe, level), done)
 
     def imp_mask(self, level: int, teacher: PackedTensors | None) -> list[PendingFinetune]:
         """The IMP baseline's fine-tuning at a level, if it is still to be done. Arguments as in `select_masks`."""
@@ -184,11 +186,11 @@ class LevelLoop:
         spec, proposed = self.recipe.spec, propose_candidates(self.recipe, level, list(parents))
         if len(proposed) == 1:
             return single(proposed[0])
-        rungs, seed = spec.early_eval.rungs, derive(spec.seed, seeds.CONFIDENCE, level)
         known = [evaluation for evaluation in self.run_dir.evaluations(level) if not evaluation.system_failure]
-        halving = SuccessiveHalving(proposed, rungs, known, repeats=spec.early_eval.repeats, seed=seed)
-        total = num_evaluations(len(proposed) - len(parents), len(parents), rungs)
-        self.callback.on_phase_begin(f"{level_label(self.recipe, level)}: early evaluation", level, total, known)
+        seed, early_eval = derive(spec.seed, seeds.CONFIDENCE, level), spec.early_eval
+        halving = SuccessiveHalving(proposed, early_eval.rungs, known, repeats=early_eval.repeats, seed=seed)
+        phase = f"{level_label(self.recipe, level)}: early evaluation"
+        self.callback.on_phase_begin(phase, level, halving.num_planned, known)
         while eval_tasks := halving.ask():
             evaluation = self.executor.evaluate(parents, eval_tasks)
             self.run_dir.append(evaluation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +61,30 @@ class PendingFinetune:
 def single(candidate: Candidate) -> Selection:
     """The selection of a candidate without competitors, which needs no score."""
     return Selection([Evaluation(candidate=candidate)])
+
+
+def pending_branches(
+    open_branches: Sequence[str],
+    selection: Selection,
+    parents: Mapping[int, Snapshot],
+    config: TrainConfig,
+    done: Sequence[LevelRecord],
+) -> list[PendingFinetune]:
+    """The fine-tunings of a level's open branches, one winner each.
+
+    Args:
+        open_branches: Lineages of the branches that are not done.
+        selection: The level's winners, as many as branches or fewer.
+        parents: Parent snapshots by branch number.
+        config: How to train.
+        done: Records of the branches that are done; their winners are not fine-tuned again.
+    """
+    done_candidates = {record.winner.candidate for record in done}
+    open_winners = [index for index, winner in enumerate(selection.winners) if winner.candidate not in done_candidates]
+    return [
+        PendingFinetune(lineage, parents[selection.winners[index].candidate.parent_branch], config, selection, index)
+        for lineage, index in zip(open_branches, open_winners, strict=False)
+    ]
 
 
 def describe_level(setup: SearchSetup, item: PendingFinetune, checkpoint: Checkpoint) -> LevelRecord:
