@@ -26,18 +26,11 @@ from raymask.core.spec import Spec
 from raymask.core.successive_halving import SuccessiveHalving
 from raymask.core.tasks import FinetuneTask, Snapshot
 from raymask.core.tensors import PackedTensors
+from raymask.driver import tasks
 from raymask.driver.branches import is_done, parent_branches, read_parent, require_same_data
 from raymask.driver.result import build_result
 from raymask.driver.setup import SearchSetup, load_initial, prepare, require_distinct_splits
-from raymask.driver.tasks import (
-    PendingFinetune,
-    Selection,
-    describe_level,
-    level_label,
-    pending_branches,
-    single,
-    task_label,
-)
+from raymask.driver.tasks import PendingFinetune, Selection
 from raymask.executor.open import open_executor
 from raymask.report.writer import ReportCallback
 from raymask.runs.run_dir import RunDir, check_run, open_run
@@ -128,7 +121,7 @@ class LevelLoop:
         Raises:
             UserError: A fine-tuning failed, or the data have changed since the dense model was trained.
         """
-        spec, unmasked = self.recipe.spec, single(deterministic_candidate(self.recipe, 0))
+        spec, unmasked = self.recipe.spec, tasks.single(deterministic_candidate(self.recipe, 0))
         if not self.run_dir.has_level(DENSE, 0):
             self.finetune([PendingFinetune(DENSE, load_initial(self.setup), dense_config(spec), unmasked)])
         require_same_data(self.setup, self.run_dir)
@@ -160,7 +153,7 @@ class LevelLoop:
         }
         selection = self.evaluate_and_select(level, parents)
         done = [run_dir.read_level(lineage, level) for lineage in branches(recipe.spec) if lineage not in open_branches]
-        return pending_branches(open_branches, selection, parents, finetune_config(recipe, level), done)
+        return tasks.pending_branches(open_branches, selection, parents, finetune_config(recipe, level), done)
 
     def imp_mask(self, level: int, teacher: PackedTensors | None) -> list[PendingFinetune]:
         """The IMP baseline's fine-tuning at a level, if it is still to be done. Arguments as in `select_masks`."""
@@ -168,7 +161,7 @@ class LevelLoop:
             return []
         parent = read_parent(self.run_dir, IMP, level, teacher)
         config = finetune_config(self.recipe, level, imp=True)
-        return [PendingFinetune(IMP, parent, config, single(deterministic_candidate(self.recipe, level)))]
+        return [PendingFinetune(IMP, parent, config, tasks.single(deterministic_candidate(self.recipe, level)))]
 
     def evaluate_and_select(self, level: int, parents: Mapping[int, Snapshot]) -> Selection:
         """Evaluate a level's candidates early and select the winners. Evaluations in the journal are not repeated.
@@ -185,11 +178,11 @@ class LevelLoop:
         """
         spec, proposed = self.recipe.spec, propose_candidates(self.recipe, level, list(parents))
         if len(proposed) == 1:
-            return single(proposed[0])
+            return tasks.single(proposed[0])
         known = [evaluation for evaluation in self.run_dir.evaluations(level) if not evaluation.system_failure]
         seed, early_eval = derive(spec.seed, seeds.CONFIDENCE, level), spec.early_eval
         halving = SuccessiveHalving(proposed, early_eval.rungs, known, repeats=early_eval.repeats, seed=seed)
-        phase = f"{level_label(self.recipe, level)}: early evaluation"
+        phase = f"{tasks.level_label(self.recipe, level)}: early evaluation"
         self.callback.on_phase_begin(phase, level, halving.num_planned, known)
         while eval_tasks := halving.ask():
             evaluation = self.executor.evaluate(parents, eval_tasks)
@@ -214,12 +207,12 @@ class LevelLoop:
             return
         level = pending[0].winner.candidate.level
         phase = "distillation" if level == 0 and pending[0].lineage == SEARCH else "fine-tuning"
-        self.callback.on_phase_begin(f"{level_label(self.recipe, level)}: {phase}", level, len(pending))
+        self.callback.on_phase_begin(f"{tasks.level_label(self.recipe, level)}: {phase}", level, len(pending))
         finetune_tasks = [
-            (item.parent, FinetuneTask(task_label(item), item.winner.candidate, item.config, item.winner.digest))
+            (item.parent, FinetuneTask(tasks.task_label(item), item.winner.candidate, item.config, item.winner.digest))
             for item in pending
         ]
         for index, checkpoint in self.executor.finetune(finetune_tasks):
             item = pending[index]
-            record = describe_level(self.setup, item, checkpoint)
+            record = tasks.describe_level(self.setup, item, checkpoint)
             self.callback.on_level_end(item.lineage, self.run_dir.write_level(item.lineage, level, checkpoint, record))

@@ -121,7 +121,7 @@ class WorkerPool:
         pinged: Actor of an earlier phase by the reference that is ready once the actor answers that it is alive.
         running: Running task by key, the least recently polled first.
         pending: What to do when a reference is ready, by reference. It returns a task's key and result, or None.
-        num_failures: Failures in this phase by task key, without timeouts.
+        num_failures: Failures in this phase by task key.
         object_refs: Object reference by `id` of the packed tensors that were put into the object store.
         context: Object reference of the worker context.
         actor: The actor class.
@@ -401,7 +401,7 @@ class WorkerPool:
             The failure; None when the task is tried again.
         """
         task = running.task
-        self.num_failures[task.key] += not running.timed_out
+        self.num_failures[task.key] += 1
         failure = Failure(isinstance(error, SYSTEM_ERRORS), self.num_failures[task.key], running.timed_out)
         decision = self.policy.decide(failure)
         if decision is Decision.RAISE:

@@ -95,6 +95,24 @@ def test_failures_are_counted_by_task(patch: pytest.MonkeyPatch) -> None:
     assert ray.run(ray.pool(max_retries=1), tasks) == dict.fromkeys(range(4), "done")
 
 
+def test_failures_are_counted_anew_in_every_phase(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 1)
+    pool = ray.pool(max_retries=1)
+    for _ in range(3):
+        ray.attempts.clear()
+        assert ray.run(pool, [Task(0, outcomes=(RayActorError(), "done"))]) == {0: "done"}
+
+
+def test_workers_that_are_still_starting_end_with_the_pool(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 1, start_seconds=9.0)
+    pool = ray.pool()
+    ray.at(9.1, ray.add_node)
+    ray.run(pool, [Task(0), Task(1)])
+    assert len(pool.starting) == 1
+    pool.close()
+    assert ray.living() == 0
+
+
 def test_an_error_of_the_task_s_own_code_ends_the_round_and_its_workers(patch: pytest.MonkeyPatch) -> None:
     ray = fake(patch, 2)
     pool = ray.pool()
