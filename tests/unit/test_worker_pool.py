@@ -103,6 +103,16 @@ def test_failures_are_counted_anew_in_every_phase(patch: pytest.MonkeyPatch) -> 
         assert ray.run(pool, [Task(0, outcomes=(RayActorError(), "done"))]) == {0: "done"}
 
 
+def test_tasks_that_no_one_waits_for_end_with_their_phase(patch: pytest.MonkeyPatch) -> None:
+    ray = fake(patch, 2)
+    pool = ray.pool()
+    assert pool.next_result([ray.call(Task(0)), ray.call(Task(1, seconds=99.0))]) == (0, "done")
+    assert ray.living() == 2
+    pool.cancel()
+    assert ray.living() == 1
+    assert ray.run(pool, [Task(1)]) == {1: "done"}
+
+
 def test_workers_that_are_still_starting_end_with_the_pool(patch: pytest.MonkeyPatch) -> None:
     ray = fake(patch, 1, start_seconds=9.0)
     pool = ray.pool()
@@ -283,8 +293,10 @@ def test_a_node_that_joins_gets_a_worker_which_is_kept_though_it_came_too_late(p
     ray.run(pool, [Task(0), Task(1)])
     assert len(ray.actors) == ray.living() == 2
     assert len(pool.starting) == 1
-    ray.run(pool, [Task(2, seconds=9.0), Task(3, seconds=9.0)])
+    before = ray.now
+    ray.run(pool, [Task(2, seconds=20.0), Task(3, seconds=20.0)])
     assert len(ray.actors) == 2
+    assert ray.now - before < 35.0, "the late worker did no work"
 
 
 def test_on_a_cluster_that_grows_all_open_tasks_ask_for_a_worker(patch: pytest.MonkeyPatch) -> None:
