@@ -117,7 +117,7 @@ def test_the_dense_model_is_the_one_before_the_first_mask(finished: Path) -> Non
 def test_csr_weights_take_the_memory_of_what_is_kept(finished: Path) -> None:
     store = RunDir(finished)
     selected = read_selected(store)
-    dense, whole, sparse = bench.torch_variants(bench.load_fp32_models(selected, store), selected.mask)
+    dense, whole, sparse = bench.torch_variants(bench.load_fp32_models(selected, store), selected.mask, [])
     last = selected.result.levels[-1]
     assert dense.size == whole.size == 4 * sum(each.numel() for each in selected.module.parameters())
     rows = sum(len(kept) + 1 for kept in selected.mask.values())
@@ -250,4 +250,4 @@ def test_what_cannot_be_exported_or_shrunk_is_said(finished: Path, monkeypatch: 
 
 
 def test_rows_that_are_too_long_are_refused(finished: Path) -> None:
-    assert refused(shown, str(finished), [1], 1000) == "--length: the model takes at most 63 tokens, not 1000"
+    assert refused(shown, str(finished), [1], 1000) == "--length: the model takes at most 64 tokens, not 1000"
