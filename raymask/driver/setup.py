@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from raymask.data.causal_lm import Documents
 from raymask.data.task import load_dataset, tokenize_dataset
 from raymask.data.types import RawDataset
 from raymask.train.context import WorkerContext
+from raymask.train.device import free_memory
+from raymask.train.dry_run import MAX_BATCH_EFFECT, dry_run, dry_run_memory
 from raymask.train.model import ModelInfo, inspect_model, load_weights, read_config
 
 
@@ -59,6 +62,37 @@ def prepare(spec: Spec) -> SearchSetup:
     return SearchSetup(recipe, model_info, dataset, context)
 
 
+def try_out(setup: SearchSetup, say: Callable[[str], None]) -> SearchSetup:
+    """Read the model's weights, and try a few steps of everything that the spec asks of it.
+
+    Args:
+        setup: The setup.
+        say: Called with a line for everything that the user should know.
+
+    Returns:
+        The setup, with workers that compute in fp32 where the model fails in bf16 and the spec leaves it open.
+
+    Raises:
+        UserError: The weights cannot be used, or the model fails.
+    """
+    context, name, weights = setup.context, setup.recipe.spec.model.name, load_initial(setup).weights
+    needed, free = dry_run_memory(context), free_memory()
+    if needed > free:
+        say(f"not tried before the search: a few steps take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free here")
+        return setup
+    found = dry_run(context, weights)
+    if found.error:
+        say(f"{name} fails in bf16 ({found.error}): it is trained in fp32")
+    if found.batch_effect > MAX_BATCH_EFFECT:
+        say(
+            f"warning: the outputs of {name} for a row depend on the rows beside it in a batch, by up to "
+            f"{found.batch_effect:.0%} of the largest output: it does not ignore padding. Its metrics hold for "
+            "raymask's batches only; alone, rows may get other answers"
+        )
+    spec = context.spec.model_copy(update={"precision": found.precision})
+    return replace(setup, context=replace(context, spec=spec))
+
+
 def require_distinct_splits(task: Task) -> None:
     """Check that no two splits are the same file.
 
@@ -90,7 +124,7 @@ def require_divisible(model_info: ModelInfo, recipe: Recipe) -> None:
     Raises:
         UserError: They do not divide some matrix.
     """
-    for name, shape in model_info.shapes.items():
+    for name, shape in masks.matrix_shapes(model_info.shapes).items():
         if not recipe.pattern.divides(shape):
             raise UserError(
                 f"mask.pattern: {recipe.spec.mask.pattern} does not divide {name} of "
@@ -105,8 +139,9 @@ def require_nonzero_density(model_info: ModelInfo, recipe: Recipe) -> None:
         UserError: It keeps none of some matrix or set.
     """
     density = recipe.densities[-1]
-    max_kept = masks.max_kept(model_info.shapes, density, recipe.allocation, recipe.pattern)
-    num_weights = {names: sum(math.prod(model_info.shapes[name]) for name in names) for names in max_kept}
+    shapes = masks.matrix_shapes(model_info.shapes)
+    max_kept = masks.max_kept(shapes, density, recipe.allocation, recipe.pattern)
+    num_weights = {names: sum(math.prod(shapes[name]) for name in names) for names in max_kept}
     smallest = min(max_kept, key=lambda names: (max_kept[names], num_weights[names]))
     if max_kept[smallest] == 0:
         raise UserError(

@@ -1,0 +1,132 @@
+"""Dry run: a few steps of everything that a spec asks of a model, on a few of the task's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from raymask.core.errors import UserError, first_line
+from raymask.core.recipe import deterministic_candidate, finetune_config
+from raymask.core.tasks import Snapshot
+from raymask.core.tensors import PackedTensors
+from raymask.data.types import TokenizedSplit
+from raymask.train.context import WorkerContext
+from raymask.train.device import isolated_torch_state
+from raymask.train.worker import Worker
+
+ROWS = 2  # of the shortest and of the longest rows of each split, and of a batch
+
+MAX_BATCH_EFFECT = 0.05  # of the largest output: a smaller difference is rounding in bf16
+
+CHANGES: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"precision": "fp32"},
+    {"distill": False},
+    {"precision": "fp32", "distill": False},
+)
+"""Changes of the spec with which a model that fails is tried again."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run found.
+
+    Attributes:
+        precision: The spec's precision, or "fp32" where that is "auto" and the model fails in bf16.
+        batch_effect: The largest change of an output between a row alone and the row in a batch with longer ones, as a
+            share of the largest output. Only rounding is left of it where a model ignores padding.
+        error: The error in bf16; None if there was none.
+    """
+
+    precision: str
+    batch_effect: float
+    error: str | None = None
+
+
+def dry_run(context: WorkerContext, weights: PackedTensors) -> DryRun:
+    """Train and evaluate a model on a few rows, on the CPU of this process, masked and distilled as the spec asks.
+
+    Args:
+        context: What a worker of the search needs.
+        weights: The model's weights.
+
+    Raises:
+        UserError: The model fails. The message has the change of the spec with which it does not, if there is one.
+    """
+    spec, errors = context.spec, []
+    # bf16 also where this CPU is slow in it: the workers may have other devices
+    asked = spec.model_copy(update={"precision": "bf16"}) if spec.precision == "auto" else spec
+    for changes in CHANGES:
+        changed = asked.model_copy(update=changes)
+        if changes and changed == asked:
+            continue
+        try:
+            effect = run_steps(replace(context, spec=changed), weights)
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a model's own code raises anything
+            errors.append(f"{type(error).__name__}: {first_line(error)}")
+            continue
+        if not errors:
+            return DryRun(spec.precision, effect)
+        if changes.keys() == {"precision"} and spec.precision == "auto":
+            return DryRun("fp32", effect, errors[0])
+        named = [key for key in changes if key != "precision" or spec.precision != "auto"]
+        advice = ", ".join(f"{key}: {str(changes[key]).lower()}" for key in named)
+        raise UserError(
+            f"model.name: {spec.model.name} fails on the task's rows ({errors[0]}). It does not with {advice}"
+        )
+    raise UserError(f"model.name: {spec.model.name} fails on the task's rows: {errors[0]}")
+
+
+def dry_run_memory(context: WorkerContext) -> int:
+    """Estimated memory of a dry run in bytes: weights twice, gradients, moments, masks, and the teacher."""
+    return 2**29 + 4 * context.model_bytes + context.moment_bytes + context.spec.uses_teacher * context.teacher_bytes
+
+
+def run_steps(context: WorkerContext, weights: PackedTensors) -> float:
+    """Predict, draw the magnitude mask of level 1, train with it for an epoch of a few rows, and evaluate.
+
+    Args:
+        context: What a worker of the search needs.
+        weights: The model's weights, which are also the teacher's.
+
+    Returns:
+        `DryRun.batch_effect`.
+
+    Raises:
+        FloatingPointError: The loss is not finite. Other errors are the model's own.
+    """
+    data, spec = context.data, context.spec
+    train, validation, test = map(extreme_rows, (data.train, data.validation, data.test))
+    worker = Worker(replace(context, data=replace(data, train=train, validation=validation, test=test)), "cpu")
+    parent = Snapshot("dry run", weights, teacher=weights if spec.uses_teacher else None)
+    config = finetune_config(worker.recipe, 1).model_copy(update={"epochs": 1.0, "batch_size": ROWS})
+    with isolated_torch_state(spec, worker.device):
+        mask, _ = worker.reset(parent, deterministic_candidate(worker.recipe, 1))
+        worker.predictions(test)
+        effect = batch_effect(worker, test)
+        worker.train(parent, config, mask, 0, [], lambda step: None, worker.optimizer(parent))
+        point, _ = worker.evaluate_model(1, validation)
+    if not np.isfinite(point.loss):
+        raise FloatingPointError(f"the loss is {point.loss}")
+    return effect
+
+
+def extreme_rows(rows: TokenizedSplit) -> TokenizedSplit:
+    """The ROWS shortest and the ROWS longest rows, in their original order."""
+    order = np.argsort(rows.lengths, kind="stable")
+    return rows.take(np.unique([*order[:ROWS], *order[-ROWS:]]))
+
+
+def batch_effect(worker: Worker, rows: TokenizedSplit) -> float:
+    """`DryRun.batch_effect` of these rows."""
+    alone = [worker.predictions(rows.take(np.array([row])), nullcontext)[0] for row in range(len(rows))]
+    together = worker.predictions(rows, nullcontext)
+    largest = max(float(together.abs().max()), torch.finfo(torch.float32).tiny)
+    return float((together - torch.stack(alone)).abs().max()) / largest
