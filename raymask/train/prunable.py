@@ -20,9 +20,6 @@ STATE_SPACE = ("*.x_proj.weight", "*.dt_proj.weight")
 TRANSPOSED_EXPERTS = ("Llama4TextExperts",)
 """Classes of experts that hold weights as [n, n_in, n_out] and do not say so with `is_transposed`."""
 
-TEXT_INPUTS = ("input_ids", "inputs_embeds")
-"""The main inputs of models that read text, by transformers' `main_input_name`."""
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -44,7 +41,7 @@ class Sizes:
 
 
 def transformer_blocks(module: nn.Module) -> dict[str, nn.ModuleList]:
-    """The encoder or decoder layers by name: outermost lists of layers that hold prunable weights.
+    """The encoder or decoder layers by name: outermost lists of layers that hold prunable weights in parts of theirs.
 
     The layers of a list have one class, or several of transformers' own, as where attention and state spaces take
     turns. Parts of a text model that read images or sound have none.
@@ -55,24 +52,20 @@ def transformer_blocks(module: nn.Module) -> dict[str, nn.ModuleList]:
     towers = other_modalities(module)
     for name, child in module.named_modules():
         outermost = not name.startswith(tuple(f"{outer}." for outer in (*blocks, *towers)))
-        is_list = isinstance(child, nn.ModuleList) and (
-            len({type(block) for block in child}) == 1
-            or (len(child) > 0 and all(isinstance(block, GradientCheckpointingLayer) for block in child))
-        )
-        if is_list and outermost and any(weights_of(part) for part in child.modules()):
+        if not outermost or not isinstance(child, nn.ModuleList) or any(map(is_linear, child)):
+            continue
+        one_class = len({type(layer) for layer in child}) == 1
+        are_layers = one_class or all(isinstance(layer, GradientCheckpointingLayer) for layer in child)
+        if are_layers and any(weights_of(part) for part in child.modules()):
             blocks[name] = child
     return blocks
 
 
 def other_modalities(module: nn.Module) -> list[str]:
     """Names of the parts of a text model that read something else, such as images."""
-    if getattr(module, "main_input_name", None) not in TEXT_INPUTS:
+    if "text" not in getattr(module, "input_modalities", ()):  # transformers' name, a text or a tuple of texts
         return []
-    return [
-        name
-        for name, child in module.named_modules()
-        if getattr(child, "main_input_name", TEXT_INPUTS[0]) not in TEXT_INPUTS
-    ]
+    return [name for name, child in module.named_modules() if "text" not in getattr(child, "input_modalities", "text")]
 
 
 def block_parameters(module: nn.Module) -> set[str]:

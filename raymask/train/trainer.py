@@ -232,6 +232,8 @@ def distillation(
     is_token = batch["attention_mask"].float()
     loss = objective.distill_loss(student_out.logits, teacher_out.logits, batch).sum() / objective.targets(denominators)
     student_layers, teacher_layers = layer_outputs(student_out), layer_outputs(teacher_out)
+    if student_layers.keys() != teacher_layers.keys():
+        raise ValueError(f"the model returns {', '.join(student_layers)}, its teacher {', '.join(teacher_layers)}")
     for name in (name for name in HIDDEN_STATES if name in student_layers):
         (first, *student), (first_target, *targets) = student_layers[name], teacher_layers[name]
         for states, target in [(first, first_target), *matched_layers(student, targets)]:

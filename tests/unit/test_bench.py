@@ -9,6 +9,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -223,6 +224,21 @@ def test_another_model_is_not_measured(finished: Path) -> None:
         about = Variant(SELECTED, "torch", models[DENSE], models[SELECTED], 4, exact=False)
         assert [outputs_match(form, selected.rows(), notes) for form in (right, wrong, about)] == [True, False, True]
     assert notes == [f"Not measured: raymask by torch, whose outputs differ by {wrong.max_error:.1g}"]
+
+
+def test_a_form_that_fails_is_a_note(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RunDir(finished)
+    selected = read_selected(store)
+    models = bench.load_fp32_models(selected, store)
+    notes: list[str] = []
+    monkeypatch.setattr(bench, "make_sparse", mock.Mock(side_effect=RuntimeError("no CSR")))
+    assert [form.model for form in bench.torch_variants(models, selected.mask, notes)] == [DENSE, SELECTED]
+    broken = mock.Mock(side_effect=RuntimeError("static shape"))
+    assert not outputs_match(Variant(SELECTED, "OpenVINO", broken, models[SELECTED], 4), selected.rows(), notes)
+    assert notes == [
+        "Not measured: raymask, CSR by torch. no CSR",
+        "Not measured: raymask by OpenVINO, which fails. static shape",
+    ]
 
 
 @pytest.mark.usefixtures("quickly")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -9,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from support.builders import (
     SIZE,
     random_weights,
@@ -17,13 +19,16 @@ from support.builders import (
     tiny_context,
     tiny_tokenizer,
 )
+from support.fakes import setup_of
 from transformers import AutoConfig
 
 from raymask.core.errors import UserError
 from raymask.core.spec import Model
 from raymask.data.types import TokenizedSplit
+from raymask.driver import setup as driver
 from raymask.train import dry_run as dry
 from raymask.train.context import WorkerContext
+from raymask.train.device import free_memory
 from raymask.train.dry_run import MAX_BATCH_EFFECT, DryRun, dry_run, extreme_rows
 from raymask.train.model import inspect_model
 
@@ -126,6 +131,64 @@ def test_what_fails_is_refused_with_what_to_change(
         assert dry_run(context, None) == found  # type: ignore[arg-type]
     else:
         assert refused(dry_run, context, None).endswith(found)
+
+
+class Stateful:
+    """A worker whose model gives other outputs for good once it has seen a short row."""
+
+    def __init__(self, change: float) -> None:
+        self.change, self.short_seen = change, False
+        self.context = tiny_context(rows=(12, 6, 6))
+
+    def predictions(self, rows: TokenizedSplit, autocast: Any) -> torch.Tensor:
+        self.short_seen |= bool(rows.lengths.max() < 4)
+        return torch.from_numpy(rows.lengths[:, None] + self.change * self.short_seen).float()
+
+
+def test_a_model_that_changes_with_the_rows_it_has_seen_is_refused() -> None:
+    rows = ragged(tiny_context(rows=(12, 6, 6)).data.test)
+    assert dry.batch_effect(Stateful(0.0), rows) == 0.0  # type: ignore[arg-type]
+    message = refused(dry.batch_effect, Stateful(0.1), rows)
+    assert message.startswith("model.name: quickstart gives a row other outputs once it has seen shorter ones, so that")
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (DryRun("fp32", 0.0), []),
+        (
+            DryRun("fp32", 0.0, "RuntimeError: no kernel"),
+            ["quickstart fails in bf16 (RuntimeError: no kernel): it "],
+        ),
+        (
+            DryRun("auto", 0.5),
+            ["warning: the outputs of quickstart for a row depend on the rows beside it"],
+        ),
+    ],
+)
+def test_what_a_dry_run_finds_is_told_and_the_workers_follow_it(
+    monkeypatch: pytest.MonkeyPatch, found: DryRun, said: list[str]
+) -> None:
+    monkeypatch.setattr(driver, "dry_run", lambda context, weights: found)
+    lines: list[str] = []
+    before = setup_of()
+    after = driver.try_out(before, lines.append)
+    assert after.context.spec.precision == found.precision
+    assert after.recipe == before.recipe
+    assert [line.startswith(start) for line, start in zip(lines, said, strict=True)] == [True] * len(said)
+
+
+def test_a_model_that_does_not_fit_here_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "free_memory", lambda: 2**28)
+    monkeypatch.setattr(driver, "dry_run", None)
+    lines: list[str] = []
+    before = setup_of()
+    assert driver.try_out(before, lines.append) is before
+    assert lines == ["not tried before the search: a few steps take 0.5 GiB, 0.2 are free here"]
+
+
+def test_free_memory_is_some_of_what_the_machine_has() -> None:
+    assert 2**20 < free_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_a_mistake_that_has_a_message_of_its_own_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:

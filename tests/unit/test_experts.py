@@ -8,18 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from support.builders import SIZE, refused, tiny_tokenizer
+from support.builders import SIZE, refused, tiny_context, tiny_snapshot, tiny_tokenizer
 from torch import nn
 from transformers import AutoConfig
 
 import raymask
 from raymask.core.masking.allocations import ALLOCATIONS
-from raymask.core.masking.masks import draw_mask, matrix_shapes, max_kept, split_stacks
+from raymask.core.masking.masks import draw_mask, matrix_shapes, max_kept, split_stacks, unpack_bits
 from raymask.core.masking.patterns import parse_pattern
+from raymask.core.recipe import deterministic_candidate, finetune_config, resolve
 from raymask.core.records import Candidate, Noise
 from raymask.core.spec import Model
+from raymask.core.tasks import FinetuneTask
+from raymask.train.context import WorkerContext
 from raymask.train.model import build_model, inspect_model
 from raymask.train.prunable import block_parameters, find_prunable, matrices, name_pattern, transposed_weights
+from raymask.train.worker import Worker
 
 SHARED = SIZE | {"vocab_size": 72, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 3}
 EXPERTS: dict[str, dict[str, Any]] = {
@@ -101,6 +105,22 @@ def test_experts_that_hold_their_weights_transposed_are_seen_as_others() -> None
     raymask.apply_mask(module, {name: torch.ones_like(kept) for name, kept in mask.items()})
 
 
+def test_pruned_experts_stay_zero_in_training() -> None:
+    base = tiny_context("llama")
+    info = inspect_model(
+        Model(name="mixtral"), AutoConfig.for_model("mixtral", **SHARED | EXPERTS["mixtral"]), None, (), "causal-lm"
+    )
+    context = WorkerContext(base.spec, info.config, base.data, info.prunable, info.sizes.whole)
+    candidate = deterministic_candidate(resolve(base.spec), 2)
+    config = finetune_config(resolve(base.spec), 2).model_copy(update={"epochs": 0.5})
+    checkpoint = Worker(context, "cpu").finetune(tiny_snapshot(context), FinetuneTask("experts", candidate, config))
+    assert checkpoint is not None
+    for name, kept in unpack_bits(checkpoint.mask).items():
+        weight = checkpoint.weights.views()[name]
+        assert not weight[~kept].any()
+        assert {int(count) for count in kept.flatten(-2).sum(-1).reshape(-1)} == {kept.flatten(-2).shape[-1] // 4}
+
+
 def test_the_matrices_of_a_stack_are_counted_one_by_one() -> None:
     assert matrix_shapes({"a": (4, 2), "b": (3, 5, 6)}) == {"a": (4, 2)} | {f"b[{i}]": (5, 6) for i in range(3)}
 
@@ -133,6 +153,11 @@ def test_the_tower_for_images_of_a_text_model_is_not_pruned() -> None:
     assert find_prunable(module)
     assert not any("vision" in name for name in (*find_prunable(module), *block_parameters(module)))
     assert any("vision" in name for name in find_prunable(module, ("*vision_tower*",)))
+
+
+def test_lists_of_single_layers_are_no_blocks() -> None:
+    module = nn.ModuleDict({"projections": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
+    assert find_prunable(module) == ()
 
 
 def test_a_model_for_images_alone_is_pruned_as_before() -> None:

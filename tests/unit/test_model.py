@@ -293,6 +293,14 @@ def test_minilm_has_36_matrices(minilm):
 # What a search makes of a model.
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, value):
+    name = "bert.encoder.layer.1.output.dense.weight"
+    rewrite(tiny_model(tmp_path), lambda tensors: tensors[name][0, :2].fill_(value))
+    said = f"model.name: {tmp_path} has 2 values in {name} that are NaN or infinite: its training diverged, or its file"
+    assert refused(loaded, tmp_path).startswith(said)
+
+
 @pytest.mark.parametrize("classes", [CLASSES, ("a", "b", "c"), ()])
 def test_the_classifier_has_one_output_a_class_or_one_for_a_regression(classes):
     source = inspect_model(Model(name="tiny"), tiny_config(), None, classes)

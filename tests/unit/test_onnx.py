@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -180,6 +181,15 @@ def test_another_model_s_outputs_are_refused() -> None:
         nn.init.ones_(other.module.classifier.bias)  # type: ignore[union-attr, arg-type]
     said = refused(require_close, other.module, selected.module, samples(selected))
     assert said == "--to onnx: ONNX Runtime's outputs differ from torch's by 1.0e+00"
+
+
+def test_a_file_that_does_not_run_on_other_rows_is_refused() -> None:
+    selected = random_selected("bert")
+    said = refused(require_close, mock.Mock(side_effect=RuntimeError("idx=-1")), selected.module, samples(selected))
+    assert said == (
+        "--to onnx: ONNX Runtime does not run the file of bert on rows of another number or length than it was made "
+        "from: idx=-1"
+    )
 
 
 def test_int8_is_not_measured_on_other_rows(finished: Path) -> None:
