@@ -155,7 +155,7 @@ def show_rungs(console: Console, setup: SearchSetup) -> None:
 
 
 def show_cost(console: Console, setup: SearchSetup) -> None:
-    """Print the epochs of training by phase, and the memory of a worker."""
+    """Print the epochs of training by phase, the memory of a worker, and the disk that the run takes."""
     epochs = planned_epochs(setup.recipe)
     parts = ", ".join(f"{count:g} {phase}" for phase, count in epochs.items() if count)
     worker, shared = setup.context.peak_host_memory(on_gpu=False) / GIB, setup.context.object_store_memory / GIB
@@ -164,6 +164,7 @@ def show_cost(console: Console, setup: SearchSetup) -> None:
         console,
         f"memory   about {worker:.1f} GiB per worker on a CPU, {shared:.1f} GiB shared by all workers of a node",
     )
+    say(console, f"disk     about {setup.context.run_dir_bytes / GIB:.1f} GiB in the run directory")
 
 
 def show_resources(console: Console, setup: SearchSetup, address: str | None) -> None:

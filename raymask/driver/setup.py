@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
+import torch
+
 from raymask.core import seeds
 from raymask.core.errors import UserError
 from raymask.core.masking import masks
@@ -19,7 +21,7 @@ from raymask.data.causal_lm import Documents
 from raymask.data.task import load_dataset, tokenize_dataset
 from raymask.data.types import RawDataset
 from raymask.train.context import WorkerContext
-from raymask.train.device import free_memory
+from raymask.train.device import free_memory, native_bf16
 from raymask.train.dry_run import MAX_BATCH_EFFECT, dry_run, dry_run_memory
 from raymask.train.model import ModelInfo, inspect_model, load_weights, read_config
 
@@ -70,7 +72,8 @@ def try_out(setup: SearchSetup, say: Callable[[str], None]) -> SearchSetup:
         say: Called with a line for everything that the user should know.
 
     Returns:
-        The setup, with workers that compute in fp32 where the model fails in bf16 and the spec leaves it open.
+        The setup, with what a step takes of memory, and with workers that compute in fp32 where the model fails in bf16
+        and the spec leaves it open.
 
     Raises:
         UserError: The weights cannot be used, or the model fails.
@@ -90,7 +93,9 @@ def try_out(setup: SearchSetup, say: Callable[[str], None]) -> SearchSetup:
             "raymask's batches only; alone, rows may get other answers"
         )
     spec = context.spec.model_copy(update={"precision": found.precision})
-    return replace(setup, context=replace(context, spec=spec))
+    # it was tried in bf16, which takes half as much
+    scale = 2 if found.precision == "auto" and not native_bf16(torch.device("cpu")) else 1
+    return replace(setup, context=replace(context, spec=spec, activation_bytes=scale * found.activation_bytes))
 
 
 def require_distinct_splits(task: Task) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,11 +40,13 @@ class DryRun:
         precision: The spec's precision, or "fp32" where that is "auto" and the model fails in bf16.
         batch_effect: The largest change of an output between a row alone and the row in a batch with longer ones, as a
             share of the largest output. Only rounding is left of it where a model ignores padding.
+        activation_bytes: Bytes that a training step keeps for its backward pass, for each row of the longest length.
         error: The error in bf16; None if there was none.
     """
 
     precision: str
     batch_effect: float
+    activation_bytes: int
     error: str | None = None
 
 
@@ -66,16 +68,16 @@ def dry_run(context: WorkerContext, weights: PackedTensors) -> DryRun:
         if changes and changed == asked:
             continue
         try:
-            effect = run_steps(replace(context, spec=changed), weights)
+            found = run_steps(replace(context, spec=changed), weights)
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001 - a model's own code raises anything
             errors.append(f"{type(error).__name__}: {first_line(error)}")
             continue
         if not errors:
-            return DryRun(spec.precision, effect)
+            return replace(found, precision=spec.precision)
         if changes.keys() == {"precision"} and spec.precision == "auto":
-            return DryRun("fp32", effect, errors[0])
+            return replace(found, error=errors[0])
         named = [key for key in changes if key != "precision" or spec.precision != "auto"]
         advice = ", ".join(f"{key}: {str(changes[key]).lower()}" for key in named)
         raise UserError(
@@ -89,33 +91,59 @@ def dry_run_memory(context: WorkerContext) -> int:
     return 2**29 + 4 * context.model_bytes + context.moment_bytes + context.spec.uses_teacher * context.teacher_bytes
 
 
-def run_steps(context: WorkerContext, weights: PackedTensors) -> float:
-    """Predict, draw the magnitude mask of level 1, train with it for an epoch of a few rows, and evaluate.
+def run_steps(context: WorkerContext, weights: PackedTensors) -> DryRun:
+    """Predict, draw the magnitude mask of level 1, train with it for a few steps, and evaluate.
 
     Args:
         context: What a worker of the search needs.
         weights: The model's weights, which are also the teacher's.
 
-    Returns:
-        `DryRun.batch_effect`.
-
     Raises:
         FloatingPointError: The loss is not finite. Other errors are the model's own.
     """
     data, spec = context.data, context.spec
-    train, validation, test = map(extreme_rows, (data.train, data.validation, data.test))
-    worker = Worker(replace(context, data=replace(data, train=train, validation=validation, test=test)), "cpu")
+    worker = Worker(replace(context, data=replace(data, train=extreme_rows(data.train))), "cpu")
     parent = Snapshot("dry run", weights, teacher=weights if spec.uses_teacher else None)
     config = finetune_config(worker.recipe, 1).model_copy(update={"epochs": 1.0, "batch_size": ROWS})
+
+    def train(rows: TokenizedSplit) -> int:
+        """Train on these rows for an epoch; returns the bytes that were kept for the backward passes."""
+        worker.context = replace(context, data=replace(data, train=rows))
+        with saved_for_backward(worker.module) as sizes:
+            worker.train(parent, config, mask, 0, [], lambda step: None, optimizer)
+        return sum(sizes.values())
+
     with isolated_torch_state(spec, worker.device):
         mask, _ = worker.reset(parent, deterministic_candidate(worker.recipe, 1))
-        worker.predictions(test)
-        effect = batch_effect(worker, test)
-        worker.train(parent, config, mask, 0, [], lambda step: None, worker.optimizer(parent))
-        point, _ = worker.evaluate_model(1, validation)
+        worker.predictions(extreme_rows(data.test))
+        effect = batch_effect(worker, extreme_rows(data.test))
+        optimizer, longest = worker.optimizer(parent), np.argsort(-data.train.lengths, kind="stable")[:ROWS]
+        one, two = (train(data.train.take(np.sort(longest[:count]))) for count in (1, ROWS))
+        train(extreme_rows(data.train))
+        point, _ = worker.evaluate_model(1, extreme_rows(data.validation))
     if not np.isfinite(point.loss):
         raise FloatingPointError(f"the loss is {point.loss}")
-    return effect
+    return DryRun(spec.precision, effect, max(two - one, 0))
+
+
+@contextmanager
+def saved_for_backward(module: torch.nn.Module) -> Iterator[dict[int, int]]:
+    """Run a block and note what it keeps for backward passes, weights left out.
+
+    Yields:
+        Bytes by address. Memory that is freed and taken again counts once.
+    """
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    sizes: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = max(storage.nbytes(), sizes.get(storage.data_ptr(), 0))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield sizes
 
 
 def extreme_rows(rows: TokenizedSplit) -> TokenizedSplit:

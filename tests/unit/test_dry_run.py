@@ -27,7 +27,7 @@ from raymask.core.spec import Model
 from raymask.data.types import TokenizedSplit
 from raymask.driver import setup as driver
 from raymask.train import dry_run as dry
-from raymask.train.context import WorkerContext
+from raymask.train.context import BACKWARD_FACTOR, WorkerContext
 from raymask.train.device import free_memory
 from raymask.train.dry_run import MAX_BATCH_EFFECT, DryRun, dry_run, extreme_rows
 from raymask.train.model import inspect_model
@@ -100,20 +100,20 @@ class Breaks:
     def __init__(self, precisions: set[str], distill: set[bool]) -> None:
         self.precisions, self.distill = precisions, distill
 
-    def __call__(self, context: WorkerContext, weights: Any) -> float:
+    def __call__(self, context: WorkerContext, weights: Any) -> DryRun:
         if context.spec.precision in self.precisions:
             raise RuntimeError("no kernel\nsecond line")
         if context.spec.distill in self.distill:
             raise TypeError("no attentions")
-        return 0.0
+        return DryRun(context.spec.precision, 0.0, 8)
 
 
 @pytest.mark.parametrize(
     ("precision", "breaks", "found"),
     [
-        ("auto", Breaks({"bf16"}, set()), DryRun("fp32", 0.0, "RuntimeError: no kernel")),
-        ("auto", Breaks(set(), set()), DryRun("auto", 0.0)),
-        ("fp32", Breaks({"bf16"}, set()), DryRun("fp32", 0.0)),
+        ("auto", Breaks({"bf16"}, set()), DryRun("fp32", 0.0, 8, "RuntimeError: no kernel")),
+        ("auto", Breaks(set(), set()), DryRun("auto", 0.0, 8)),
+        ("fp32", Breaks({"bf16"}, set()), DryRun("fp32", 0.0, 8)),
         ("bf16", Breaks({"bf16"}, set()), "(RuntimeError: no kernel). It does not with precision: fp32"),
         ("auto", Breaks(set(), {True}), "(TypeError: no attentions). It does not with distill: false"),
         ("auto", Breaks({"bf16"}, {True}), "(RuntimeError: no kernel). It does not with distill: false"),
@@ -155,13 +155,13 @@ def test_a_model_that_changes_with_the_rows_it_has_seen_is_refused() -> None:
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        (DryRun("fp32", 0.0), []),
+        (DryRun("fp32", 0.0, 8), []),
         (
-            DryRun("fp32", 0.0, "RuntimeError: no kernel"),
+            DryRun("fp32", 0.0, 8, "RuntimeError: no kernel"),
             ["quickstart fails in bf16 (RuntimeError: no kernel): it "],
         ),
         (
-            DryRun("auto", 0.5),
+            DryRun("auto", 0.5, 8),
             ["warning: the outputs of quickstart for a row depend on the rows beside it"],
         ),
     ],
@@ -174,6 +174,7 @@ def test_what_a_dry_run_finds_is_told_and_the_workers_follow_it(
     before = setup_of()
     after = driver.try_out(before, lines.append)
     assert after.context.spec.precision == found.precision
+    assert after.context.activation_bytes in (8, 16)
     assert after.recipe == before.recipe
     assert [line.startswith(start) for line, start in zip(lines, said, strict=True)] == [True] * len(said)
 
@@ -189,6 +190,28 @@ def test_a_model_that_does_not_fit_here_is_not_tried(monkeypatch: pytest.MonkeyP
 
 def test_free_memory_is_some_of_what_the_machine_has() -> None:
     assert 2**20 < free_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def equal_rows(length: int) -> TokenizedSplit:
+    """Four rows of this length."""
+    return TokenizedSplit(np.full(4 * length, 7, np.int32), None, np.arange(5) * length, np.array([0, 1, 0, 1]))
+
+
+def test_what_a_step_keeps_grows_with_the_length_of_rows() -> None:
+    context = tiny_context(rows=(12, 6, 6))
+    short, long = (
+        tried(replace(context, data=replace(context.data, train=equal_rows(length)))).activation_bytes
+        for length in (16, 32)
+    )
+    assert 1.8 < long / short < 3  # attention grows with the square
+    hidden = 4 * 16 * 16  # bytes of one layer's hidden states of a short row
+    assert short > 20 * hidden
+
+
+def test_memory_grows_with_the_batch_by_what_a_step_keeps_of_a_row() -> None:
+    small, large = (tiny_context(early_eval={"batch_size": size}) for size in (32, 48))
+    sizes = [replace(each, activation_bytes=2**20).peak_host_memory(on_gpu=False) for each in (small, large)]
+    assert sizes[1] - sizes[0] == BACKWARD_FACTOR * 2**20 * 16
 
 
 def test_a_mistake_that_has_a_message_of_its_own_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
