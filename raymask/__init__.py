@@ -42,3 +42,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for help and completion."""
+    return __all__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def draw_mask(
     """Draw a mask over the module's prunable matrices.
 
     Args:
-        module: The module. By default the linear weights inside its repeated blocks are pruned.
+        module: The module. By default the weights of linear layers and experts inside its repeated blocks are pruned.
         density: Share of these weights that is kept, in (0, 1].
         seed: Seed of a random mask near the magnitude mask, in [0, 2^63). None for the magnitude mask.
         exponent: Exponent a > 0 of the scores (README, "How it works").
@@ -89,8 +90,8 @@ def draw_mask(
         Bool tensors of the parameters' shapes by parameter name, on the parameters' devices; True is kept.
 
     Raises:
-        ValueError: An argument is not valid, nothing can be pruned, a weight is not finite, or the pattern does not
-            divide a matrix.
+        ValueError: An argument is not valid, a pattern of names matches nothing, nothing can be pruned, a weight is not
+            finite, or the pattern does not divide a matrix.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must lie in (0, 1], not {density}")
@@ -108,9 +109,11 @@ def draw_mask(
     weights = matrices(module, names)
     for name, weight in weights.items():
         if not method.pattern.divides(tuple(weight.shape)):
-            raise ValueError(f"{pattern} does not divide {name} of {' x '.join(map(str, weight.shape))}")
+            raise ValueError(f"{pattern} does not divide {name} of {' x '.join(map(str, weight.shape[-2:]))}")
     noise = None if seed is None else Noise(exponent=exponent, sampling_ratio=sampling_ratio)
-    return to_module_layout(module, masks.draw_mask(weights, density, seed=seed or 0, noise=noise, method=method))
+    seed = 0 if seed is None else operator.index(seed)  # also of numpy
+    mask = masks.draw_mask(weights, float(density), seed=seed, noise=noise, method=method)
+    return to_module_layout(module, mask)
 
 
 def apply_mask(module: nn.Module, mask: Mapping[str, Tensor]) -> None:
@@ -119,5 +122,16 @@ def apply_mask(module: nn.Module, mask: Mapping[str, Tensor]) -> None:
     Args:
         module: The module.
         mask: Bool tensors by parameter name, as `draw_mask` returns them, on the parameters' devices.
+
+    Raises:
+        ValueError: The module has no such parameter, or one of another shape.
     """
-    masks.apply({name: parameter.data for name, parameter in module.named_parameters()}, mask)
+    parameters = {name: parameter.data for name, parameter in module.named_parameters()}
+    for name, kept in mask.items():
+        if name not in parameters:
+            raise ValueError(f"the module has no parameter {name}: is the mask of another model, or packed?")
+        if kept.shape != parameters[name].shape:
+            raise ValueError(
+                f"the mask of {name} has shape {tuple(kept.shape)}, the parameter has {tuple(parameters[name].shape)}"
+            )
+    masks.apply(parameters, mask)

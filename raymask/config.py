@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from difflib import get_close_matches
@@ -102,7 +103,8 @@ def make_spec(data: Mapping[str, Any], *, source: str = "spec") -> Spec:
     """Validate plain data as a spec.
 
     Args:
-        data: The spec's keys. A `preset` gives the values of keys that are not there.
+        data: The spec's keys; numbers and arrays may be numpy's, and names and files `Path`s. A `preset` gives the
+            values of keys that are not there.
         source: Where the data comes from, for the error.
 
     Returns:
@@ -111,18 +113,29 @@ def make_spec(data: Mapping[str, Any], *, source: str = "spec") -> Spec:
     Raises:
         UserError: The spec has mistakes; the message lists them all.
     """
-    data, mistakes = dict(data), []
-    preset = data.pop("preset", None)
+    keys: dict[str, Any] = to_plain(data)
+    preset, mistakes = keys.pop("preset", None), []
     if isinstance(preset, str) and preset in PRESETS:
-        data = merge(PRESETS[preset], data)
+        keys = merge(PRESETS[preset], keys)
     elif preset is not None:
         mistakes.append(f"preset: there is no preset {preset!r}; known are {', '.join(PRESETS)}")
     try:
-        spec = Spec.model_validate(data)
+        spec = Spec.model_validate(keys)
     except ValidationError as error:
         mistakes += [format_error(mistake) for mistake in error.errors()]
     require_none(mistakes, source)
     return spec
+
+
+def to_plain(value: Any) -> Any:
+    """A value of a spec without numpy's types and paths: what YAML would hold in their place."""
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # a number or an array of numpy's, which need not be imported for that
+        return value.tolist()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def require_none(mistakes: Sequence[str], source: str) -> None:

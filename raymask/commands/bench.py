@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from raymask.core.errors import UserError
+from raymask.core.errors import UserError, first_line
 from raymask.core.lineage import DENSE
 from raymask.core.records import RAYMASK
 from raymask.data.hf_config import max_seq_length
-from raymask.export.onnx import INT8, ONNX, OnnxModel, missing_packages, quantize, sample, samples, to_onnx
+from raymask.export.onnx import INT8, ONNX, OnnxModel, missing_packages, quantize, samples, to_onnx
 from raymask.export.selected import SelectedModel, logits, outputs_allclose, read_selected
 from raymask.export.shrink import shrink
 from raymask.export.sparse import SparseLinear, make_sparse
@@ -96,17 +97,20 @@ def show_bench(console: Console, run: str, batches: Sequence[int] = (), length: 
     """
     run_dir = RunDir(run)
     selected = read_selected(run_dir)
-    longest = max_seq_length(selected.module.config, selected.result.kind)
+    longest = max_seq_length(selected.module.config)
     if length is not None and length > longest:
         raise UserError(f"--length: the model takes at most {longest} tokens, not {length}")
     length = min(LENGTH, longest) if length is None else length
     notes: list[str] = []
     with TemporaryDirectory() as folder, torch.no_grad():
         models = load_fp32_models(selected, run_dir)
-        unordered = [*torch_variants(models, selected.mask), *onnx_variants(models, selected, Path(folder), notes)]
+        unordered = [
+            *torch_variants(models, selected.mask, notes),
+            *onnx_variants(models, selected, Path(folder), notes),
+        ]
         variants = [variant for runtime in RUNTIMES for variant in unordered if variant.runtime == runtime]
         for rows in sorted(set(batches or BATCHES)):
-            batch = sample(selected, rows, length) | {"attention_mask": torch.ones(rows, length, dtype=torch.int64)}
+            batch = selected.rows([length] * rows)
             variants = [variant for variant in variants if outputs_match(variant, batch, notes)]
             notes += measure(variants, batch)
     console.print(bench_table(variants, length))
@@ -130,19 +134,30 @@ def load_fp32_models(selected: SelectedModel, run_dir: RunDir) -> dict[str, Any]
     return models
 
 
-def torch_variants(models: dict[str, Any], mask: Iterable[str]) -> Iterator[Variant]:
+def torch_variants(models: dict[str, Any], mask: Iterable[str], notes: list[str]) -> Iterator[Variant]:
     """The variants that torch runs.
 
     Args:
         models: The dense and the selected model by name.
         mask: Names of the pruned weights, which become CSR matrices.
+        notes: A line is added for whatever is not measured, with the reason.
     """
     for name, module in models.items():
         yield Variant(name, "torch", module, module, weight_bytes(module))
     sparse = copy.deepcopy(models[SELECTED])
-    for name in mask:
-        make_sparse(sparse, name)
-    yield Variant(CSR, "torch", sparse, models[SELECTED], weight_bytes(sparse))
+    with noted(f"{CSR} by torch", notes):
+        for name in mask:
+            make_sparse(sparse, name)
+        yield Variant(CSR, "torch", sparse, models[SELECTED], weight_bytes(sparse))
+
+
+@contextmanager
+def noted(form: str, notes: list[str]) -> Iterator[None]:
+    """Run a block. An error in it becomes a note that this form is not measured, and does not end the benchmark."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - every runtime raises its own exceptions
+        notes.append(f"Not measured: {form}. {first_line(error)}")
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -181,22 +196,19 @@ def onnx_variants(models: dict[str, Any], selected: SelectedModel, folder: Path,
         except UserError as error:
             notes.append(f"Not measured: ONNX Runtime, OpenVINO. {error}")
             return
-        quantize(path, int8_path)
         size = path.stat().st_size
-        yield Variant(name, "ONNX Runtime", OnnxModel(path, module.config), original, size)
-        yield Variant(
-            name,
-            "ONNX Runtime int8",
-            OnnxModel(int8_path, module.config),
-            original,
-            int8_path.stat().st_size,
-            exact=False,
-        )
-        if find_spec("openvino"):
-            yield Variant(name, "OpenVINO", OpenVinoModel(path, EXACT), original, size)
-        if find_spec("openvino") and name == SELECTED:
-            settings = EXACT | {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": "0.5"}
-            yield Variant(OPTION, "OpenVINO", OpenVinoModel(path, settings), original, size)
+        with noted(f"{name} by ONNX Runtime", notes):
+            yield Variant(name, "ONNX Runtime", OnnxModel(path, module.config), original, size)
+        with noted(f"{name} by ONNX Runtime int8", notes):
+            quantize(path, int8_path)
+            int8, int8_size = OnnxModel(int8_path, module.config), int8_path.stat().st_size
+            yield Variant(name, "ONNX Runtime int8", int8, original, int8_size, exact=False)
+        with noted(f"{name} by OpenVINO", notes):
+            if find_spec("openvino"):
+                yield Variant(name, "OpenVINO", OpenVinoModel(path, EXACT), original, size)
+            if find_spec("openvino") and name == SELECTED:
+                settings = EXACT | {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": "0.5"}
+                yield Variant(OPTION, "OpenVINO", OpenVinoModel(path, settings), original, size)
 
 
 class OpenVinoModel(nn.Module):
@@ -226,15 +238,20 @@ class OpenVinoModel(nn.Module):
 
 
 def outputs_match(variant: Variant, batch: dict[str, Tensor], notes: list[str]) -> bool:
-    """Whether a variant's outputs match the reference; one that should match and does not is not measured.
+    """Whether a variant's outputs match the reference; one that fails, or should match and does not, is not measured.
 
     Args:
         variant: The variant; its `max_error` is updated.
         batch: Inputs by name, int64 `[rows, tokens]`.
-        notes: A line is added when the outputs do not match.
+        notes: A line is added when the variant fails or its outputs do not match.
     """
-    close, error = outputs_allclose(logits(variant.call, batch), logits(variant.original, batch))
-    variant.max_error = max(variant.max_error, error)
+    try:
+        outputs = logits(variant.call, batch)
+    except Exception as error:  # noqa: BLE001 - every runtime raises its own exceptions
+        notes.append(f"Not measured: {variant.model} by {variant.runtime}, which fails. {first_line(error)}")
+        return False
+    close, difference = outputs_allclose(outputs, logits(variant.original, batch))
+    variant.max_error = max(variant.max_error, difference)
     matches = close or not variant.exact
     if not matches:
         notes.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,16 +11,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from raymask.core.masking.masks import max_kept
+from raymask.core.masking.masks import matrix_shapes, max_kept
 from raymask.core.recipe import Recipe, has_baseline, num_parents, planned_epochs
 from raymask.core.spec import Spec
 from raymask.core.successive_halving import rung_sizes
-from raymask.driver.setup import SearchSetup, load_initial, prepare, require_distinct_splits
+from raymask.driver.setup import SearchSetup, prepare, require_distinct_splits, try_out
 from raymask.report.console import say
 from raymask.report.text import blocks, percent
+from raymask.train.model import ModelInfo
+from raymask.train.prunable import name_pattern
 
 GIB = 2**30
 
+
+MIN_PRUNABLE_SHARE = 0.5  # of the blocks' weights, below which a warning is printed
 
 MAX_LISTED_CLASSES = 10  # number of classes that are listed by name
 
@@ -36,15 +41,16 @@ def show_check(console: Console, spec: Spec, address: str | None) -> None:
         UserError: Where the search would raise it.
     """
     require_distinct_splits(spec.task)
-    setup = prepare(spec)
-    load_initial(setup)
+    setup = try_out(prepare(spec), lambda text: say(console, text))
     show_model(console, setup)
+    console.print(weight_table(setup.model_info))
+    show_left_out(console, setup.model_info)
     show_data(console, setup)
     console.print(level_table(setup))
     show_rungs(console, setup)
     show_cost(console, setup)
     show_resources(console, setup, address)
-    say(console, "Everything is readable.")
+    say(console, "Everything is readable, and a few steps of training and evaluation work.")
 
 
 def show_model(console: Console, setup: SearchSetup) -> None:
@@ -53,8 +59,41 @@ def show_model(console: Console, setup: SearchSetup) -> None:
     say(
         console,
         f"model    {model.name}: {sizes.whole:,} parameters in {model.dtype}, {sizes.encoder:,} in the {body}; "
-        f"{len(setup.model_info.prunable)} matrices with {sizes.prunable:,} weights to prune",
+        f"{len(matrix_shapes(setup.model_info.shapes))} matrices with {sizes.prunable:,} weights to prune",
     )
+
+
+def weight_table(model_info: ModelInfo) -> Table:
+    """The table of what is pruned and what else is in the blocks: all weights whose names differ in numbers only.
+
+    Vectors, which are biases and the scales of norms, are one row.
+    """
+    table = Table(title="weights in the blocks", title_justify="left")
+    table.add_column("name", overflow="fold")
+    table.add_column("")
+    for head in ("shape", "count", "share"):
+        table.add_column(head, justify="right")
+    rows: dict[tuple[str, str, str], list[int]] = {}
+    for name, shape in model_info.shapes.items():
+        rows.setdefault((name_pattern(name), "pruned", " x ".join(map(str, shape))), []).append(math.prod(shape))
+    for name, shape in model_info.left_out.items():
+        row = (name_pattern(name), " x ".join(map(str, shape))) if len(shape) > 1 else ("vectors", "")
+        rows.setdefault((row[0], "left out", row[1]), []).append(math.prod(shape))
+    for (name, treatment, size), sizes in rows.items():
+        share = sum(sizes) / model_info.sizes.encoder
+        table.add_row(name, treatment, size, f"{len(sizes):,}", percent(share))
+    return table
+
+
+def show_left_out(console: Console, model_info: ModelInfo) -> None:
+    """Print a warning if less than half of the blocks' weights is pruned."""
+    share = model_info.sizes.prunable / model_info.sizes.encoder
+    if share < MIN_PRUNABLE_SHARE:
+        say(
+            console,
+            f"warning  only {percent(share)} of the weights in the blocks can become zeros: sparsities are relative to "
+            "these. See what is left out above; model.include chooses other weights",
+        )
 
 
 def show_data(console: Console, setup: SearchSetup) -> None:
@@ -114,7 +153,7 @@ def show_rungs(console: Console, setup: SearchSetup) -> None:
 
 
 def show_cost(console: Console, setup: SearchSetup) -> None:
-    """Print the epochs of training by phase, and the memory of a worker."""
+    """Print the epochs of training by phase, the memory of a worker, and the disk that the run takes."""
     epochs = planned_epochs(setup.recipe)
     parts = ", ".join(f"{count:g} {phase}" for phase, count in epochs.items() if count)
     worker, shared = setup.context.peak_host_memory(on_gpu=False) / GIB, setup.context.object_store_memory / GIB
@@ -123,6 +162,7 @@ def show_cost(console: Console, setup: SearchSetup) -> None:
         console,
         f"memory   about {worker:.1f} GiB per worker on a CPU, {shared:.1f} GiB shared by all workers of a node",
     )
+    say(console, f"disk     about {setup.context.run_dir_bytes / GIB:.1f} GiB in the run directory")
 
 
 def show_resources(console: Console, setup: SearchSetup, address: str | None) -> None:

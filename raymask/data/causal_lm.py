@@ -148,8 +148,8 @@ def group_texts(documents: Documents, tokenizer: Any, positions: int, vocabulary
         if not len(rows):
             raise UserError(f"{path}: has fewer than two tokens")
     require_known_ids((train, validation, test), vocabulary)
-    subsets, padding = {"": (0, len(test))}, tokenizer.pad_token_id or 0
-    return TaskData(train, validation, test, subsets, METRICS_BY_KIND["causal-lm"], documents.kind, padding)
+    subsets = {"": (0, len(test))}
+    return TaskData(train, validation, test, subsets, METRICS_BY_KIND["causal-lm"], documents.kind)
 
 
 def token_chunks(texts: list[str], tokenizer: Any) -> Iterator[np.ndarray]:

@@ -34,7 +34,7 @@ def tokenize(
     )
     require_known_ids((train, validation, test), vocabulary)
     require_known_words(train, tokenizer)
-    return TaskData(train, validation, test, corpus.subsets, corpus.metrics, corpus.kind, tokenizer.pad_token_id or 0)
+    return TaskData(train, validation, test, corpus.subsets, corpus.metrics, corpus.kind)
 
 
 def require_known_ids(splits: Sequence[TokenizedSplit], vocabulary: int) -> None:
@@ -69,7 +69,11 @@ def require_known_words(rows: TokenizedSplit, tokenizer: Any) -> None:
 def encode(examples: Examples, tokenizer: Any, limit: int) -> TokenizedSplit:
     """Tokenize one split; `limit` is the longest row, in tokens."""
     encoded = tokenizer(
-        *examples.columns, truncation=True, max_length=limit, padding=False, return_attention_mask=False
+        *with_separator(examples.columns, tokenizer),
+        truncation=True,
+        max_length=limit,
+        padding=False,
+        return_attention_mask=False,
     )
     ids = encoded["input_ids"]
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
@@ -80,3 +84,16 @@ def encode(examples: Examples, tokenizer: Any, limit: int) -> TokenizedSplit:
         offsets,
         examples.labels,
     )
+
+
+def with_separator(columns: tuple[list[str], ...], tokenizer: Any) -> tuple[list[str], ...]:
+    """Columns of texts to tokenize together.
+
+    Many decoders' tokenizers join two texts without a token between them. For these a separator is put before the
+    second text, where truncation leaves it.
+    """
+    tokens_of_pair, tokens_of_one = (tokenizer.num_special_tokens_to_add(pair=pair) for pair in (True, False))
+    if len(columns) < 2 or tokens_of_pair > tokens_of_one:
+        return columns
+    separator = tokenizer.sep_token or tokenizer.eos_token or "\n"
+    return columns[0], [f"{separator}{text}" for text in columns[1]]

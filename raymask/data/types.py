@@ -108,7 +108,7 @@ class TaskData:
         subsets: Named (start, end) row ranges of `test`: "matched" and "mismatched" for MNLI, else one named "".
         metrics: Names of the metrics.
         kind: The spec's task.kind.
-        padding: The token id that pads batches.
+        padding: The token id that pads batches. The default is for models that ignore all padding.
     """
 
     train: TokenizedSplit
@@ -117,7 +117,7 @@ class TaskData:
     subsets: dict[str, tuple[int, int]]
     metrics: tuple[str, ...]
     kind: str
-    padding: int
+    padding: int = 0
 
     def fingerprint(self) -> str:
         """A digest of all token ids, labels and splits (BLAKE2b, 128 bits, hex)."""

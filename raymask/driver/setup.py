@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+
+import torch
 
 from raymask.core import seeds
 from raymask.core.errors import UserError
@@ -20,6 +23,8 @@ from raymask.data.task import load_dataset, tokenize_dataset
 from raymask.data.types import RawDataset
 from raymask.testing import check_allocation, check_sampler, check_score
 from raymask.train.context import WorkerContext
+from raymask.train.device import free_memory, native_bf16
+from raymask.train.dry_run import MAX_BATCH_EFFECT, dry_run, dry_run_memory
 from raymask.train.model import ModelInfo, inspect_model, load_weights, read_config
 
 
@@ -84,6 +89,40 @@ def require_own_functions(recipe: Recipe) -> None:
             raise UserError(f"{key}: {own[key]} fails with {type(error).__name__}: {error}") from None
 
 
+def try_out(setup: SearchSetup, say: Callable[[str], None]) -> SearchSetup:
+    """Read the model's weights, and try a few steps of everything that the spec asks of it.
+
+    Args:
+        setup: The setup.
+        say: Called with a line for everything that the user should know.
+
+    Returns:
+        The setup, with what a step takes of memory, and with workers that compute in fp32 where the model fails in bf16
+        and the spec leaves it open.
+
+    Raises:
+        UserError: The weights cannot be used, or the model fails.
+    """
+    context, name, weights = setup.context, setup.recipe.spec.model.name, load_initial(setup).weights
+    needed, free = dry_run_memory(context), free_memory()
+    if needed > free:
+        say(f"not tried before the search: a few steps take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free here")
+        return setup
+    found = dry_run(context, weights)
+    if found.error:
+        say(f"{name} fails in bf16 ({found.error}): it is trained in fp32")
+    if found.batch_effect > MAX_BATCH_EFFECT:
+        say(
+            f"warning: the outputs of {name} for a row depend on the rows beside it in a batch, by up to "
+            f"{found.batch_effect:.0%} of the largest output: it does not ignore padding. Its metrics hold for "
+            "raymask's batches only; alone, rows may get other answers"
+        )
+    spec = context.spec.model_copy(update={"precision": found.precision})
+    # it was tried in bf16, which takes half as much
+    scale = 2 if found.precision == "auto" and not native_bf16(torch.device("cpu")) else 1
+    return replace(setup, context=replace(context, spec=spec, activation_bytes=scale * found.activation_bytes))
+
+
 def require_distinct_splits(task: Task) -> None:
     """Check that no two splits are the same file.
 
@@ -115,7 +154,7 @@ def require_divisible(model_info: ModelInfo, recipe: Recipe) -> None:
     Raises:
         UserError: They do not divide some matrix.
     """
-    for name, shape in model_info.shapes.items():
+    for name, shape in masks.matrix_shapes(model_info.shapes).items():
         if not recipe.method.pattern.divides(shape):
             raise UserError(
                 f"mask.pattern: {recipe.spec.mask.pattern} does not divide {name} of "
@@ -130,8 +169,9 @@ def require_nonzero_density(model_info: ModelInfo, recipe: Recipe) -> None:
         UserError: It keeps none of some matrix or set.
     """
     density = recipe.densities[-1]
-    max_kept = masks.max_kept(model_info.shapes, density, recipe.method)
-    num_weights = {names: sum(math.prod(model_info.shapes[name]) for name in names) for names in max_kept}
+    shapes = masks.matrix_shapes(model_info.shapes)
+    max_kept = masks.max_kept(shapes, density, recipe.method)
+    num_weights = {names: sum(math.prod(shapes[name]) for name in names) for names in max_kept}
     smallest = min(max_kept, key=lambda names: (max_kept[names], num_weights[names]))
     if max_kept[smallest] == 0:
         raise UserError(

@@ -62,7 +62,7 @@ def write_onnx(selected: SelectedModel, folder: Path, *, int8: bool = False, shr
     lines += [
         sizes({ONNX: folder / ONNX}, selected),
         f"Checked: ONNX Runtime's outputs differ from torch's by {max_error:.1g} at most, in batches of "
-        f"{', '.join(' x '.join(map(str, batch['input_ids'].shape)) for batch in batches)} random tokens",
+        f"{', '.join(' x '.join(map(str, batch['input_ids'].shape)) for batch in batches)} tokens of random words",
     ]
     if data is not None:
         quantize(folder / ONNX, folder / INT8)
@@ -195,32 +195,36 @@ class OnnxModel(nn.Module):
 
 
 def samples(selected: SelectedModel) -> list[dict[str, Tensor]]:
-    """Batches of random tokens, one per entry of SHAPES; their rows have several lengths and are padded."""
-    longest = max_seq_length(selected.module.config, selected.result.kind)
-    return [sample(selected, count, min(length, longest)) for count, length in SHAPES]
+    """Batches of random words, one per entry of SHAPES; their rows get shorter from the first to the last."""
+    longest = max_seq_length(selected.module.config)
+    return [selected.rows(torch.linspace(min(length, longest), 1, count).long().tolist()) for count, length in SHAPES]
 
 
-def sample(selected: SelectedModel, count: int, length: int) -> dict[str, Tensor]:
-    """One batch of random tokens by input name, int64 `[count, length]`.
+def require_close(model: nn.Module, original: Any, batches: Iterable[dict[str, Tensor]]) -> float:
+    """Compare two models' outputs.
 
     Args:
-        selected: The model and its tokenizer.
-        count: Number of rows; they get shorter from the first to the last.
-        length: Number of tokens; with token types, the second half belongs to a second text.
+        model: The ONNX file.
+        original: The torch model.
+        batches: Inputs.
+
+    Returns:
+        The largest difference.
+
+    Raises:
+        UserError: It is more than rounding, or ONNX Runtime cannot run the file.
     """
-    batch, positions = selected.rows(count, length), torch.arange(length)
-    batch["attention_mask"] = (positions < torch.linspace(length, 1, count).long()[:, None]).long()
-    if "token_type_ids" in selected.tokenizer.model_input_names:
-        batch["token_type_ids"] = (positions >= length // 2).long().repeat(count, 1)
-    return batch
-
-
-def require_close(model: nn.Module, original: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
-    """The largest difference of two models' outputs. Raises UserError when it is more than rounding."""
     original, max_error = copy.deepcopy(original).float(), 0.0
     for batch in batches:
-        close, error = outputs_allclose(logits(model, batch), logits(original, batch))
-        max_error = max(max_error, error)
+        try:
+            outputs = logits(model, batch)
+        except Exception as error:  # noqa: BLE001 - onnxruntime raises its own exceptions
+            raise UserError(
+                f"--to onnx: ONNX Runtime does not run the file of {original.config.model_type} on rows of another "
+                f"number or length than it was made from: {first_line(error)}"
+            ) from None
+        close, difference = outputs_allclose(outputs, logits(original, batch))
+        max_error = max(max_error, difference)
         if not close:
             raise UserError(f"--to onnx: ONNX Runtime's outputs differ from torch's by {max_error:.1e}")
     return max_error

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from raymask.core.errors import UserError, first_line
 from raymask.core.masking.masks import Mask, digest, unpack_bits
 from raymask.core.records import Result
 from raymask.core.spec import Spec
-from raymask.data.hf_config import vocab_size
+from raymask.data.hf_config import pad_token_id, vocab_size
+from raymask.data.types import TokenizedSplit
 from raymask.runs.run_dir import EXPORT, MASK, RunDir, sha256, tensors_to_bits
+from raymask.train.batches import collate
 from raymask.train.model import DTYPES, auto_class, quiet, state_tensors
 
 MODEL_CARD = "README.md"
@@ -54,12 +57,42 @@ class SelectedModel:
         """Parameters and saved buffers by name, tied ones once. They share memory with the module's."""
         return {name: tensor.detach() for name, tensor in state_tensors(self.module).items()}
 
-    def rows(self, count: int = 8, length: int = 16) -> dict[str, Tensor]:
-        """Random tokens from seed 0 to compare outputs on: inputs by name, int64 `[count, length]`."""
-        rng = torch.Generator().manual_seed(0)
-        known = min(vocab_size(self.module.config), len(self.tokenizer))
-        ids = torch.randint(known, (count, length), generator=rng)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    def rows(self, lengths: Sequence[int] = (16,) * 8) -> dict[str, Tensor]:
+        """Random words from seed 0, tokenized as texts of the task are, to compare outputs on.
+
+        Args:
+            lengths: Tokens of each row. A classifier's row is longer if its special tokens and a word need more.
+
+        Returns:
+            Inputs by name, int64 `[rows, tokens]`, padded to the longest row.
+        """
+        rng, known = torch.Generator().manual_seed(0), min(vocab_size(self.module.config), len(self.tokenizer))
+        # four times as many tokens as needed: written as text and read again they may be fewer
+        encoded = [self.encode(torch.randint(known, (2, 4 * length), generator=rng), length) for length in lengths]
+        ids = [row["input_ids"] for row in encoded]
+        types = [row["token_type_ids"] for row in encoded if "token_type_ids" in row]
+        rows = TokenizedSplit(
+            np.concatenate(ids).astype(np.int32),
+            np.concatenate(types).astype(np.int8) if types else None,
+            np.cumsum([0, *map(len, ids)]),
+            np.zeros(len(ids), np.int64),
+        )
+        batch = collate(rows, np.arange(len(rows)), pad_token_id(self.module.config) or 0)
+        return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+    def encode(self, tokens: Tensor, length: int) -> Mapping[str, Any]:
+        """One row of `rows`.
+
+        Args:
+            tokens: Random token ids, int64 `[2, tokens]`. With token types they are a pair of texts.
+            length: Tokens of the row.
+        """
+        if self.result.kind == "causal-lm":
+            return {"input_ids": tokens[0, :length].numpy()}
+        num_texts = 2 if "token_type_ids" in self.tokenizer.model_input_names else 1
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens[:num_texts]]
+        least = self.tokenizer.num_special_tokens_to_add(pair=num_texts == 2) + num_texts
+        return self.tokenizer(*texts, truncation=True, max_length=max(length, least))  # type: ignore[no-any-return]
 
 
 def read_selected(run_dir: RunDir) -> SelectedModel:

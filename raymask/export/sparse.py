@@ -66,7 +66,7 @@ def write_sparse(selected: SelectedModel, folder: Path, *, values: str = "exact"
         sizes({SPARSE: folder / SPARSE}, selected),
         sizes_of_prunable(packed, selected),
         f"Checked: the loaded model's weights are the original's, {same}; its outputs on {len(original)} rows of "
-        f"random tokens differ by {max_error:.1g} at most",
+        f"random words differ by {max_error:.1g} at most",
     ]
 
 
@@ -237,8 +237,14 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def make_sparse(module: nn.Module, name: str) -> None:
-    """Replace the layer of a weight by a SparseLinear, in place. Raises UserError when the weight is not float32."""
+    """Replace the layer of a weight by a SparseLinear, in place. Weights of experts, which torch has no CSR for, stay.
+
+    Raises:
+        UserError: The weight is not float32.
+    """
     path, weight = name.removesuffix(".weight"), matrices(module, [name])[name]
+    if weight.dim() > 2:
+        return
     if weight.dtype != torch.float32:
         raise UserError(f"csr: {name} is {str(weight.dtype).removeprefix('torch.')}; CSR weights must be float32")
     bias: Any = module.get_submodule(path).bias

@@ -119,6 +119,7 @@ def check_score(score: ScoreFn) -> None:
 
 def check_scored(score: ScoreFn, weight: Tensor, calibration: Calibration) -> None:
     """Check a score on this weight; see `check_score`."""
+    assert calibration.inputs is not None
     shown = (
         f"score(torch.tensor({weight.tolist()}, dtype={weight.dtype}), Calibration(torch.tensor("
         f"{calibration.inputs.tolist()}), torch.tensor({calibration.gradient.tolist()})))"

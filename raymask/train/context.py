@@ -7,7 +7,7 @@ from typing import Any
 
 from raymask.core import seeds
 from raymask.core.masking.scorers import DATA_FREE
-from raymask.core.recipe import num_parents, resolve
+from raymask.core.recipe import dense_distillation_config, has_baseline, num_parents, resolve
 from raymask.core.seeds import derive
 from raymask.core.spec import Spec
 from raymask.data.hf_config import vocab_size
@@ -15,6 +15,10 @@ from raymask.data.types import TaskData, TokenizedSplit
 from raymask.train.losses import TASK_LOSSES
 from raymask.train.model import DTYPES, ModelInfo
 from raymask.train.teacher import cache_bytes
+
+BACKWARD_FACTOR = (
+    1.5  # of what is kept for the backward pass: the gradients of activations, and what is computed for them
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class WorkerContext:
         num_parameters: The number of the model's parameters.
         teacher: The teacher of fine-tunings, if it is not a dense model of this shape. It has the same width and heads,
             and as many layers or a multiple. None if it is such a model, or nothing is distilled.
+        activation_bytes: Bytes that a training step keeps for its backward pass, for each row of the longest length;
+            None if that is not measured.
     """
 
     spec: Spec
@@ -37,6 +43,7 @@ class WorkerContext:
     prunable: tuple[str, ...]
     num_parameters: int
     teacher: ModelInfo | None = None
+    activation_bytes: int | None = None
 
     @property
     def scored_rows(self) -> TokenizedSplit:
@@ -63,9 +70,10 @@ class WorkerContext:
         """Estimated peak host memory of one worker, in bytes.
 
         Always: interpreter and libraries, and one packed checkpoint in flight (best weights and moments). On a CPU also
-        weights, gradients, masks, moments, calibration, the teacher and its cached outputs, and as much again for
-        activations (a quarter of it with gradient checkpointing). For a model with logits for every token also the
-        logits of a batch, and what is computed from them.
+        weights, gradients, masks, moments, calibration, the teacher and its cached outputs, and the activations of the
+        largest batch. Where these are not measured they count as much as all the rest (a quarter of it with gradient
+        checkpointing), and for a model with logits for every token also the logits of a batch, and what is computed
+        from them.
 
         Args:
             on_gpu: The model is on a GPU, so most of this is in the GPU's memory.
@@ -79,10 +87,20 @@ class WorkerContext:
         rows = int(self.spec.early_eval.epochs * len(self.data.train))
         vocabulary = vocab_size(self.config) if TASK_LOSSES[self.data.kind].per_token else 0
         teacher_cache = cache_bytes(rows, self.data.train.lengths, self.config, vocabulary) if self.spec.distill else 0
-        activations = (checkpoint + resident) // (4 if self.spec.gradient_checkpointing else 1)
         batch = max(section.batch_size for section in (self.spec.dense, self.spec.early_eval, self.spec.finetune))
-        logits = (4 + 2 * self.spec.distill) * 4 * vocabulary * batch * int(self.data.train.lengths.max())
-        return 2**29 + checkpoint + resident + activations + teacher_cache + logits
+        if self.activation_bytes is not None:
+            activations = int(BACKWARD_FACTOR * self.activation_bytes * min(batch, len(self.data.train)))
+        else:
+            activations = (checkpoint + resident) // (4 if self.spec.gradient_checkpointing else 1)
+            activations += (4 + 2 * self.spec.distill) * 4 * vocabulary * batch * int(self.data.train.lengths.max())
+        return 2**29 + checkpoint + resident + activations + teacher_cache
+
+    @property
+    def run_dir_bytes(self) -> int:
+        """Estimated size of the run directory: weights and moments of every trained model, and the export."""
+        spec, levels = self.spec, len(self.spec.levels.densities())
+        trained = 1 + (dense_distillation_config(spec) is not None) + levels * (spec.select.keep + has_baseline(spec))
+        return trained * (self.model_bytes + self.moment_bytes) + self.model_bytes
 
     @property
     def object_store_memory(self) -> int:

@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,15 @@ def worker_name(device: torch.device, spec: Spec) -> str:
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{spec.workers.threads} threads"
     precision = "bf16" if spec.model.dtype == "bf16" or computes_bf16(spec.precision, device) else "fp32"
     return f"{platform.node()}/{os.getpid()} {device.type} {hardware} {precision}"
+
+
+def free_memory() -> int:
+    """Bytes of memory that this machine can still give, by Linux's own estimate; all it has where there is none."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @contextmanager

@@ -206,11 +206,11 @@ def draw_sharded_mask(
     `masks.draw_mask` draws from weights on that device.
 
     Args:
-        weights: Full weights [n_out, n_in] by name, on the host or a device.
+        weights: Full weights [n_out, n_in], or stacks of them, by name, on the host or a device.
         live: The model's tensors by name, sharded or not.
         density: Share of the weights that is kept, in (0, 1].
         method: The functions that make the mask.
-        transposed: Names of the weights whose `live` tensor is transposed, [n_in, n_out].
+        transposed: Names of the weights whose `live` tensor is transposed, [..., n_in, n_out].
         **draw_options: Other arguments of `masks.draw_mask`.
 
     Returns:
@@ -222,7 +222,7 @@ def draw_sharded_mask(
 
     def take_local_rows(name: str, mask: Tensor) -> Tensor:
         """Write the bits of one matrix, and return this rank's rows of it."""
-        kept = mask.T.contiguous() if name in transposed else mask
+        kept = mask.mT.contiguous() if name in transposed else mask
         masks.set_bits(bits, name, kept)
         return local_rows(kept, live[name]).clone() if is_sharded(live[name]) else kept
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from raymask.core.tensors import PackedTensors, pack
 from raymask.data import quickstart
 from raymask.train.cpu_kernels import cpu_kernels
 from raymask.train.losses import TASK_LOSSES
-from raymask.train.prunable import Sizes, count_sizes, find_prunable, matrices
+from raymask.train.prunable import Sizes, block_parameters, count_sizes, find_prunable, fused_parameters, matrices
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Weight dtypes by the spec's model.dtype."""
+
+MAX_FUSED_SHARE = 0.25  # of the blocks' weights in parameters that cannot be pruned, such as XLNet's attention
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,10 @@ class ModelInfo:
     Attributes:
         config: The transformers configuration.
         tokenizer: The transformers tokenizer.
-        shapes: Shapes (n_out, n_in) of the prunable matrices by name.
+        shapes: Shapes (n_out, n_in) of the prunable matrices by name, (n_experts, n_out, n_in) of experts.
         sizes: Numbers of parameters.
         kind: The spec's task.kind.
+        left_out: Shapes of the other parameters in the transformer blocks, by name.
     """
 
     config: Any
@@ -40,6 +43,7 @@ class ModelInfo:
     shapes: dict[str, tuple[int, ...]]
     sizes: Sizes
     kind: str = "classification"
+    left_out: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def prunable(self) -> tuple[str, ...]:
@@ -86,7 +90,7 @@ def inspect_model(
         gradient_checkpointing: Check that the model supports gradient checkpointing.
 
     Raises:
-        UserError: The configuration does not give a model for this task, the model has no prunable matrix, or it does
+        UserError: The configuration does not give a model for this task, there is nothing to prune, or the model does
             not support gradient checkpointing.
     """
     kind = kind or ("classification" if classes else "regression")
@@ -111,12 +115,37 @@ def inspect_model(
                 f"gradient_checkpointing: {model.name} does not support it: remove it, and lower batch_size in dense, "
                 "early_eval and finetune if memory runs out"
             ) from None
-    prunable = find_prunable(module, model.include, model.exclude)
+    prunable = choose_prunable(model, module)
+    shapes = {name: tuple(weight.shape) for name, weight in matrices(module, prunable).items()}
+    left_out = {
+        name: tuple(module.get_parameter(name).shape) for name in sorted(block_parameters(module) - set(prunable))
+    }
+    return ModelInfo(config, tokenizer, shapes, count_sizes(module, prunable), kind, left_out)
+
+
+def choose_prunable(model: Model, module: nn.Module) -> tuple[str, ...]:
+    """Names of the weights to prune, as the spec's model section chooses them.
+
+    Raises:
+        UserError: There are none, a pattern matches nothing, or much of the blocks is in parameters of a form that
+            cannot be pruned and the spec does not choose others.
+    """
+    try:
+        prunable = find_prunable(module, model.include, model.exclude)
+    except ValueError as error:
+        raise UserError(f"model.{error}") from None
     if not prunable:
         cause = ": model.include and model.exclude leave none" if model.include or model.exclude else ""
         raise UserError(f"model: no matrix of {model.name} can be pruned{cause}")
-    shapes = {name: tuple(weight.shape) for name, weight in matrices(module, prunable).items()}
-    return ModelInfo(config, tokenizer, shapes, count_sizes(module, prunable), kind)
+    fused = fused_parameters(module)
+    share = sum(fused.values()) / max(sum(module.get_parameter(name).numel() for name in block_parameters(module)), 1)
+    if share > MAX_FUSED_SHARE and not model.include:
+        raise UserError(
+            f"model.name: {model.name} holds {share:.0%} of the weights of its blocks in parameters of three "
+            f"dimensions, such as {next(iter(fused))}, which raymask does not prune. model.include: ['*'] prunes its "
+            "linear layers alone"
+        )
+    return prunable
 
 
 def load_weights(model: Model, config: Any, seed: int, fine_tuned: bool, kind: str = "classification") -> PackedTensors:
@@ -138,7 +167,23 @@ def load_weights(model: Model, config: Any, seed: int, fine_tuned: bool, kind: s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = build_model(config) if model.name == QUICKSTART else load_module(model, config, fine_tuned, kind)
+    require_finite(model, module)
     return pack(state_tensors(module))
+
+
+def require_finite(model: Model, module: nn.Module) -> None:
+    """Check that all weights are numbers.
+
+    Raises:
+        UserError: One is NaN or infinite.
+    """
+    for name, parameter in module.named_parameters():
+        finite = torch.isfinite(parameter)
+        if not bool(finite.all()):
+            raise UserError(
+                f"model.name: {model.name} has {int((~finite).sum()):,} values in {name} that are NaN or infinite: its "
+                "training diverged, or its file is damaged. Use another checkpoint"
+            )
 
 
 def load_module(model: Model, config: Any, fine_tuned: bool, kind: str) -> nn.Module:

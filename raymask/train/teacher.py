@@ -14,23 +14,45 @@ from torch import Tensor, nn
 MAX_CACHE_BYTES = 2**31  # bytes of outputs that a worker caches at most
 
 
+HIDDEN_STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
+ATTENTIONS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
+"""transformers' names of outputs by layer; the last ones are those of models with an encoder and a decoder."""
+
+
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """The teacher's outputs for a batch, by transformers' names.
+    """The teacher's outputs for a batch.
 
     Attributes:
         logits: [rows, outputs], or [rows, tokens, vocabulary] for a language model.
-        hidden_states: Of the embeddings and of each layer, [rows, tokens, width].
-        attentions: Attention probabilities of each layer, [rows, heads, tokens, tokens].
+        layers: By names of HIDDEN_STATES and ATTENTIONS, as far as the model has them: hidden states of the embeddings
+            and of each layer, [rows, tokens, width], and attention probabilities, [rows, heads, tokens, tokens].
     """
 
     logits: Tensor
-    hidden_states: tuple[Tensor, ...]
-    attentions: tuple[Tensor, ...]
+    layers: dict[str, tuple[Tensor, ...]]
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them."""
-        return (self.logits, *self.hidden_states, *self.attentions)
+        return (self.logits, *(tensor for tensors in self.layers.values() for tensor in tensors))
+
+
+def layer_outputs(outputs: Any) -> dict[str, tuple[Tensor, ...]]:
+    """`TeacherOutputs.layers` of a model's outputs. Layers without attention, such as convolutions, are left out.
+
+    Raises:
+        ValueError: The model returns no hidden states.
+    """
+    if isinstance(outputs, TeacherOutputs):
+        return outputs.layers
+    layers = {}
+    for name in (*HIDDEN_STATES, *ATTENTIONS):
+        tensors = tuple(tensor for tensor in getattr(outputs, name, None) or () if tensor is not None)
+        if tensors:
+            layers[name] = tensors
+    if not layers.keys() & set(HIDDEN_STATES):
+        raise ValueError("the model returns no hidden states to distil")
+    return layers
 
 
 class Teacher:
@@ -74,10 +96,10 @@ class Teacher:
         if index < len(self.cached):
             return self.cached[index]
         module_outputs = self.module(**inputs)
+        layers = layer_outputs(module_outputs)
         outputs = TeacherOutputs(
             to_autocast_dtype(module_outputs.logits),
-            tuple(map(to_autocast_dtype, module_outputs.hidden_states)),
-            tuple(map(to_autocast_dtype, module_outputs.attentions)),
+            {name: tuple(map(to_autocast_dtype, tensors)) for name, tensors in layers.items()},
         )
         size = sum(tensor.nbytes for tensor in outputs.tensors())
         if index == len(self.cached) and size <= self.free_bytes:

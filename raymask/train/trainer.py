@@ -25,6 +25,7 @@ from raymask.train.fsdp import local_tensor
 from raymask.train.losses import ZERO_WEIGHT, Batch, LossDenominators, TaskLoss, loss_denominators
 from raymask.train.optim import lr_multiplier
 from raymask.train.process_group import SINGLE_PROCESS, ProcessGroup, tree_sum
+from raymask.train.teacher import ATTENTIONS, HIDDEN_STATES, layer_outputs
 
 MAX_EVAL_ROWS = 128  # rows of a batch for prediction, at most
 MAX_LOGIT_BYTES = 2**28  # bytes of float32 logits of such a batch at most, for models with logits for every token
@@ -292,6 +293,8 @@ def distillation(
     It is the sum over layers of the MSE of attention probabilities, plus the sum over layers of the MSE of hidden
     states, plus the loss against the teacher's outputs. A student with half the teacher's layers, a third, ... is
     compared with every second, third, ... of them. Means are over tokens without padding, so padding changes nothing.
+    A model with an encoder and a decoder has such layers in both, and attention between them. The decoder of a
+    classifier reads the same tokens, one place later, so the same of its positions are padding.
 
     Args:
         module: The student.
@@ -306,13 +309,17 @@ def distillation(
         teacher_out = teacher(**inputs, output_attentions=True, output_hidden_states=True)
     is_token = batch["attention_mask"].float()
     loss = task_loss.distill_loss(student_out.logits, teacher_out.logits, batch).sum() / task_loss.targets(denominators)
-    student_embeddings, *student_states = student_out.hidden_states
-    teacher_embeddings, *teacher_states = teacher_out.hidden_states
-    for student, target in [(student_embeddings, teacher_embeddings), *matched_layers(student_states, teacher_states)]:
-        loss = loss + ((student.float() - target.float()).square().mean(-1) * is_token).sum() / denominators.tokens
-    for student, target in matched_layers(student_out.attentions, teacher_out.attentions):
-        error = (student.float() - target.float()).square().sum(-1).mean(1)  # over keys, then heads: [rows, queries]
-        loss = loss + (error * is_token).sum() / denominators.pairs
+    student_layers, teacher_layers = layer_outputs(student_out), layer_outputs(teacher_out)
+    if student_layers.keys() != teacher_layers.keys():
+        raise ValueError(f"the model returns {', '.join(student_layers)}, its teacher {', '.join(teacher_layers)}")
+    for name in (name for name in HIDDEN_STATES if name in student_layers):
+        (first, *student), (first_target, *targets) = student_layers[name], teacher_layers[name]
+        for states, target in [(first, first_target), *matched_layers(student, targets)]:
+            loss = loss + ((states.float() - target.float()).square().mean(-1) * is_token).sum() / denominators.tokens
+    for name in (name for name in ATTENTIONS if name in student_layers):
+        for states, target in matched_layers(student_layers[name], teacher_layers[name]):
+            error = (states.float() - target.float()).square().sum(-1).mean(1)  # over keys, then heads: [rows, queries]
+            loss = loss + (error * is_token).sum() / denominators.pairs
     return loss
 
 
@@ -322,6 +329,8 @@ def matched_layers(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Iter
     Raises:
         ValueError: The number of the teacher's layers is no multiple of the student's.
     """
+    if len(teacher) % len(student):
+        raise ValueError(f"the model returns {len(student)} layers, and its teacher {len(teacher)}")
     spacing = len(teacher) // len(student)
     return zip(student, teacher[spacing - 1 :: spacing], strict=True)
 

@@ -19,7 +19,7 @@ from raymask.core import seeds
 from raymask.core.errors import UserError
 from raymask.core.masking import masks
 from raymask.core.masking.samplers import SampleFn
-from raymask.core.masking.scorers import DATA_FREE, Calibration
+from raymask.core.masking.scorers import DATA_FREE, NEEDS_INPUTS, Calibration
 from raymask.core.recipe import early_eval_config, resolve
 from raymask.core.records import Candidate, EvalPoint, Evaluation, FinetuneResult, TrainConfig
 from raymask.core.seeds import derive
@@ -417,12 +417,23 @@ class Worker:
         """Calibrations of the model's weights by name, from the same training rows every time.
 
         Empty for a scorer that needs none.
+
+        Raises:
+            UserError: The scorer needs the inputs of a weight whose layer is not called.
         """
         if self.method.scorer in DATA_FREE:
             return {}
         data = self.context.data
         rows = data.train.sample(CALIBRATION_ROWS, derive(self.context.spec.seed, seeds.CALIBRATION))
-        return calibrate(self.module, self.context.prunable, rows, padding=data.padding, task_loss=self.task_loss)
+        found = calibrate(self.module, self.context.prunable, rows, padding=data.padding, task_loss=self.task_loss)
+        unseen = [name for name, calibration in found.items() if calibration.inputs is None]
+        if unseen and self.method.scorer in NEEDS_INPUTS:
+            raise UserError(
+                f"mask.score: {self.context.spec.mask.score} needs the inputs of all weights, and {len(unseen)} have "
+                f"none, such as {unseen[0]}, whose layer is never called or is a mixture of experts: leave them out "
+                "with model.exclude, or use magnitude or saliency"
+            )
+        return found
 
     def draw_mask(
         self,
@@ -438,7 +449,7 @@ class Worker:
         )
         weights = snapshot.weights.views() if self.group.sharded else live
         return fsdp.draw_sharded_mask(
-            {name: weights[name].T if name in transposed else weights[name] for name in live},
+            {name: weights[name].mT if name in transposed else weights[name] for name in live},
             live,
             candidate.density,
             seed=candidate.seed,

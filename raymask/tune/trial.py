@@ -25,7 +25,7 @@ from raymask.core.recipe import planned_epochs, resolve
 from raymask.core.records import Evaluation, LevelRecord
 from raymask.core.spec import Dense, Levels, Model, Spec, Task
 from raymask.driver.search import search as run_search
-from raymask.driver.setup import SearchSetup, prepare, require_masks
+from raymask.driver.setup import SearchSetup, prepare, require_masks, try_out
 from raymask.executor.resources import (
     format_resources,
     node_resources,
@@ -226,20 +226,36 @@ def worker_context(spec: Spec) -> WorkerContext:
     Raises:
         UserError: Model, data or masks are not possible.
     """
-    setup = cached_setup(spec.model, spec.task, spec.seed, spec.dense.epochs == 0)
+    trained = spec.distill, spec.precision, spec.gradient_checkpointing
+    setup = cached_setup(spec.model, spec.task, spec.seed, spec.dense.epochs == 0, *trained)
     require_masks(setup.model_info, resolve(spec))
     return replace(setup.context, spec=spec)
 
 
 @lru_cache(maxsize=1)
-def cached_setup(model: Model, task: Task, seed: int, is_finetuned: bool) -> SearchSetup:
-    """Model and data, read once for trials in a row that share them.
+def cached_setup(
+    model: Model,
+    task: Task,
+    seed: int,
+    is_finetuned: bool,
+    distill: bool,
+    precision: str,
+    gradient_checkpointing: bool,
+) -> SearchSetup:
+    """Model and data, read and tried once for trials in a row that share them.
 
     Args:
         model: The spec's `model` section.
         task: The spec's `task` section.
         seed: The spec's seed.
         is_finetuned: Whether the checkpoint is already fine-tuned on the task (`dense.epochs` is 0).
+        distill: The spec's `distill`.
+        precision: The spec's `precision`.
+        gradient_checkpointing: The spec's `gradient_checkpointing`.
     """
+    keys = {"distill": distill, "precision": precision, "gradient_checkpointing": gradient_checkpointing}
     dense = Dense(epochs=0.0 if is_finetuned else 1.0)
-    return prepare(Spec(model=model, task=task, seed=seed, dense=dense, levels=Levels(sparsities=(0.5,))))
+    spec = Spec.model_validate(
+        {"model": model, "task": task, "seed": seed, "dense": dense, "levels": Levels(sparsities=(0.5,)), **keys}
+    )
+    return try_out(prepare(spec), lambda text: None)

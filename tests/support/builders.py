@@ -69,7 +69,7 @@ def tiny_config(family: str = "bert", **changes: Any) -> Any:
     }
     if family in DECODERS:
         shared |= {"bos_token_id": None, "eos_token_id": 3}
-    return AutoConfig.for_model(family, **shared | (FAMILIES | DECODERS)[family] | changes)
+    return AutoConfig.for_model(family, **shared | (FAMILIES | DECODERS).get(family, SIZE) | changes)
 
 
 def tiny_model(folder: Path, family: str = "bert", *, head: bool = True, seed: int = 0, **changes: Any) -> Path:
@@ -137,7 +137,7 @@ def tiny_context(
     model = spec.model.model_copy(update={"name": family})
     settings = {"kind": corpus.kind, "gradient_checkpointing": spec.gradient_checkpointing}
     source = inspect_model(model, tiny_config(family), tokenizer, corpus.classes, **settings)
-    limits = max_seq_length(source.config, corpus.kind), vocab_size(source.config)
+    limits = max_seq_length(source.config), vocab_size(source.config)
     data = group_texts(corpus, tokenizer, *limits) if isinstance(corpus, Documents) else tokenize(corpus, tokenizer)
     return WorkerContext(spec, source.config, data, source.prunable, source.sizes.whole)
 

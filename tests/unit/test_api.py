@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -117,3 +118,20 @@ def test_no_module_of_the_package_hides_a_public_name() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'prune'"):
         raymask.prune  # noqa: B018 - the access is the test
+
+
+def test_the_public_names_are_listed() -> None:
+    assert dir(raymask) == sorted(raymask.__all__)
+
+
+def test_a_seed_and_a_density_may_be_numpy_s(bert: BertModel) -> None:
+    plain, other = raymask.draw_mask(bert, 0.25, seed=7), raymask.draw_mask(bert, np.float32(0.25), seed=np.int64(7))
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
+def test_a_mask_of_other_shapes_or_names_is_refused(bert: BertModel) -> None:
+    name = "encoder.layer.0.attention.self.query.weight"
+    with pytest.raises(ValueError, match=rf"^the mask of {name} has shape \(1, 32\), the parameter has \(32, 32\)$"):
+        raymask.apply_mask(bert, {name: torch.ones(1, 32, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="the module has no parameter other: is the mask of another model, or packed"):
+        raymask.apply_mask(bert, {"other": torch.ones(1, dtype=torch.bool)})

@@ -9,6 +9,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_the_dense_model_is_the_one_before_the_first_mask(finished: Path) -> Non
 def test_csr_weights_take_the_memory_of_what_is_kept(finished: Path) -> None:
     store = RunDir(finished)
     selected = read_selected(store)
-    dense, whole, sparse = bench.torch_variants(bench.load_fp32_models(selected, store), selected.mask)
+    dense, whole, sparse = bench.torch_variants(bench.load_fp32_models(selected, store), selected.mask, [])
     last = selected.result.levels[-1]
     assert dense.size == whole.size == 4 * sum(each.numel() for each in selected.module.parameters())
     rows = sum(len(kept) + 1 for kept in selected.mask.values())
@@ -225,6 +226,21 @@ def test_another_model_is_not_measured(finished: Path) -> None:
     assert notes == [f"Not measured: raymask by torch, whose outputs differ by {wrong.max_error:.1g}"]
 
 
+def test_a_form_that_fails_is_a_note(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RunDir(finished)
+    selected = read_selected(store)
+    models = bench.load_fp32_models(selected, store)
+    notes: list[str] = []
+    monkeypatch.setattr(bench, "make_sparse", mock.Mock(side_effect=RuntimeError("no CSR")))
+    assert [form.model for form in bench.torch_variants(models, selected.mask, notes)] == [DENSE, SELECTED]
+    broken = mock.Mock(side_effect=RuntimeError("static shape"))
+    assert not outputs_match(Variant(SELECTED, "OpenVINO", broken, models[SELECTED], 4), selected.rows(), notes)
+    assert notes == [
+        "Not measured: raymask, CSR by torch. no CSR",
+        "Not measured: raymask by OpenVINO, which fails. static shape",
+    ]
+
+
 @pytest.mark.usefixtures("quickly")
 def test_what_is_not_installed_is_said(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx, "find_spec", lambda name: None)
@@ -250,4 +266,4 @@ def test_what_cannot_be_exported_or_shrunk_is_said(finished: Path, monkeypatch: 
 
 
 def test_rows_that_are_too_long_are_refused(finished: Path) -> None:
-    assert refused(shown, str(finished), [1], 1000) == "--length: the model takes at most 63 tokens, not 1000"
+    assert refused(shown, str(finished), [1], 1000) == "--length: the model takes at most 64 tokens, not 1000"

@@ -1,15 +1,17 @@
 """Calibration: inputs and gradients over all tokens of all rows."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from support.builders import DECODERS, FAMILIES, tiny_context, tiny_snapshot
+from support.builders import DECODERS, FAMILIES, refused, tiny_context, tiny_snapshot
 
+from raymask.core.masking.scorers import Calibration
 from raymask.core.tensors import copy_into
 from raymask.data.types import TokenizedSplit
-from raymask.train import calibration
+from raymask.train import calibration, worker
 from raymask.train.batches import collate
 from raymask.train.calibration import calibrate
 from raymask.train.losses import TASK_LOSSES, loss_denominators
@@ -106,3 +108,21 @@ def test_it_is_the_same_to_the_bit_and_leaves_nothing_behind():
     assert all(parameter.grad is None for parameter in module.parameters())
     assert not any(layer._forward_pre_hooks for layer in module.modules())
     assert not module.training
+
+
+def test_a_layer_that_is_not_called_has_no_inputs_and_gradients_of_zero():
+    module, job = prepared()
+    module.add_module("unused", torch.nn.Linear(4, 3))
+    found = calibrated(module, replace(job, prunable=(*job.prunable, "unused.weight")))
+    assert found["unused.weight"].inputs is None
+    assert torch.equal(found["unused.weight"].gradient, torch.zeros(3, 4))
+
+
+def test_wanda_refuses_weights_whose_inputs_it_has_not_seen(monkeypatch):
+    job = tiny_context(mask={"score": "wanda"})
+    monkeypatch.setattr(worker, "calibrate", lambda *arguments, **options: {"a": Calibration(None, torch.zeros(2, 2))})
+    assert refused(worker.Worker(job, "cpu").calibrate).startswith(
+        "mask.score: wanda needs the inputs of all weights, and 1 have none, such as a, whose layer is never called or "
+    )
+    saliency = worker.Worker(tiny_context(mask={"score": "saliency"}), "cpu")
+    assert list(saliency.calibrate()) == ["a"]

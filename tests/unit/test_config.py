@@ -1,8 +1,10 @@
 """Specs from YAML and overrides, and messages about mistakes in them."""
 
 import os
+from pathlib import Path
 from textwrap import dedent
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -716,3 +718,9 @@ def test_a_worker_has_as_many_threads_as_whole_cpus(cpus, threads):
 )
 def test_rungs_repeats_and_branches_that_make_no_sense_are_refused(line, said):
     assert with_line(line) == f"job.yaml: {said}"
+
+
+def test_numbers_may_be_numpy_s_and_names_paths():
+    plain = {"model": "m", "task": "glue/rte", "levels": [0.5, 0.75], "seed": 3, "finetune": {"batch_size": 8}}
+    numpy = {"levels": np.array([0.5, 0.75]), "seed": np.int64(3), "finetune": {"batch_size": np.int32(8)}}
+    assert make_spec(plain | numpy | {"model": Path("m")}) == make_spec(plain)

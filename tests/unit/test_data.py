@@ -9,6 +9,7 @@ from datasets.table import InMemoryTable
 from hypothesis import given
 from hypothesis import strategies as st
 from support.builders import refused, reviews, tiny_corpus, tiny_tokenizer, write_table
+from tokenizers.processors import TemplateProcessing
 
 from raymask.core.spec import Task
 from raymask.data.files import read_file
@@ -391,12 +392,15 @@ def test_a_model_without_token_types_gets_none():
     assert tokenize(tiny_corpus(), tiny_tokenizer("roberta")).train.types is None
 
 
-def test_padding_is_the_tokenizer_s_or_zero():
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token_id = tokenizer.mask_token_id
-    assert tokenize(tiny_corpus(), tokenizer).padding == 4
-    tokenizer.pad_token = None
-    assert tokenize(tiny_corpus(), tokenizer).padding == 0
+@pytest.mark.parametrize("template", [None, "$A", "$A [SEP]"])
+def test_two_texts_have_a_separator_between_them(template):
+    tokenizer = tiny_tokenizer("gpt2")
+    if template is not None:  # as decoders' tokenizers have: nothing, or one token however many texts there are
+        single = {"single": template, "pair": template.replace("$A", "$A $B")}
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(**single, special_tokens=[("[SEP]", 3)])
+    rows = tokenize(corpus_of((["the film"], ["superb"]), 16), tokenizer).train
+    words = tokenizer.decode(rows.ids).removeprefix("[CLS] ").removesuffix(" [SEP]")
+    assert words == "the film [SEP] superb"
 
 
 @pytest.mark.parametrize("regression", [False, True])

@@ -68,7 +68,7 @@ def test_fp16_rounds_all_weights_and_says_what_that_does_to_outputs(tmp_path: Pa
         assert torch.equal(found[name], tensor.half().float()), name
     rows = selected.rows()
     strayed = (logits(load_sparse(tmp_path), rows) - logits(selected.module, rows)).abs().max()
-    assert f"rounded to fp16; its outputs on 8 rows of random tokens differ by {strayed:.1g} at most" in lines[2]
+    assert f"rounded to fp16; its outputs on 8 rows of random words differ by {strayed:.1g} at most" in lines[2]
     stored = load_file(tmp_path / SPARSE)
     assert {str(tensor.dtype) for name, tensor in stored.items() if ":" not in name or name.endswith(":values")} == {
         "torch.float16"

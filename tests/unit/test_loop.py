@@ -3,6 +3,8 @@
 import copy
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -581,6 +583,35 @@ def test_a_regression_that_is_its_own_teacher_is_left_with_the_labels_error(unev
     batch = collate(uneven, np.arange(4), 0)
     errors = REGRESSION.losses(predicted(module, uneven), batch["labels"])
     assert loss_of(module, batch, REGRESSION, module).item() == pytest.approx(float(errors.mean()), rel=1e-6)
+
+
+def test_an_encoder_with_a_decoder_is_distilled_in_both_and_padding_changes_nothing(uneven):
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = tiny_config("bart", d_model=16, encoder_ffn_dim=32, decoder_ffn_dim=32, init_std=0.2, **sizes)
+    config.eos_token_id = 3
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module, teacher = (build_model(config, show_attention=True).eval() for _ in range(2))
+    rows = replace(uneven, types=None, ids=uneven.ids + 3)
+    rows.ids[rows.offsets[1:] - 1] = 3  # each row ends with the token at which the model reads the class
+    batch = collate(rows, np.arange(4), 0)
+    single = (
+        loss_of(module, collate(rows, np.array([row]), 0), teacher=teacher, whole=counted(batch)) for row in range(4)
+    )
+    whole = loss_of(module, batch, teacher=teacher)
+    assert whole.item() == pytest.approx(sum(loss.item() for loss in single), rel=1e-5)
+    whole.backward()
+    parts = ("encoder.layers.0.self_attn.q_proj", "decoder.layers.0.encoder_attn.k_proj")
+    assert all(module.get_parameter(f"model.{part}.weight").grad.abs().max() > 1e-6 for part in parts)
+
+
+def test_a_model_with_other_layers_than_its_teacher_is_refused(uneven):
+    batch = collate(uneven, np.arange(4), 0)
+    with pytest.raises(ValueError, match=r"^the model returns 2 layers, and its teacher 3$"):
+        loss_of(tiny_module(), batch, teacher=tiny_module(1, num_hidden_layers=3))
+    blind = mock.Mock(return_value=SimpleNamespace(logits=torch.zeros(4, 2), hidden_states=(1,)))
+    with pytest.raises(ValueError, match=r"^the model returns hidden_states, attentions, its teacher hidden_states$"):
+        loss_of(tiny_module(), batch, teacher=blind)
 
 
 def test_the_teacher_gets_no_gradient(uneven):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from raymask.train.teacher import MAX_CACHE_BYTES, Teacher, cache_bytes
+from raymask.train.teacher import MAX_CACHE_BYTES, Teacher, cache_bytes, layer_outputs
 
 SIZE = 4 * (2 + 2 * 3 + 5)  # bytes of one batch's outputs below
 
@@ -22,7 +22,7 @@ class Dense(torch.nn.Module):
         return SimpleNamespace(
             logits=torch.full((2,), value),
             hidden_states=(torch.full((3,), value),) * 2,
-            attentions=(torch.full((5,), value),),
+            attentions=(torch.full((5,), value), None),  # the second layer has no attention
         )
 
 
@@ -87,3 +87,24 @@ def test_the_memory_asked_for_is_that_of_the_outputs_up_to_a_bound():
     assert cache_bytes(10, lengths, config) == 4 * (10 * 5 * 8 * 3 + 10 * 26 * 3 * 2)
     assert cache_bytes(0, lengths, config) == 0
     assert cache_bytes(10**9, lengths, config) == cache_bytes(10, lengths, SimpleNamespace()) == MAX_CACHE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("outputs", "names"),
+    [
+        ({"hidden_states": (1, 2), "attentions": (3, 4)}, ["hidden_states", "attentions"]),
+        ({"hidden_states": (1, 2), "attentions": (None,)}, ["hidden_states"]),
+        ({"hidden_states": (1, 2)}, ["hidden_states"]),
+        (
+            {"encoder_hidden_states": (1,), "decoder_hidden_states": (1,), "cross_attentions": (2,)},
+            ["encoder_hidden_states", "decoder_hidden_states", "cross_attentions"],
+        ),
+    ],
+)
+def test_layers_are_distilled_as_far_as_a_model_has_them(outputs, names):
+    assert list(layer_outputs(SimpleNamespace(**outputs))) == names
+
+
+def test_a_model_without_hidden_states_cannot_be_distilled():
+    with pytest.raises(ValueError, match="the model returns no hidden states to distil"):
+        layer_outputs(SimpleNamespace(attentions=(1,)))

@@ -656,6 +656,15 @@ def test_memory_is_less_by_each_key_that_is_there_to_save_it(job):
     assert bytes_a_weight(gradient_checkpointing=True) == [40, 12, 52]
 
 
+def test_a_run_takes_weights_and_moments_of_every_trained_model(job):
+    sizes = {count: replace(job, num_parameters=count).run_dir_bytes for count in (0, 10**9)}
+    assert sizes == {0: 0, 10**9: (1 + 2 * 2) * 12 * 10**9 + 4 * 10**9}  # dense, two levels of search and IMP; export
+    assert (
+        tiny_context(distill=True, imp={"run": False}).run_dir_bytes
+        == (2 + 2) * 12 * job.num_parameters + 4 * job.num_parameters
+    )
+
+
 def test_a_worker_s_live_tensors_are_its_module_s(job):
     fresh = Worker(job, "cpu")
     assert all(fresh.named_tensors[name] is tensor for name, tensor in state_tensors(fresh.module).items())

@@ -26,7 +26,7 @@ from raymask.core.seeds import derive
 from raymask.core.tensors import PackedTensors
 
 Mask = dict[str, Tensor]
-"""Bool tensors `[n_out, n_in]` by parameter name; True is kept."""
+"""Bool tensors `[n_out, n_in]` by parameter name, `[n, n_out, n_in]` of a stack of matrices; True is kept."""
 
 
 UNSTRUCTURED = Pattern()
@@ -71,7 +71,8 @@ def draw_mask(
     votes is that of a matrix of their mean size, counted in weights.
 
     Args:
-        weights: Weights `[n_out, n_in]` by name, of any float dtype. The pattern must divide their shapes.
+        weights: Weights `[n_out, n_in]` by name, of any float dtype, or stacks of such matrices `[n, n_out, n_in]`.
+            Every matrix of a stack is one of its own. The pattern must divide their shapes.
         density: Share of the weights that is kept, in (0, 1].
         seed: Seed of the random draws, in [0, 2^63).
         noise: Randomness of the mask. None for the mask of the largest scores, which no seed changes.
@@ -79,7 +80,7 @@ def draw_mask(
         calibration: Calibration by name, for scorers that need it.
         sampler_cache: Cache of prepared samplers. Pass the same dict for every draw from the same weights, so that what
             depends only on the weights is computed once.
-        transform: Called with the name and mask of each matrix as soon as it is drawn; its result takes the mask's
+        transform: Called with the name and mask of each weight as soon as it is drawn; its result takes the mask's
             place. It allows that not all masks are in memory at once.
 
     Returns:
@@ -88,11 +89,15 @@ def draw_mask(
     Raises:
         ValueError: A weight or its score is not finite.
     """
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    parts = {name: matrix_names(name, tuple(weight.shape)) for name, weight in weights.items()}
+    owners = {part: name for name, names in parts.items() for part in names}
+    shapes = matrix_shapes({name: tuple(weight.shape) for name, weight in weights.items()})
+    matrices, calibrations = split_stacks(weights), split_calibration(calibration or {})
+    drawn: dict[str, Tensor] = {}
     mask, pattern = {}, method.pattern
     for names, share in method.allocation(shapes, density).items():
         matrix_scores = [
-            pattern.to_groups(score_matrix(name, weights[name], method.scorer, (calibration or {}).get(name)))
+            pattern.to_groups(score_matrix(name, matrices[name], method.scorer, calibrations.get(name)))
             for name in names
         ]
         widths = [matrix.shape[1] for matrix in matrix_scores]
@@ -103,14 +108,48 @@ def draw_mask(
             key = (names, share, noise, method)
             cache = {} if sampler_cache is None else sampler_cache
             if key not in cache:
-                entries = sum(weights[name].numel() for name in names) // len(names)
+                entries = sum(matrices[name].numel() for name in names) // len(names)
                 votes = votes_from_ratio(entries, num_kept(entries, share), noise.sampling_ratio)
                 cache[key] = method.sampler(scores, k, noise.exponent, votes)
             rng = torch.Generator(scores.device).manual_seed(derive(seed, seeds.MASK, *names))
             scores = cache[key](scores, rng)
         for name, kept in zip(names, torch.split(topk_mask(scores, k), widths, 1), strict=True):
-            mask[name] = transform(name, pattern.from_groups(kept, shapes[name]))
+            drawn[name] = pattern.from_groups(kept, shapes[name])
+            owner = owners[name]
+            if all(part in drawn for part in parts[owner]):
+                bits = [drawn.pop(part) for part in parts[owner]]
+                mask[owner] = transform(owner, bits[0] if owner == name else torch.stack(bits))
     return {name: mask[name] for name in weights}
+
+
+def matrix_names(name: str, shape: tuple[int, ...]) -> list[str]:
+    """Names of the matrices of a weight: its own, or `name[i]` for matrix i of a stack `[n, n_out, n_in]`."""
+    return [f"{name}[{index}]" for index in range(shape[0])] if len(shape) == 3 else [name]
+
+
+def matrix_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Shapes of single matrices by name, those of stacks included."""
+    return {part: shape[-2:] for name, shape in shapes.items() for part in matrix_names(name, shape)}
+
+
+def split_stacks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Single matrices by name, views of the weights."""
+    return {
+        part: matrix
+        for name, weight in weights.items()
+        for part, matrix in zip(
+            matrix_names(name, tuple(weight.shape)), weight if weight.dim() == 3 else [weight], strict=True
+        )
+    }
+
+
+def split_calibration(calibration: Mapping[str, Calibration]) -> dict[str, Calibration]:
+    """Calibrations of single matrices by name. Those of a stack have gradients, and no inputs."""
+    gradients = split_stacks({name: found.gradient for name, found in calibration.items()})
+    return {
+        part: calibration[part] if part in calibration else Calibration(None, gradient)
+        for part, gradient in gradients.items()
+    }
 
 
 def score_matrix(name: str, weight: Tensor, scorer: ScoreFn, calibration: Calibration | None) -> Tensor:
@@ -137,9 +176,10 @@ def score_matrix(name: str, weight: Tensor, scorer: ScoreFn, calibration: Calibr
 
 def max_kept(shapes: Shapes, density: float, method: PruningMethod) -> dict[tuple[str, ...], int]:
     """How many weights a mask keeps at most, by the names of the matrices that share a budget."""
+    single = matrix_shapes(shapes)
     return {
-        names: method.pattern.num_kept(sum(math.prod(shapes[name]) for name in names), share)
-        for names, share in method.allocation(shapes, density).items()
+        names: method.pattern.num_kept(sum(math.prod(single[name]) for name in names), share)
+        for names, share in method.allocation(single, density).items()
     }
 
 

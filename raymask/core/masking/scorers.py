@@ -14,11 +14,11 @@ class Calibration:
     """Statistics of one matrix `[n_out, n_in]`, from one pass over a sample of training rows.
 
     Attributes:
-        inputs: Norm ||x||_2 of each input feature over all tokens, float32 `[n_in]`.
+        inputs: Norm ||x||_2 of each input feature over all tokens, float32 `[n_in]`; None if no inputs were seen.
         gradient: Gradient of the mean task loss with respect to the weights, float32 `[n_out, n_in]`.
     """
 
-    inputs: Tensor
+    inputs: Tensor | None
     gradient: Tensor
 
 
@@ -40,6 +40,7 @@ def magnitude(weight: Tensor, calibration: Calibration | None = None) -> Tensor:
 def wanda(weight: Tensor, calibration: Calibration | None) -> Tensor:
     """|w_ij| ||x_j||_2 (Sun et al. 2023). Unlike there, weights need not compete within a row: the pattern decides."""
     assert calibration is not None, "wanda needs calibration"
+    assert calibration.inputs is not None, "the worker has checked it"
     return clamp_nonzero_scores(weight, magnitude(weight) * calibration.inputs)
 
 
@@ -69,3 +70,7 @@ SCORERS: dict[str, ScoreFn] = {"magnitude": magnitude, "wanda": wanda, "saliency
 
 DATA_FREE = frozenset({magnitude})
 """Scorers that need no calibration; the calibration pass is skipped for them."""
+
+
+NEEDS_INPUTS = frozenset({wanda})
+"""Scorers that need the inputs of every matrix."""
