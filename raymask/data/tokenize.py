@@ -33,8 +33,11 @@ def tokenize(
         encode(examples, tokenizer, limit) for examples in (corpus.train, corpus.validation, corpus.test)
     )
     require_known_ids((train, validation, test), vocabulary)
-    require_known_words(train, tokenizer)
-    return TaskData(train, validation, test, corpus.subsets, corpus.metrics, corpus.kind, tokenizer.pad_token_id or 0)
+    require_known_words(train if len(train) else test, tokenizer)
+    padding = tokenizer.pad_token_id or 0
+    return TaskData(
+        train, validation, test, corpus.subsets, corpus.metrics, corpus.kind, padding, positive=corpus.positive
+    )
 
 
 def require_known_ids(splits: Sequence[TokenizedSplit], vocabulary: int) -> None:
@@ -43,7 +46,7 @@ def require_known_ids(splits: Sequence[TokenizedSplit], vocabulary: int) -> None
     Raises:
         UserError: One is not.
     """
-    largest = max(int(rows.ids.max()) for rows in splits)
+    largest = max(int(rows.ids.max(initial=0)) for rows in splits)
     if largest >= vocabulary:
         raise UserError(
             f"model.name: the tokenizer gives token id {largest}, the model knows ids below {vocabulary}: they do not "
@@ -67,11 +70,19 @@ def require_known_words(rows: TokenizedSplit, tokenizer: Any) -> None:
 
 
 def encode(examples: Examples, tokenizer: Any, limit: int) -> TokenizedSplit:
-    """Tokenize one split; `limit` is the longest row, in tokens."""
+    """Tokenize one split; `limit` is the longest row, in tokens.
+
+    Raises:
+        UserError: A row has no tokens.
+    """
+    if not len(examples.labels):
+        return TokenizedSplit(np.array([], np.int32), None, np.array([0]), examples.labels)
     encoded = tokenizer(
         *examples.columns, truncation=True, max_length=limit, padding=False, return_attention_mask=False
     )
     ids = encoded["input_ids"]
+    if [] in ids:
+        raise UserError(f"{examples.place(ids.index([]))}: has no tokens: its text is empty. Take the row out")
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
     types = encoded.get("token_type_ids")
     return TokenizedSplit(

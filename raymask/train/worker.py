@@ -26,7 +26,7 @@ from raymask.core.seeds import derive
 from raymask.core.spec import Score
 from raymask.core.tasks import Checkpoint, EvalTask, FinetuneTask, Snapshot
 from raymask.core.tensors import PackedTensors, copy_into, pack
-from raymask.data.metrics import compute_metrics, selection_metric
+from raymask.data.metrics import selection_metric
 from raymask.data.types import TokenizedSplit
 from raymask.train import fsdp, optim, trainer
 from raymask.train.calibration import CALIBRATION_ROWS, calibrate
@@ -500,9 +500,7 @@ class Worker:
         loss = float(losses.double().mean())
         finite = bool(torch.isfinite(predictions).all())
         metric = (
-            selection_metric(compute_metrics(self.context.data.metrics, predictions.numpy(), rows.labels))
-            if finite
-            else 0.0
+            selection_metric(self.context.data.compute_metrics(predictions.numpy(), rows.labels)) if finite else 0.0
         )
         if dense_predictions is not None and finite and self.task_loss.agreement:
             agreement = self.task_loss.agreement(predictions, dense_predictions)
