@@ -27,11 +27,10 @@ from raymask.data.files import (
     require_utf8,
     text_column,
 )
-from raymask.data.tokenize import require_known_ids
+from raymask.data.tokenize import TOKENIZER_BATCH, require_known_ids
 from raymask.data.types import TaskData, TokenizedSplit
 
 BLOCK_SIZE = 128  # tokens a row, where the task has no max_length
-TOKENIZER_BATCH = 1000  # documents tokenized in one call
 HUB_SPLITS = ("train", "validation")  # become train and test
 
 

@@ -293,10 +293,13 @@ def text_column(columns: Columns, name: str) -> list[str]:
         UserError: A value is no text, or not UTF-8.
     """
     for row, value in enumerate(columns.values[name], 1):
+        if isinstance(value, str) and value.isascii():
+            continue
+        where = f"{columns.where}: row {row}: {name!r}"
         if not isinstance(value, str):
             problem = "is empty" if value is None else f"is {reprlib.repr(value)}, not text"
-            raise UserError(f"{columns.where}: row {row}: {name!r} {problem}; task.text names the columns to read")
-        require_utf8(value, f"{columns.where}: row {row}: {name!r}")
+            raise UserError(f"{where} {problem}; task.text names the columns to read")
+        require_utf8(value, where)
     return columns.values[name]
 
 

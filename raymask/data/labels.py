@@ -182,7 +182,7 @@ def match_classes(
     labels = sort_labels(places, raw.classes)
     matched = match_by_name(labels, order) or match_by_number(labels, raw.classes, order)
     if matched is None:
-        refuse_classes(places, labels, order)
+        refuse_classes(places, labels, order, raw.label)
     return matched if has_default_labels(order) else tuple(order), matched
 
 
@@ -217,13 +217,14 @@ def match_by_number(labels: Sequence[str], declared: Sequence[str], order: Seque
     return tuple(by_number.get(number, str(number)) for number in range(len(order)))
 
 
-def refuse_classes(places: Mapping[str, str], labels: Sequence[str], order: Sequence[str]) -> NoReturn:
+def refuse_classes(places: Mapping[str, str], labels: Sequence[str], order: Sequence[str], column: str) -> NoReturn:
     """Raise UserError for labels that cannot be matched with a classifier's outputs.
 
     Args:
         places: Where the first row of each label is.
         labels: The labels in their order.
         order: Class names of the classifier.
+        column: The label column.
     """
     but = "the model is taken as fine-tuned (eval, and dense.epochs: 0), but"
     if has_default_labels(order) and len(labels) > len(order):
@@ -236,11 +237,17 @@ def refuse_classes(places: Mapping[str, str], labels: Sequence[str], order: Sequ
             f"{but} its config.json does not say which of its outputs is which class: write the names there as "
             f"id2label, in their order ({quoted(labels)}?)"
         )
-    names = {name.casefold() for name in order}
-    label = next((label for label in labels if label.casefold() not in names), labels[0])
+    unknown = [label for label in places if label.casefold() not in {name.casefold() for name in order}]
+    if len(unknown) < len(labels):
+        label = unknown[0] if unknown else labels[0]
+        raise UserError(
+            f"{places[label]}: {column!r} is {reprlib.repr(label)}, but the classes of the model, which is taken as "
+            f"fine-tuned (eval, and dense.epochs: 0), are {quoted(order)}: correct it, or fine-tune the model here "
+            "(dense.epochs: 3)"
+        )
     raise UserError(
-        f"{but} its classes are {quoted(order)} and the task's are {quoted(labels)} ({places[label]} has {label!r}): "
-        "rename one of them, or fine-tune it here (dense.epochs: 3)"
+        f"{but} its classes are {quoted(order)} and the task's are {quoted(labels)}: rename one of them, or fine-tune "
+        "it here (dense.epochs: 3)"
     )
 
 

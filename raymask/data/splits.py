@@ -43,8 +43,8 @@ def split_validation(train: Examples, task: Task, classes: tuple[str, ...], seed
         np.arange(len(labels)),
         test_size=size,
         random_state=derive(seed, seeds.VALIDATION) % 2**32,
-        # by name: with an existing classifier's numbers the split would differ
-        stratify=np.array(classes)[labels] if classes else quantile_strata(labels, size),
+        # by label: with an existing classifier's numbers the split would differ
+        stratify=np.argsort(np.argsort(classes))[labels] if classes else quantile_strata(labels, size),
     )
 
     return train.take(np.sort(train_rows)), train.take(np.sort(validation_rows))

@@ -362,6 +362,13 @@ def test_a_row_is_the_tokenizer_s_own_ids():
     assert (rows.ids.dtype, rows.types.dtype) == (np.int32, np.int8)
 
 
+def test_rows_are_the_same_however_many_are_tokenized_in_one_call(monkeypatch):
+    tokenizer, corpus = tiny_tokenizer(), corpus_of((reviews(20)[0], reviews(20, seed=1)[0]))
+    whole = tokenize(corpus, tokenizer)
+    monkeypatch.setattr("raymask.data.tokenize.TOKENIZER_BATCH", 7)
+    assert tokenize(corpus, tokenizer).fingerprint() == whole.fingerprint()
+
+
 @pytest.mark.parametrize(("asked", "known", "found"), [(8, 64, 8), (64, 10, 10), (64, int(1e30), 22)])
 def test_rows_are_cut_at_the_task_s_length_or_the_tokenizer_s(asked, known, found):
     tokenizer = tiny_tokenizer()
