@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet
 
 from raymask.core.errors import UserError, first_line
@@ -194,7 +195,8 @@ def json_records(file: TextIO, where: str) -> Iterator[Any]:
 
 def read_parquet(path: Path, names: Sequence[str]) -> Columns:
     """Read columns of a Parquet file, or of a folder of them. Arguments and errors as in `read_columns`."""
-    dataset = pyarrow.parquet.ParquetDataset(path, partitioning=None)
+    # without a file system Arrow would take a name such as "a:b.parquet" for a URI, and folders for columns
+    dataset = pyarrow.parquet.ParquetDataset(path, filesystem=pyarrow.fs.LocalFileSystem(), partitioning=None)
     require_columns(dataset.schema.names, names, str(path))
     return from_arrow(dataset.read(columns=list(names)), names, str(path))
 

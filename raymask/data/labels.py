@@ -67,15 +67,15 @@ def read_labels(table: Columns, raw: RawTask) -> list[str]:
     Raises:
         UserError: A label is empty, or cannot be that of a class.
     """
-    values = table.values[raw.label]
-    labels = [value if isinstance(value, str) else label_text(value, raw.classes) for value in values]
-    if raw.classes and all(whole_number(name) is None for name in raw.classes):
-        named = {str(number): name for number, name in enumerate(raw.classes)}
+    values, declared = table.values[raw.label], table.class_names.get(raw.label, raw.classes)
+    labels = [value if isinstance(value, str) else label_text(value, declared) for value in values]
+    if declared and all(whole_number(name) is None for name in declared):
+        named = {str(number): name for number, name in enumerate(declared)}
         labels = [named.get(label, label) for label in labels]
     for label, row in first_rows(labels).items():
         where = f"{table.where}: row {row}: {raw.label!r}"
         if not label:
-            refuse_label(values[row - 1], where, raw.classes)
+            refuse_label(values[row - 1], where, declared)
         require_utf8(label, where)
     return labels
 
@@ -144,7 +144,7 @@ def class_numbers(labels: Sequence[str], classes: Sequence[str], where: str, col
 
 def whole_number(text: str) -> int | None:
     """The whole number that a text says, also as 2.0; None if it says none."""
-    match = re.fullmatch(r"([+-]?[0-9]+)(\.0+)?", text)
+    match = re.fullmatch(r"([+-]?[0-9]{1,18})(\.0+)?", text)
     return int(match[1]) if match else None
 
 

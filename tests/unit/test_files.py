@@ -146,7 +146,7 @@ def test_a_key_that_a_row_lacks_is_an_empty_cell_and_one_that_all_lack_no_column
 def test_every_way_to_store_strings_in_parquet_is_read(tmp_path: Path, kind: pa.DataType) -> None:
     table = pa.table({"a.b": pa.array(["x", "y", None, "x"]).cast(kind), "more": [1.5] * 4})
     (tmp_path / "label=1").mkdir()
-    path = tmp_path / "label=1" / "rows.parquet"  # no part of the path is a column
+    path = tmp_path / "label=1" / "s3:#1 é?.parquet"  # no part of the path is a column, or a URI's
     pyarrow.parquet.write_table(table, path)
     assert read_columns(path, ("a.b",)).values == {"a.b": ["x", "y", None, "x"]}
     assert "its columns are 'a.b', 'more'" in refused(read_columns, path, ("label",))

@@ -46,6 +46,7 @@ def classes_of(
         (["1.9", "1.10"], ["1.10", "1.9"]),
         (["null", "NA", "None", "nan", "true"], ["NA", "None", "nan", "null", "true"]),
         ([True, False], ["False", "True"]),
+        (["9" * 5000, "1"], ["1", "9" * 5000]),
     ],
 )
 def test_numbers_are_in_numeric_order_and_words_stay_as_they_stand(labels: list[Any], order: list[str]) -> None:
@@ -64,6 +65,15 @@ def test_declared_classes_keep_their_order_and_are_read_by_number_and_by_name() 
     classes, numbers = number_classes(task, (), None)
     assert classes == Classes(("spam", "ham"), ("spam", "ham"), 1)
     assert [numbers["train"][0].tolist(), numbers["test"][0].tolist()] == [[1, 0, 1], [0, 1]]
+
+
+def test_each_file_says_what_its_own_numbers_mean() -> None:
+    """Two saved datasets that number the classes in another order."""
+    task = task_of([0, 1], [0, 1], ("spam", "ham"))
+    task.splits["test"] = [Columns("test.parquet", {"y": [0, 1]}, {"y": ("ham", "spam")})]
+    classes, numbers = number_classes(task, (), None)
+    assert classes.names == ("spam", "ham")
+    assert [numbers["train"][0].tolist(), numbers["test"][0].tolist()] == [[0, 1], [1, 0]]
 
 
 # Their match with the outputs of a checkpoint.
