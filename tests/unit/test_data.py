@@ -191,6 +191,16 @@ def test_mnli_tests_matched_and_mismatched_apart(tmp_path):
     assert found == pytest.approx({"matched accuracy": 1 / 3, "mismatched accuracy": 1.0})
 
 
+def test_the_test_split_of_glue_can_be_read_alone(tmp_path):
+    parts = {"validation_matched": pairs(4, 3), "validation_mismatched": pairs(6, 3)}
+    task = glue_task(tmp_path, "mnli", **parts)
+    corpus = load_raw_dataset(task, 0, ("LABEL_0", "LABEL_1", "LABEL_2"), test_only=True)
+    assert [len(getattr(corpus, split).labels) for split in SPLITS] == [0, 0, 10]
+    assert corpus.classes == ("entailment", "neutral", "contradiction")
+    data = tokenize(corpus, tiny_tokenizer())
+    assert data.test_metrics(np.eye(3)[corpus.test.labels]) == {"matched accuracy": 1.0, "mismatched accuracy": 1.0}
+
+
 def test_a_task_of_one_part_is_measured_without_a_prefix():
     data = tokenize(tiny_corpus(), tiny_tokenizer())
     perfect = np.eye(2)[data.test.labels]

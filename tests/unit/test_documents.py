@@ -116,6 +116,12 @@ def test_a_dataset_of_the_hub_is_read_by_its_splits(monkeypatch, name, asked):
     assert (read.train, read.test) == (TEXTS, ["a"])
 
 
+def test_of_a_dataset_the_split_for_the_test_can_be_read_alone(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *given: hub_of(validation=["a", "b"]))
+    read = load_documents(Task(kind="causal-lm", name=WIKITEXT), 0, test_only=True)
+    assert (read.train, read.validation, read.test) == (None, None, ["a", "b"])
+
+
 def test_a_dataset_without_a_split_is_refused_with_those_it_has(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *given: hub_of(train=["a"], test=["b"]))
     assert refused(load_documents, Task(kind="causal-lm", name=WIKITEXT), 0) == (

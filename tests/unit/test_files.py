@@ -152,6 +152,13 @@ def test_every_way_to_store_strings_in_parquet_is_read(tmp_path: Path, kind: pa.
     assert "its columns are 'a.b', 'more'" in refused(read_columns, path, ("label",))
 
 
+def test_a_folder_of_parquet_files_is_one_table(tmp_path: Path) -> None:
+    (tmp_path / "rows.parquet").mkdir()
+    for part in ("b", "a"):
+        pyarrow.parquet.write_table(pa.table({"text": [part, "x"]}), tmp_path / "rows.parquet" / f"part-{part}.parquet")
+    assert read_columns(tmp_path / "rows.parquet", ("text",)).values["text"] == ["a", "x", "b", "x"]
+
+
 @pytest.fixture
 def saved() -> Dataset:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["spam", "ham"])})
