@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -93,10 +94,11 @@ def search(
     from raymask.report.console import show_result
 
     show_result(console, result)
+    place = shlex.quote(folder)  # to be pasted into a shell, blanks and all
     next_steps = [
-        f"open {folder}/report.html, or raymask show {folder}",
-        f"raymask bench {folder}: how fast it is on this machine",
-        f"raymask export {folder} --to sparse: the model in compact form",
+        f"open {place}/report.html, or raymask show {place}",
+        f"raymask bench {place}: how fast it is on this machine",
+        f"raymask export {place} --to sparse: the model in compact form",
     ]
     if spec is None:
         next_steps.append("raymask search SPEC: your own model and task; see jobs/own-data.yaml in the repository")

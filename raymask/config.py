@@ -78,7 +78,7 @@ def load_mapping(path: str | Path, what: str) -> dict[str, Any]:
     Raises:
         UserError: The file cannot be read, is not valid YAML, or holds no mapping.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -251,6 +251,8 @@ def format_error(mistake: Any, of: type[BaseModel] = Spec) -> str:
         return f"{where}: is missing"
     message = mistake["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if mistake["type"] == "model_type":
+        message = f"has keys of its own, {', '.join(sibling_keys((*path, ''), of))}"
     given = mistake.get("input")
     shown = f" (it is {given!r})" if isinstance(given, (str, int, float, bool)) else ""
     return f"{where}: {message}{shown}" if where else message

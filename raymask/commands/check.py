@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from rich.console import Console
@@ -15,9 +15,10 @@ from raymask.core.masking.masks import matrix_shapes, max_kept
 from raymask.core.recipe import Recipe, has_baseline, num_parents, planned_epochs
 from raymask.core.spec import Spec
 from raymask.core.successive_halving import rung_sizes
+from raymask.data.types import RawDataset
 from raymask.driver.setup import SearchSetup, prepare, require_distinct_splits, try_out
 from raymask.report.console import say
-from raymask.report.text import blocks, percent
+from raymask.report.text import blocks, metric_label, percent
 from raymask.train.model import ModelInfo
 from raymask.train.prunable import name_pattern
 
@@ -99,19 +100,29 @@ def show_left_out(console: Console, model_info: ModelInfo) -> None:
 def show_data(console: Console, setup: SearchSetup) -> None:
     """Print the task's kind, metrics and number of rows by split."""
     data, dataset = setup.context.data, setup.dataset
-    kind = f"{len(dataset.classes)} classes ({numbered(dataset.classes)})" if dataset.classes else dataset.kind
+    kind = dataset.kind
+    if isinstance(dataset, RawDataset) and dataset.classes:
+        kind = f"{len(dataset.classes)} classes ({numbered_classes(dataset)})"
+    metrics = ", ".join(metric_label(name, dataset.classes, data.positive) for name in data.metrics)
     say(
         console,
-        f"task     {kind}, {', '.join(data.metrics)}; rows: {len(data.train):,} train, {len(data.validation):,} "
+        f"task     {kind}, {metrics}; rows: {len(data.train):,} train, {len(data.validation):,} "
         f"validation ({len(setup.context.scored_rows):,} of them score candidates), {len(data.test):,} test; "
         f"{data.train.lengths.mean():.0f} tokens a row, up to {data.train.lengths.max()}",
     )
 
 
-def numbered(classes: Sequence[str]) -> str:
-    """The first few classes with their numbers, as text."""
-    named = [f"{number} = {name}" for number, name in enumerate(classes[:MAX_LISTED_CLASSES])]
-    return ", ".join([*named, "..."] if len(classes) > MAX_LISTED_CLASSES else named)
+def numbered_classes(dataset: RawDataset) -> str:
+    """The first few classes with their numbers, as text; also what the rows call them if it is another name."""
+    seen = {*dataset.train.labels.tolist(), *dataset.validation.labels.tolist()}
+    named = [
+        f"{number} = {name}"
+        + (f" ({label} in the rows)" if label != name else "")
+        + ("" if number in seen else " (no row of train)")
+        for number, (name, label) in enumerate(zip(dataset.classes, dataset.class_labels, strict=True))
+    ]
+    more = ["..."] if len(named) > MAX_LISTED_CLASSES else []
+    return ", ".join(named[:MAX_LISTED_CLASSES] + more)
 
 
 def level_table(setup: SearchSetup) -> Table:

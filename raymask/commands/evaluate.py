@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from raymask.driver.setup import SearchSetup, load_initial, prepare
 from raymask.executor.local_executor import device_for
 from raymask.export.sparse import SPARSE, load_sparse
 from raymask.report.console import say
-from raymask.report.text import blocks, constant_lines, percent
+from raymask.report.text import blocks, constant_lines, metric_label, percent
 from raymask.train.device import isolated_torch_state
 from raymask.train.model import state_tensors
 from raymask.train.prunable import count_sizes
@@ -46,7 +47,7 @@ def show_evaluation(
     Raises:
         UserError: When the model or the task cannot be evaluated.
     """
-    setup = prepare(eval_spec(model, task, overrides))
+    setup = prepare(eval_spec(model, task, overrides), test_only=True)
     row = evaluate(setup)
     data = setup.context.data
     if as_json:
@@ -57,7 +58,11 @@ def show_evaluation(
         table.add_column(head, justify="right" if head else "left")
     for name, value in row.test_metrics.items():
         interval = row.intervals[name]
-        table.add_row(name, f"{value:.4f}", f"{interval.low:.4f} to {interval.high:.4f}")
+        table.add_row(
+            metric_label(name, setup.dataset.classes, data.positive),
+            f"{value:.4f}",
+            f"{interval.low:.4f} to {interval.high:.4f}",
+        )
     console.print(table)
     zeros = {"prunable": "prunable weights", "encoder": blocks(data.kind), "whole": "whole model"}
     shares = ", ".join(f"{percent(row.sparsity[key])} of the {name}" for key, name in zeros.items())
@@ -78,6 +83,7 @@ def eval_spec(model: str, task: str, overrides: Sequence[str] = ()) -> Spec:
     Raises:
         UserError: When `task` is neither a task's name nor a valid spec.
     """
+    model = expanduser(model)
     if Path(task).suffix in (".yaml", ".yml"):
         spec = load_spec(task, overrides)
     else:

@@ -299,7 +299,7 @@ def fetch(console: Console, job: str, folder: Path, address: str | None) -> None
         with run_dir.storage.reading(name) as source, target.writing(name) as path:
             shutil.copy(source, path)
     origin = run if "://" in run else f"{run}, as this machine sees it,"
-    say(console, f"{len(names)} files of {origin} are in {folder}: raymask show {folder}")
+    say(console, f"{len(names)} files of {origin} are in {folder}: raymask show {shlex.quote(str(folder))}")
 
 
 def list_jobs(client: Any) -> list[Any]:

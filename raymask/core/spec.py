@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from os.path import expanduser
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -59,6 +60,12 @@ def power_of_two(value: int) -> int:
 
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 
+Location = Annotated[Text, AfterValidator(expanduser)]
+"""A path, with ~ expanded; a hub id stays as it is."""
+
+# A column or a class: blanks at its ends are part of its name.
+Name = Annotated[str, StringConstraints(min_length=1)]
+
 # Strict numbers: 1, true and "1" are different, as in YAML.
 Fraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
 
@@ -87,9 +94,18 @@ def expand_text(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+def class_text(value: Any) -> Any:
+    """Turn a class that is a whole number into text; refuse what YAML may have read otherwise than it stands there."""
+    if isinstance(value, (bool, float)):
+        raise ValueError("put the class in quotes: YAML reads yes and no as true and false, and 1.10 as 1.1")
+    return str(value) if isinstance(value, int) else value
+
+
 def expand_levels(value: Any) -> Any:
     """Expand `levels: [0.5, 0.9]` to `levels: {sparsities: [0.5, 0.9]}`; `levels: 0.9` is one level."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (str, bool)):
+        raise ValueError("a list of shares is wanted, such as [0.5, 0.9]")
+    if isinstance(value, (int, float)):
         value = [value]
     return {"sparsities": value} if isinstance(value, (list, tuple)) else value
 
@@ -156,7 +172,7 @@ class Model(Section):
         exclude: Shell-style patterns on parameter names to leave dense.
     """
 
-    name: Text
+    name: Location
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -177,6 +193,7 @@ class Task(Section):
         test: Own file of test rows.
         text: Columns of text, one or two.
         label: Column of labels.
+        positive: Class that F1 is of, where there are two; None for the last one in the order of the labels.
         kind: Kind of task.
         metrics: Metrics to report, empty for the task's usual ones.
         max_length: Longest input in tokens, None for the task's usual length.
@@ -185,12 +202,13 @@ class Task(Section):
     """
 
     name: Text | None = None
-    folder: Text | None = None
-    train: Text | None = None
-    validation: Text | None = None
-    test: Text | None = None
-    text: Annotated[tuple[Text, ...], BeforeValidator(expand_text), Field(max_length=2)] = ()
-    label: Text = "label"
+    folder: Location | None = None
+    train: Location | None = None
+    validation: Location | None = None
+    test: Location | None = None
+    text: Annotated[tuple[Name, ...], BeforeValidator(expand_text), Field(max_length=2)] = ()
+    label: Name = "label"
+    positive: Annotated[Name | None, BeforeValidator(class_text)] = None
     kind: Kind = "classification"
     metrics: tuple[Metric, ...] = ()
     max_length: Annotated[int, Field(ge=4, strict=True)] | None = None
@@ -205,6 +223,8 @@ class Task(Section):
         if set(self.metrics) - set(known):
             listed = " and ".join(filter(None, [", ".join(known[:-1]), known[-1]]))
             mistakes.append(f"a {self.kind} is measured by {listed}")
+        if self.positive is not None and (self.kind != "classification" or self.name is not None):
+            mistakes.append("positive goes with a classification of your own files: take it out")
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self

@@ -7,24 +7,30 @@ the user's own file, or a contiguous range of the rows of `train`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from raymask.core import seeds
 from raymask.core.errors import UserError, first_line
 from raymask.core.seeds import derive
 from raymask.core.spec import DATASET, METRICS_BY_KIND, Task
-from raymask.data.files import READERS, read_file, relative_to_cwd, text_column
-from raymask.data.tokenize import require_known_ids
+from raymask.data.files import (
+    ending_of,
+    from_dataset,
+    open_text,
+    read_columns,
+    readable,
+    require_utf8,
+    text_column,
+)
+from raymask.data.tokenize import TOKENIZER_BATCH, require_known_ids
 from raymask.data.types import TaskData, TokenizedSplit
 
 BLOCK_SIZE = 128  # tokens a row, where the task has no max_length
-TOKENIZER_BATCH = 1000  # documents tokenized in one call
 HUB_SPLITS = ("train", "validation")  # become train and test
 
 
@@ -35,7 +41,7 @@ class Documents:
     Attributes:
         task: The spec's task section.
         seed: The spec's seed.
-        train: Documents of `train`, before `validation` is split off.
+        train: Documents of `train`, before `validation` is split off; None where `test` alone is read.
         test: Documents of `test`.
         validation: Documents of the user's own `validation` file; None if there is none.
         kind: The spec's task.kind.
@@ -44,36 +50,42 @@ class Documents:
 
     task: Task
     seed: int
-    train: list[str]
+    train: list[str] | None
     test: list[str]
     validation: list[str] | None = None
     kind: str = "causal-lm"
     classes: tuple[str, ...] = ()
 
 
-def load_documents(task: Task, seed: int) -> Documents:
+def load_documents(task: Task, seed: int, *, test_only: bool = False) -> Documents:
     """Read the documents of a task, from the hub or from files.
+
+    Args:
+        task: The spec's task section.
+        seed: The spec's seed.
+        test_only: Read `test` alone, and leave the other splits without rows.
 
     Raises:
         UserError: A dataset, file or column cannot be used.
     """
     if task.name is not None:
-        train, test = fetch_documents(task.name)
-        return Documents(task, seed, train, test)
-    assert task.train is not None
-    assert task.test is not None
-    train, test = (read_documents(Path(path), *task.text) for path in (task.train, task.test))
-    validation = None if task.validation is None else read_documents(Path(task.validation), *task.text)
-    return Documents(task, seed, train, test, validation)
+        *before, test = fetch_documents(task.name, HUB_SPLITS[test_only:])
+        return Documents(task, seed, before[0] if before else None, test)
+    paths = (
+        {"test": task.test} if test_only else {"train": task.train, "test": task.test, "validation": task.validation}
+    )
+    texts = {split: read_documents(Path(path), *task.text) for split, path in paths.items() if path is not None}
+    return Documents(task, seed, texts.get("train"), texts["test"], texts.get("validation"))
 
 
-def fetch_documents(name: str) -> tuple[list[str], list[str]]:
-    """Load the documents of `train` and `test` from the hub, with `datasets`.
+def fetch_documents(name: str, splits: Sequence[str] = HUB_SPLITS) -> list[list[str]]:
+    """Load the documents of splits from the hub, with `datasets`.
 
     The dataset's public `validation` split is used as `test`.
 
     Args:
         name: `hub/<id>` or `hub/<id>:<configuration>`.
+        splits: The dataset's splits to load.
 
     Raises:
         UserError: The dataset cannot be loaded, or has no such split or no text column.
@@ -89,35 +101,31 @@ def fetch_documents(name: str) -> tuple[list[str], list[str]]:
             f"task.name: {name} cannot be loaded from the hub ({first_line(error)}). Without a network, give "
             "task.train and task.test"
         ) from None
-    if missing := [split for split in HUB_SPLITS if split not in dataset]:
+    if missing := [split for split in splits if split not in dataset]:
         raise UserError(
             f"task.name: {name} has no split {missing[0]}; its splits are {', '.join(dataset)}: save two of them as "
             "files, and give task.train and task.test"
         )
-    train, test = (text_column(dataset[split].data.table, "text", f"{name} {split}") for split in HUB_SPLITS)
-    return train, test
+    return [text_column(from_dataset(dataset[split], ("text",), f"{name} {split}"), "text") for split in splits]
 
 
 def read_documents(path: Path, name: str = "text") -> list[str]:
     """Read the documents of one file: a .txt file is one document, a table has one a row.
 
     Args:
-        path: A .txt, CSV, JSON lines or Parquet file.
+        path: A .txt file or a table.
         name: The text column of a table.
 
     Raises:
         UserError: The file or the column cannot be read.
     """
-    if path.suffix.lower() in READERS:
-        return text_column(read_file(path, {name: pa.string()}), name, str(path))
-    if path.suffix.lower() != ".txt":
-        raise UserError(f"{path}: the ending must be one of .txt, {', '.join(READERS)}")
-    try:
-        return [path.read_text(encoding="utf-8")]
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file{relative_to_cwd(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {first_line(error)}") from None
+    if ending_of(path) != ".txt":
+        return text_column(read_columns(path, (name,)), name)
+    with readable(path), open_text(path, newline=None) as file:
+        lines = file.readlines()
+    for number, line in enumerate(lines, 1):
+        require_utf8(line, f"{path}: line {number}")
+    return ["".join(lines)]
 
 
 def group_texts(documents: Documents, tokenizer: Any, positions: int, vocabulary: int) -> TaskData:
@@ -139,13 +147,17 @@ def group_texts(documents: Documents, tokenizer: Any, positions: int, vocabulary
     def read_rows(texts: list[str]) -> TokenizedSplit:
         return cut_rows(np.concatenate([*token_chunks(texts, tokenizer)]), length)
 
-    train, test = read_rows(documents.train), read_rows(documents.test)
-    if documents.validation is None:
-        train, validation = split_validation_range(train, task, length, documents.seed)
-    else:
+    test = read_rows(documents.test)
+    train = validation = read_rows(documents.train or [])
+    if documents.validation is not None:
         validation = read_rows(documents.validation)
-    for rows, path in ((validation, task.validation), (test, task.test or f"{task.name} validation")):
-        if not len(rows):
+    elif documents.train is not None:
+        train, validation = split_validation_range(train, task, length, documents.seed)
+    for rows, texts, path in (
+        (validation, documents.validation, task.validation),
+        (test, documents.test, task.test or f"{task.name} validation"),
+    ):
+        if texts is not None and not len(rows):
             raise UserError(f"{path}: has fewer than two tokens")
     require_known_ids((train, validation, test), vocabulary)
     subsets = {"": (0, len(test))}

@@ -5,17 +5,13 @@ The public validation set of a GLUE task is raymask's `test`: the labels of GLUE
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
-import pyarrow as pa
 
 from raymask.core.errors import UserError, first_line
 from raymask.core.spec import Task
-from raymask.data.files import read_file
-from raymask.data.labels import align_labels, make_examples
-from raymask.data.types import Examples, RawTask
+from raymask.data.files import Columns, from_dataset, read_columns
+from raymask.data.types import RawTask
 
 HUB_DATASET = "nyu-mll/glue"
 SHORT_TASKS = ("cola", "sst2")  # at most 64 tokens a row; the others 128
@@ -52,46 +48,43 @@ GLUE_METRICS = {
 }
 
 
-def read_glue(task: Task, name: str, order: Sequence[str]) -> RawTask:
+def read_glue(task: Task, name: str, test_only: bool = False) -> RawTask:
     """Read one of the eight tasks, from the hub or from `<folder>/<name>/<split>.parquet`.
 
     Args:
         task: The spec's task section; `task.folder` is None for the hub.
         name: The task's name without `glue/`.
-        order: Class names as an existing classifier numbers them, empty if there is none. The labels are renumbered to
-            match.
+        test_only: Read `test` alone.
 
     Raises:
-        UserError: The files or the dataset cannot be read, or `order` has other names than the task.
+        UserError: The files or the dataset cannot be read.
     """
-    subset_names = ("matched", "mismatched") if name == "mnli" else ("",)
-    splits = ("train", *("validation" + (f"_{subset}" if subset else "") for subset in subset_names))
+    subsets = ("matched", "mismatched") if name == "mnli" else ("",)
+    splits = {"test": ["validation" + (f"_{subset}" if subset else "") for subset in subsets]}
+    if not test_only:
+        splits["train"] = ["train"]
+    columns = (*GLUE_COLUMNS[name], "label")
     if task.folder is not None:
-        tables = {split: read_file(Path(task.folder) / name / f"{split}.parquet") for split in splits}
+        folder = Path(task.folder) / name
+        tables = {
+            split: [read_columns(folder / f"{file}.parquet", columns) for file in files]
+            for split, files in splits.items()
+        }
     else:
-        tables = fetch_glue(name, splits)
-    glue_classes = GLUE_CLASSES.get(name, ())
-    examples = {
-        split: make_examples(table, GLUE_COLUMNS[name], "label", glue_classes, f"glue/{name} {split}", numbers=True)
-        for split, table in tables.items()
-    }
-    classes = align_labels(glue_classes, order)
-    if classes != glue_classes:
-        new_numbers = np.array([classes.index(label) for label in glue_classes])
-        examples = {split: Examples(rows.columns, new_numbers[rows.labels]) for split, rows in examples.items()}
-    test_splits = [examples[split] for split in splits[1:]]
-    test = Examples(
-        tuple([text for rows in test_splits for text in rows.columns[i]] for i in range(len(GLUE_COLUMNS[name]))),
-        np.concatenate([rows.labels for rows in test_splits]),
-    )
-    bounds = np.cumsum([0, *(len(rows.labels) for rows in test_splits)]).tolist()
-    subsets = {subset: (bounds[i], bounds[i + 1]) for i, subset in enumerate(subset_names)}
-    metrics = GLUE_METRICS.get(name, ("accuracy",))
-    return RawTask(examples["train"], test, subsets, classes, metrics, 64 if name in SHORT_TASKS else 128)
+        tables = fetch_glue(name, splits, columns)
+    classes = GLUE_CLASSES.get(name, ())
+    kind = "classification" if classes else "regression"
+    metrics, max_length = GLUE_METRICS.get(name, ("accuracy",)), 64 if name in SHORT_TASKS else 128
+    return RawTask(tables, GLUE_COLUMNS[name], "label", classes, kind, subsets, metrics, max_length)
 
 
-def fetch_glue(name: str, splits: Sequence[str]) -> dict[str, pa.Table]:
+def fetch_glue(name: str, splits: Mapping[str, Sequence[str]], columns: Sequence[str]) -> dict[str, list[Columns]]:
     """Load a task's splits from the hub, with `datasets`.
+
+    Args:
+        name: The task's name without `glue/`.
+        splits: Names of GLUE's splits by raymask's.
+        columns: The columns to read.
 
     Raises:
         UserError: They cannot be loaded.
@@ -100,9 +93,12 @@ def fetch_glue(name: str, splits: Sequence[str]) -> dict[str, pa.Table]:
 
     try:
         dataset = datasets.load_dataset(HUB_DATASET, name)
-        return {split: dataset[split].data.table for split in splits}
     except Exception as error:  # noqa: BLE001 - hub, network and cache each raise their own errors
         raise UserError(
             f"task.name: glue/{name} cannot be loaded from the hub ({first_line(error)}). Without a network, set "
             f"task.folder to a folder that holds {name}/<split>.parquet"
         ) from None
+    return {
+        split: [from_dataset(dataset[part], columns, f"glue/{name} {part}") for part in parts]
+        for split, parts in splits.items()
+    }

@@ -14,73 +14,94 @@ import numpy as np
 
 from raymask.core import seeds
 from raymask.core.seeds import derive
-from raymask.core.spec import QUICKSTART, Task
+from raymask.core.spec import METRICS_BY_KIND, QUICKSTART, Task
 from raymask.data import quickstart
-from raymask.data.files import read_file, require_columns
+from raymask.data.files import Columns, read_columns, text_column
 from raymask.data.glue import read_glue
-from raymask.data.labels import align_labels, find_classes, make_examples, require_names
+from raymask.data.labels import number_classes, regression_targets
 from raymask.data.splits import require_several_labels, split_validation
-from raymask.data.types import Examples, RawDataset, RawTask
+from raymask.data.types import Classes, Examples, RawDataset, RawTask
 
 
-def load_raw_dataset(task: Task, seed: int, order: Sequence[str] = ()) -> RawDataset:
+def load_raw_dataset(task: Task, seed: int, order: Sequence[str] = (), *, test_only: bool = False) -> RawDataset:
     """Read a task's texts, and split off `validation` where it has no file of its own.
 
     Args:
         task: The spec's task section.
         seed: The spec's seed.
         order: Class names as an existing classifier numbers them, empty if there is none.
+        test_only: Read `test` alone, and leave the other splits without rows.
 
     Raises:
         UserError: A file, column or label cannot be used; the message names file and row.
     """
-    raw = read_task(task, seed, order)
-    if raw.validation is None:
-        train, validation = split_validation(raw.train, task, raw.classes, seed)
+    raw = read_task(task, seed, test_only)
+    if raw.kind == "classification":
+        classes, labels = number_classes(raw, order, task.positive)
     else:
-        train, validation = raw.train, raw.validation
+        classes = Classes()
+        labels = {split: [regression_targets(table, raw.label) for table in raw.splits[split]] for split in raw.splits}
+    splits = {split: join_examples(raw, split, labels[split]) for split in raw.splits}
+    test = splits["test"]
+    if test_only:
+        train = validation = test.take(np.arange(0))
+    elif "validation" in splits:
+        train, validation = splits["train"], splits["validation"]
         require_several_labels(train, task.train or "")
+    else:
+        train, validation = split_validation(splits["train"], task, classes.labels, seed)
+    bounds = np.cumsum([0, *map(len, labels["test"])]).tolist()
     return RawDataset(
         train,
         validation,
-        raw.test,
-        raw.subsets,
-        raw.classes,
+        test,
+        {subset: (bounds[i], bounds[i + 1]) for i, subset in enumerate(raw.subsets)},
+        classes.names,
         task.metrics or raw.metrics,
         task.max_length or raw.max_length,
+        classes.labels,
+        classes.positive,
     )
 
 
-def read_task(task: Task, seed: int, order: Sequence[str]) -> RawTask:
-    """Read the quickstart's sentences, a GLUE task, or the user's own files; arguments as in `load_corpus`.
+def join_examples(raw: RawTask, split: str, labels: Sequence[np.ndarray]) -> Examples:
+    """Texts and labels of all tables of a split; `labels` has an array for each.
 
     Raises:
-        UserError: A file, column or label cannot be used.
+        UserError: A text cannot be used.
+    """
+    tables = raw.splits[split]
+    texts = (tuple(text for table in tables for text in text_column(table, name)) for name in raw.text)
+    return Examples(tuple(map(list, texts)), np.concatenate(labels), " and ".join(table.where for table in tables))
+
+
+def read_task(task: Task, seed: int, test_only: bool) -> RawTask:
+    """Read the quickstart's sentences, a GLUE task, or the user's own files; arguments as in `load_raw_dataset`.
+
+    Raises:
+        UserError: A file or column cannot be used.
     """
     if task.name == QUICKSTART:
-        sentences = quickstart.sentences(derive(seed, seeds.QUICKSTART))
-        train, test = (
-            Examples((sentences[split][0],), np.array(sentences[split][1], np.int64)) for split in ("train", "report")
-        )
-        return RawTask(train, test, {"": (0, len(test.labels))}, ("negative", "positive"), ("accuracy",), 64)
+        return quickstart_task(derive(seed, seeds.QUICKSTART))
     if task.name is not None:
-        return read_glue(task, task.name.removeprefix("glue/"), order)
-    assert task.train is not None
-    assert task.test is not None
-    tables = {task.train: read_file(Path(task.train))}
+        return read_glue(task, task.name.removeprefix("glue/"), test_only)
+    paths = {"train": task.train, "validation": task.validation, "test": task.test}
     columns = (*task.text, task.label)
-    # The columns of the other files get the types of train: alone, a CSV file may be read as other types.
-    types = {field.name: field.type for field in tables[task.train].schema if field.name in columns}
-    others = [path for path in (task.validation, task.test) if path is not None]
-    tables |= {path: read_file(Path(path), types) for path in others}
-    for path, table in tables.items():
-        require_columns(table, columns, path)
-    classes: tuple[str, ...] = ()
-    if task.kind == "classification":
-        class_names = find_classes(tables[task.train], task.label, task.train)
-        require_names(order, class_names)
-        classes = align_labels(class_names, order)
-    examples = {path: make_examples(table, task.text, task.label, classes, path) for path, table in tables.items()}
-    test, validation = examples[task.test], examples[task.validation] if task.validation else None
-    metrics = ("accuracy",) if classes else ("pearson", "spearman")
-    return RawTask(examples[task.train], test, {"": (0, len(test.labels))}, classes, metrics, 128, validation)
+    splits = {
+        split: [read_columns(Path(path), columns)]
+        for split, path in paths.items()
+        if path is not None and (split == "test" or not test_only)
+    }
+    declared = (table.class_names.get(task.label, ()) for tables in splits.values() for table in tables)
+    metrics = METRICS_BY_KIND[task.kind][:1] if task.kind == "classification" else METRICS_BY_KIND[task.kind]
+    return RawTask(splits, task.text, task.label, next(filter(None, declared), ()), task.kind, ("",), metrics, 128)
+
+
+def quickstart_task(seed: int) -> RawTask:
+    """The quickstart's sentences as a task; `seed` is that of the sentences."""
+    sentences = quickstart.sentences(seed)
+    splits = {
+        split: [Columns(f"quickstart {split}", dict(zip(("text", "label"), sentences[name], strict=True)))]
+        for split, name in (("train", "train"), ("test", "report"))
+    }
+    return RawTask(splits, ("text",), "label", quickstart.CLASSES, "classification", ("",), ("accuracy",), 64)

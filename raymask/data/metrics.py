@@ -11,17 +11,20 @@ from scipy import stats
 MAX_LOG_PERPLEXITY = 700.0  # exp of much more is infinite
 
 
-def compute_metrics(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def compute_metrics(
+    names: Sequence[str], logits: np.ndarray, labels: np.ndarray, positive: int = 1
+) -> dict[str, float]:
     """Compute metrics by name.
 
-    F1 is that of class 1 if there are two classes, else the mean over the classes. A correlation is undefined if all
-    predictions or all labels are equal, and is then 0. A perplexity is always finite.
+    F1 is that of the positive class if there are two classes, else the mean over the classes. A correlation is
+    undefined if all predictions or all labels are equal, and is then 0. A perplexity is always finite.
 
     Args:
         names: The metrics. "perplexity" and correlations are not mixed with others.
         logits: Float [rows, outputs]. For a perplexity [rows, 2]: each row's summed negative log-likelihood and its
             number of predicted tokens.
         labels: [rows], class numbers (int64) or regression targets (float32). A perplexity does not read them.
+        positive: The number of the positive class.
     """
     if "perplexity" in names:
         nll, tokens = logits.sum(0, dtype=np.float64)
@@ -37,6 +40,8 @@ def compute_metrics(names: Sequence[str], logits: np.ndarray, labels: np.ndarray
     classes = logits.shape[1]
     # the confusion matrix
     counts = np.bincount(labels * classes + logits.argmax(axis=1), minlength=classes**2).reshape(classes, classes)
+    if classes == 2 and positive == 0:
+        counts = counts[::-1, ::-1]  # as if it were class 1
     return {name: CLASSIFICATION[name](counts) for name in names}
 
 

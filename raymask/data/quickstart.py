@@ -13,6 +13,7 @@ TRAIN_SIZE = 4000
 TEST_SIZE = 1000
 MAX_WORDS = 20  # with commas, without [CLS] and [SEP]
 MODEL_MAX_LENGTH = 64
+CLASSES = ("negative", "positive")  # in the order of their labels
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in the order of their ids
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS
 

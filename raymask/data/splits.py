@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import numpy as np
 from sklearn.model_selection import train_test_split
 
@@ -18,7 +21,7 @@ def split_validation(train: Examples, task: Task, classes: tuple[str, ...], seed
     Args:
         train: All rows of `train`.
         task: Gives the size of `validation` (validation_share, validation_rows), and a name for messages.
-        classes: Class names in the order of their numbers; empty for a regression.
+        classes: Labels of the classes in the order of their numbers; empty for a regression.
         seed: The spec's seed.
 
     Returns:
@@ -32,8 +35,7 @@ def split_validation(train: Examples, task: Task, classes: tuple[str, ...], seed
     size = min(max(round(len(labels) * task.validation_share), 2), task.validation_rows)
     counts = require_several_labels(train, where)
     if classes:
-        if counts.min() < 2:
-            raise UserError(f"{where}: a class has one row only; two are needed, one for train and one for validation")
+        require_two_rows(train, classes)
         size = max(size, len(counts))
     if len(labels) - size < 2:
         raise UserError(f"{where}: {len(labels)} rows are too few to split off {size} for validation")
@@ -41,16 +43,33 @@ def split_validation(train: Examples, task: Task, classes: tuple[str, ...], seed
         np.arange(len(labels)),
         test_size=size,
         random_state=derive(seed, seeds.VALIDATION) % 2**32,
-        # by name: with an existing classifier's numbers the split would differ
-        stratify=np.array(classes)[labels] if classes else quantile_strata(labels, size),
+        # by label: with an existing classifier's numbers the split would differ
+        stratify=np.argsort(np.argsort(classes))[labels] if classes else quantile_strata(labels, size),
     )
 
-    def take(rows: np.ndarray) -> Examples:
-        """These rows, in their original order."""
-        rows = np.sort(rows)
-        return Examples(tuple([texts[row] for row in rows] for texts in train.columns), labels[rows])
+    return train.take(np.sort(train_rows)), train.take(np.sort(validation_rows))
 
-    return take(train_rows), take(validation_rows)
+
+def require_two_rows(train: Examples, classes: Sequence[str]) -> None:
+    """Check that every class of the rows has two of them, one to train on and one for `validation`.
+
+    Args:
+        train: All rows of `train`.
+        classes: Labels of the classes in the order of their numbers.
+
+    Raises:
+        UserError: A class has one row only.
+    """
+    numbers, rows, counts = np.unique(train.labels, return_index=True, return_counts=True)
+    if counts.min() < 2:
+        alone = int(counts.argmin())
+        label, advice = classes[numbers[alone]], ""
+        if re.fullmatch(r"[+-]?\d*\.\d+", label):
+            advice = ". To predict numbers, set task.kind: regression"
+        raise UserError(
+            f"{train.place(rows[alone])}: class {label!r} has this row only, and two are needed, one for train and one "
+            f"for validation{advice}"
+        )
 
 
 def require_several_labels(train: Examples, where: str) -> np.ndarray:

@@ -14,20 +14,22 @@ from raymask.data.tokenize import tokenize
 from raymask.data.types import RawDataset, TaskData
 
 
-def load_dataset(spec: Spec, config: Any) -> RawDataset | Documents:
+def load_dataset(spec: Spec, config: Any, *, test_only: bool = False) -> RawDataset | Documents:
     """Read the texts of a spec's task.
 
     Args:
         spec: The spec.
         config: The model's transformers configuration. It gives the order of the classes if the model is already
             fine-tuned (dense.epochs: 0).
+        test_only: Read `test` alone, and leave the other splits without rows.
 
     Raises:
         UserError: A file, column or label cannot be used.
     """
     if spec.task.kind == "causal-lm":
-        return load_documents(spec.task, spec.seed)
-    return load_raw_dataset(spec.task, spec.seed, class_names(config) if spec.dense.epochs == 0 else ())
+        return load_documents(spec.task, spec.seed, test_only=test_only)
+    order = class_names(config) if spec.dense.epochs == 0 else ()
+    return load_raw_dataset(spec.task, spec.seed, order, test_only=test_only)
 
 
 def tokenize_dataset(texts: RawDataset | Documents, tokenizer: Any, config: Any) -> TaskData:

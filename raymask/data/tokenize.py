@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from raymask.core.errors import UserError
 from raymask.data.types import Examples, RawDataset, TaskData, TokenizedSplit
 
 MAX_UNKNOWN_SHARE = 0.7  # of the tokens, with special tokens
+TOKENIZER_BATCH = 1000  # texts tokenized in one call
 
 
 def tokenize(
@@ -33,8 +35,8 @@ def tokenize(
         encode(examples, tokenizer, limit) for examples in (corpus.train, corpus.validation, corpus.test)
     )
     require_known_ids((train, validation, test), vocabulary)
-    require_known_words(train, tokenizer)
-    return TaskData(train, validation, test, corpus.subsets, corpus.metrics, corpus.kind)
+    require_known_words(train if len(train) else test, tokenizer)
+    return TaskData(train, validation, test, corpus.subsets, corpus.metrics, corpus.kind, positive=corpus.positive)
 
 
 def require_known_ids(splits: Sequence[TokenizedSplit], vocabulary: int) -> None:
@@ -43,7 +45,7 @@ def require_known_ids(splits: Sequence[TokenizedSplit], vocabulary: int) -> None
     Raises:
         UserError: One is not.
     """
-    largest = max(int(rows.ids.max()) for rows in splits)
+    largest = max(int(rows.ids.max(initial=0)) for rows in splits)
     if largest >= vocabulary:
         raise UserError(
             f"model.name: the tokenizer gives token id {largest}, the model knows ids below {vocabulary}: they do not "
@@ -67,23 +69,31 @@ def require_known_words(rows: TokenizedSplit, tokenizer: Any) -> None:
 
 
 def encode(examples: Examples, tokenizer: Any, limit: int) -> TokenizedSplit:
-    """Tokenize one split; `limit` is the longest row, in tokens."""
-    encoded = tokenizer(
-        *with_separator(examples.columns, tokenizer),
-        truncation=True,
-        max_length=limit,
-        padding=False,
-        return_attention_mask=False,
-    )
-    ids = encoded["input_ids"]
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
-    types = encoded.get("token_type_ids")
-    return TokenizedSplit(
-        np.concatenate(ids).astype(np.int32),
-        None if types is None else np.concatenate(types).astype(np.int8),
-        offsets,
-        examples.labels,
-    )
+    """Tokenize one split; `limit` is the longest row, in tokens.
+
+    Raises:
+        UserError: A row has no tokens.
+    """
+    columns = with_separator(examples.columns, tokenizer)
+    lengths, ids, types = [np.array([], np.int64)], [np.array([], np.int32)], []
+    for start in range(0, len(examples.labels), TOKENIZER_BATCH):
+        encoded = tokenizer(
+            *(texts[start : start + TOKENIZER_BATCH] for texts in columns),
+            truncation=True,
+            max_length=limit,
+            padding=False,
+            return_attention_mask=False,
+        )
+        lengths.append(np.array([len(row) for row in encoded["input_ids"]]))
+        ids.append(np.fromiter(chain.from_iterable(encoded["input_ids"]), np.int32))
+        if "token_type_ids" in encoded:
+            types.append(np.fromiter(chain.from_iterable(encoded["token_type_ids"]), np.int8))
+    ends = np.cumsum(np.concatenate(lengths))
+    empty = np.flatnonzero(np.concatenate(lengths) == 0)
+    if len(empty):
+        raise UserError(f"{examples.place(empty[0])}: has no tokens: its text is empty. Take the row out")
+    offsets = np.concatenate([[0], ends]).astype(np.int64)
+    return TokenizedSplit(np.concatenate(ids), np.concatenate(types) if types else None, offsets, examples.labels)
 
 
 def with_separator(columns: tuple[list[str], ...], tokenizer: Any) -> tuple[list[str], ...]:

@@ -1,13 +1,55 @@
-"""Records of a task's rows: as texts, and as token ids."""
+"""Records of a task's rows: as they stand in their files, as texts, and as token ids."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
 
+from raymask.data.files import Columns
 from raymask.data.metrics import compute_metrics
+
+
+@dataclass(frozen=True)
+class RawTask:
+    """A classification or regression task as it stands in its files.
+
+    Attributes:
+        splits: The tables of "train", "validation" where it has rows of its own, and "test"; one a subset.
+        text: One or two text columns.
+        label: The label column.
+        classes: Class names in the order of their numbers in the rows; empty where the labels alone say them.
+        kind: "classification" or "regression".
+        subsets: Names of the tables of `test`: "matched" and "mismatched" for MNLI, else one named "".
+        metrics: The task's default metrics.
+        max_length: The task's default limit, in tokens.
+    """
+
+    splits: dict[str, list[Columns]]
+    text: Sequence[str]
+    label: str
+    classes: tuple[str, ...]
+    kind: str
+    subsets: tuple[str, ...]
+    metrics: tuple[str, ...]
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a classification, in the order of the model's outputs.
+
+    Attributes:
+        names: What the model calls them.
+        labels: What the rows call them.
+        positive: The number of the class that F1 is of, where there are two.
+    """
+
+    names: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    positive: int = 1
 
 
 @dataclass(frozen=True)
@@ -17,10 +59,27 @@ class Examples:
     Attributes:
         columns: One or two lists of texts, [rows] each.
         labels: [rows], int64 class numbers, or float32 for a regression.
+        where: The file or split that the rows come from, for messages.
+        rows: Their numbers there from 1, int64 [rows]; None for all rows.
     """
 
     columns: tuple[list[str], ...]
     labels: np.ndarray
+    where: str = ""
+    rows: np.ndarray | None = None
+
+    def place(self, index: int) -> str:
+        """Where a row comes from, for messages."""
+        return f"{self.where}: row {index + 1 if self.rows is None else self.rows[index]}"
+
+    def take(self, indices: np.ndarray) -> Examples:
+        """The rows of these indices, int64."""
+        return Examples(
+            tuple([texts[index] for index in indices] for texts in self.columns),
+            self.labels[indices],
+            self.where,
+            indices + 1 if self.rows is None else self.rows[indices],
+        )
 
 
 @dataclass(frozen=True)
@@ -35,6 +94,8 @@ class RawDataset:
         classes: Class names in the order of their numbers; empty for a regression.
         metrics: Names of the metrics.
         max_length: The longest row, in tokens.
+        class_labels: What the rows call the classes, in the same order; empty for a regression.
+        positive: The number of the class that F1 is of, where there are two.
     """
 
     train: Examples
@@ -44,6 +105,8 @@ class RawDataset:
     classes: tuple[str, ...]
     metrics: tuple[str, ...]
     max_length: int
+    class_labels: tuple[str, ...] = ()
+    positive: int = 1
 
     @property
     def outputs(self) -> int:
@@ -109,6 +172,7 @@ class TaskData:
         metrics: Names of the metrics.
         kind: The spec's task.kind.
         padding: The token id that pads batches. The default is for models that ignore all padding.
+        positive: The number of the class that F1 is of, where there are two.
     """
 
     train: TokenizedSplit
@@ -118,6 +182,7 @@ class TaskData:
     metrics: tuple[str, ...]
     kind: str
     padding: int = 0
+    positive: int = 1
 
     def fingerprint(self) -> str:
         """A digest of all token ids, labels and splits (BLAKE2b, 128 bits, hex)."""
@@ -126,6 +191,10 @@ class TaskData:
             for array in (rows.ids, rows.offsets, rows.labels):
                 state.update(np.ascontiguousarray(array).data)
         return state.hexdigest()
+
+    def compute_metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Compute the task's metrics by name; logits and labels of some rows as in `metrics.compute_metrics`."""
+        return compute_metrics(self.metrics, logits, labels, self.positive)
 
     def test_metrics(self, logits: np.ndarray, rows: np.ndarray | None = None) -> dict[str, float]:
         """Compute the task's metrics on `test`.
@@ -141,29 +210,6 @@ class TaskData:
         metrics = {}
         for subset, (start, end) in self.subsets.items():
             inside = rows[(rows >= start) & (rows < end)]
-            for name, value in compute_metrics(self.metrics, logits[inside], self.test.labels[inside]).items():
+            for name, value in self.compute_metrics(logits[inside], self.test.labels[inside]).items():
                 metrics[f"{subset} {name}".strip()] = value
         return metrics
-
-
-@dataclass(frozen=True)
-class RawTask:
-    """A task as read from its source: a RawDataset before `validation` is split off and the spec's settings apply.
-
-    Attributes:
-        train: Rows of `train`, with those of `validation` where it has no file of its own.
-        test: Rows of `test`.
-        subsets: As in RawDataset.
-        classes: As in RawDataset.
-        metrics: The task's default metrics.
-        max_length: The task's default limit, in tokens.
-        validation: Rows of the user's own `validation` file; None if there is none.
-    """
-
-    train: Examples
-    test: Examples
-    subsets: dict[str, tuple[int, int]]
-    classes: tuple[str, ...]
-    metrics: tuple[str, ...]
-    max_length: int
-    validation: Examples | None = None

@@ -45,11 +45,12 @@ class SearchSetup:
     context: WorkerContext
 
 
-def prepare(spec: Spec) -> SearchSetup:
+def prepare(spec: Spec, *, test_only: bool = False) -> SearchSetup:
     """Read the data and the model's configuration. Weights are read later, when they are needed.
 
     Args:
         spec: The spec.
+        test_only: Read `test` alone, and leave the other splits without rows: enough to evaluate, not to search.
 
     Raises:
         UserError: Model or data cannot be read, they do not fit each other, or the masks cannot be made.
@@ -57,7 +58,7 @@ def prepare(spec: Spec) -> SearchSetup:
     recipe = resolve(spec)
     require_own_functions(recipe)
     config, tokenizer = read_config(spec.model)
-    dataset = load_dataset(spec, config)
+    dataset = load_dataset(spec, config, test_only=test_only)
     model_info = inspect_model(
         spec.model, config, tokenizer, dataset.classes, dataset.kind, gradient_checkpointing=spec.gradient_checkpointing
     )

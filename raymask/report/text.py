@@ -19,6 +19,11 @@ def blocks(kind: str) -> str:
     return "decoder" if kind == "causal-lm" else "encoder"
 
 
+def metric_label(name: str, classes: Sequence[str], positive: int) -> str:
+    """A metric's name; for the F1 of two classes also the class that it is of, by its number `positive`."""
+    return f"f1 of {classes[positive]!r}" if name == "f1" and len(classes) == 2 else name
+
+
 def duration(seconds: float) -> str:
     """Seconds as hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)

@@ -26,7 +26,7 @@ from raymask.core.seeds import derive
 from raymask.core.spec import EarlyEval, Score
 from raymask.core.tasks import Checkpoint, EvalTask, FinetuneTask, Snapshot
 from raymask.core.tensors import PackedTensors, copy_into, pack
-from raymask.data.metrics import compute_metrics, selection_metric
+from raymask.data.metrics import selection_metric
 from raymask.data.types import TokenizedSplit
 from raymask.train import fsdp, optim, trainer
 from raymask.train.calibration import CALIBRATION_ROWS, calibrate
@@ -515,7 +515,7 @@ class Worker:
         predictions, metric, agreement = group_trainer.predict(rows), 0.0, None
         losses = self.task_loss.losses(predictions, torch.from_numpy(rows.labels))
         if torch.isfinite(predictions).all():
-            metric = selection_metric(compute_metrics(self.context.data.metrics, predictions.numpy(), rows.labels))
+            metric = selection_metric(self.context.data.compute_metrics(predictions.numpy(), rows.labels))
             if dense_predictions is not None and self.task_loss.agreement:
                 agreement = self.task_loss.agreement(predictions, dense_predictions)
         loss = float(losses.double().mean())

@@ -421,4 +421,4 @@ def show_best(console: Console, best: Trial, source: Path, overrides: Sequence[s
     settings = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in best.choices.items())]
     command = shlex.join(["raymask", "search", str(source), *(word for item in settings for word in ("--set", item))])
     say(console, f"Best: {format_choices(best.choices)}. Its sparse model is in {best.run}/{EXPORT}.")
-    say(console, f"\nNext: raymask show {best.run}\n      {command}")
+    say(console, f"\nNext: raymask show {shlex.quote(best.run)}\n      {command}")

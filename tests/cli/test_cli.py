@@ -138,6 +138,15 @@ def test_check_says_what_will_be_pruned_and_what_it_costs(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_comes_next_can_be_pasted_into_a_shell_whatever_the_run_is_called(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "mein Lauf é"
+    run.symlink_to(finished)
+    done = typed("search", finished / "spec.yaml", "--run", run, "--in-process")
+    assert done.returncode == 0, done.stderr
+    [command] = [line for line in done.stdout.splitlines() if "raymask bench" in line]
+    assert shlex.split(command.partition(": ")[0]) == ["raymask", "bench", str(run)]
+
+
 def test_check_says_how_rungs_and_a_beam_are_peopled(spec: Path) -> None:
     done = typed("check", spec, *TREE, "--set", "candidates.count=8")
     assert done.returncode == 0, done.stderr

@@ -290,9 +290,9 @@ def test_an_unknown_key_inside_a_long_form_is_answered_alike():
         ("precision: fp8", "precision", "'auto', 'fp32' or 'bf16'", "'fp8'"),
         ("dense: {data_parallel: 6}", "dense.data_parallel", "must be 1, 2, 4, 8 or a higher power of two, not 6", "6"),
         ("finetune: {data_parallel: 0}", "finetune.data_parallel", "greater than or equal to 1", "0"),
-        ("workers: 4", "workers", "valid dictionary", "4"),
-        ("levels: high", "levels", "valid dictionary", "'high'"),
-        ("levels: true", "levels", "valid dictionary", "True"),
+        ("workers: 4", "workers", "has keys of its own, count, cpus", "4"),
+        ("levels: high", "levels", "a list of shares is wanted", "'high'"),
+        ("levels: true", "levels", "a list of shares is wanted", "True"),
         ("levels: 1", "levels.sparsities.0", "less than 1", "1"),
         ("levels: [0.5, high]", "levels.sparsities.1", "valid number", "'high'"),
     ],
@@ -491,6 +491,40 @@ def test_three_columns_of_text_are_too_many():
 def test_metrics_must_suit_the_kind_of_task(keys, message):
     text = f"model: m\ntask: {{train: a, test: b, text: s, {keys}}}"
     assert refusal(text) == f"job.yaml: task: {message}"
+
+
+@pytest.mark.parametrize(("line", "positive"), [("yes please", "yes please"), ("1", "1"), ("'01'", "01"), ("-1", "-1")])
+def test_the_positive_class_is_a_text_or_a_whole_number(line, positive):
+    assert parse_spec(f"model: m\ntask: {{train: a, test: b, text: s, positive: {line}}}").task.positive == positive
+
+
+@pytest.mark.parametrize("value", ["yes", "no", "true", "1.10"])
+def test_a_positive_class_that_yaml_reads_otherwise_is_refused(value):
+    message = refusal(f"model: m\ntask: {{train: a, test: b, text: s, positive: {value}}}")
+    assert message.startswith(
+        "job.yaml: task.positive: put the class in quotes: YAML reads yes and no as true and false"
+    )
+
+
+@pytest.mark.parametrize("keys", ["name: glue/mrpc", "train: a, test: b, text: s, kind: regression"])
+def test_a_positive_class_goes_with_classes_of_own_files(keys):
+    message = refusal(f"model: m\ntask: {{{keys}, positive: a}}")
+    assert message == "job.yaml: task: positive goes with a classification of your own files: take it out"
+
+
+def test_blanks_are_part_of_a_column_s_name():
+    task = parse_spec("model: m\ntask: {train: a, test: b, text: ' text', label: 'the label '}").task
+    assert (task.text, task.label) == ((" text",), "the label ")
+
+
+@pytest.mark.parametrize("value", ["50%", "0,5"])
+def test_levels_that_are_no_list_are_answered_with_one(value):
+    message = refusal(TWO_LINES, f"levels={value}")
+    assert message == f"job.yaml: levels: a list of shares is wanted, such as [0.5, 0.9] (it is '{value}')"
+
+
+def test_a_section_that_is_no_mapping_is_answered_with_its_keys():
+    assert with_line("mask: 4x4") == ("job.yaml: mask: has keys of its own, allocation, pattern, score (it is '4x4')")
 
 
 @pytest.mark.parametrize(

@@ -63,14 +63,14 @@ def test_numbers_of_a_csv_file_are_texts(tmp_path):
 
 def test_a_text_file_is_one_document(tmp_path):
     text = "one\n\ntwo, naïve 漢字 🙂\n"
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "a.txt").write_text(text.replace("\n", "\r\n"), encoding="utf-8-sig", newline="")
     write_table(tmp_path / "b.jsonl", {"text": TEXTS})
     found = load_documents(task_of(train=str(tmp_path / "a.txt"), test=str(tmp_path / "b.jsonl")), 0)
     assert (found.train, found.test) == ([text], TEXTS)
 
 
 def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "bytes.txt").write_bytes(b"one\ncaf\xe9\n")
     (tmp_path / "book.pdf").write_bytes(b"%PDF")
     write_table(tmp_path / "other.csv", {"body": ["a"]})
     write_table(tmp_path / "numbers.parquet", {"text": [1.5]})
@@ -79,13 +79,17 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
         return refused(load_documents, task_of(train=str(tmp_path / name), test="none.txt"), 0)
 
     assert said("none.txt") == f"{tmp_path / 'none.txt'}: there is no such file"
-    assert said("bytes.txt").startswith(f"{tmp_path / 'bytes.txt'}: cannot be read as text: 'utf-8' codec")
-    assert said("book.pdf") == (
-        f"{tmp_path / 'book.pdf'}: the ending must be one of .txt, .csv, .jsonl, .json, .parquet"
+    assert said("bytes.txt") == (
+        f"{tmp_path / 'bytes.txt'}: line 2 is not UTF-8: convert the file, for instance with iconv -f WINDOWS-1252 -t "
+        "UTF-8"
     )
-    assert said("other.csv") == f"{tmp_path / 'other.csv'}: has no column 'text'; its columns are body"
+    assert said("book.pdf") == (
+        f"{tmp_path / 'book.pdf'}: the ending must be one of .csv, .tsv, .jsonl, .json, .parquet; .txt goes with a "
+        "causal-lm only"
+    )
+    assert said("other.csv") == f"{tmp_path / 'other.csv'}: has no column 'text'; its columns are 'body'"
     assert said("numbers.parquet") == (
-        f"{tmp_path / 'numbers.parquet'}: text holds double, not text; task.text names the columns to read"
+        f"{tmp_path / 'numbers.parquet'}: row 1: 'text' is 1.5, not text; task.text names the columns to read"
     )
 
 
@@ -112,6 +116,12 @@ def test_a_dataset_of_the_hub_is_read_by_its_splits(monkeypatch, name, asked):
     assert (read.train, read.test) == (TEXTS, ["a"])
 
 
+def test_of_a_dataset_the_split_for_the_test_can_be_read_alone(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *given: hub_of(validation=["a", "b"]))
+    read = load_documents(Task(kind="causal-lm", name=WIKITEXT), 0, test_only=True)
+    assert (read.train, read.validation, read.test) == (None, None, ["a", "b"])
+
+
 def test_a_dataset_without_a_split_is_refused_with_those_it_has(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *given: hub_of(train=["a"], test=["b"]))
     assert refused(load_documents, Task(kind="causal-lm", name=WIKITEXT), 0) == (
@@ -124,7 +134,7 @@ def test_a_dataset_without_texts_is_refused(monkeypatch):
     found = DatasetDict({split: Dataset.from_dict({"content": ["a"]}) for split in ("train", "validation")})
     monkeypatch.setattr("datasets.load_dataset", lambda *given: found)
     said = refused(load_documents, Task(kind="causal-lm", name=WIKITEXT), 0)
-    assert said == f"{WIKITEXT} train: has no column 'text'; its columns are content"
+    assert said == f"{WIKITEXT} train: has no column 'text'; its columns are 'content'"
 
 
 def test_an_unreachable_hub_is_answered_with_the_way_around_it():

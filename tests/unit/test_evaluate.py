@@ -198,10 +198,14 @@ def test_a_model_of_another_task_is_refused_though_its_weights_could_be_spread_o
     assert result_of(run).kind == "regression"
     export_run(run, "sparse", tmp_path / "sparse")
     said = refused(measured, tmp_path / "sparse", "quickstart")
-    assert "was made for another task: its classifier.weight has shape (1, 16), this one needs (2, 16)" in said
-    said = refused(measured, run / "export", "quickstart")
-    assert "has shape (1,), this task needs (2,). Its head was made for other classes" in said
+    assert (
+        "the task has 2 classes ('negative', 'positive'), and its config.json has 'LABEL_0': its head was made" in said
+    )
     export_run(finished, "sparse", tmp_path / "out")
+    said = refused(measured, tmp_path / "out", run / "spec.yaml")
+    assert "was made for another task: its classifier.weight has shape (2, 32), this one needs (1, 32)" in said
+    said = refused(measured, finished / "export", run / "spec.yaml")
+    assert "has shape (2,), this task needs (1,). Its head was made for other classes" in said
     task = ["task.kind=causal-lm", f"task.train={run.parent}/train.csv", f"task.test={run.parent}/train.csv"]
     (tmp_path / "lm.yaml").write_text("model: m\ntask: {kind: causal-lm, train: a.txt, test: a.txt}\n")
     said = refused(measured, tmp_path / "out", tmp_path / "lm.yaml", *task)
