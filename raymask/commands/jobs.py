@@ -286,7 +286,7 @@ def fetch(console: Console, job: str, folder: Path, address: str | None) -> None
             f"{job}: this machine finds no run at {run}{where}. Copy it from there, or submit with --run on storage "
             "that both can read"
         )
-    target = LocalStorage(folder)
+    target = LocalStorage(folder, "DIR")
     for name in names:
         with store.storage.reading(name) as source, target.writing(name) as path:
             shutil.copy(source, path)
@@ -333,6 +333,7 @@ def job_client(address: str | None) -> Iterator[Any]:
     from raymask.executor.connection import CONNECT_TIMEOUT_S, auth_mode, reread_environment, set_environment
 
     url = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD
+    source = f"--address {url}" if address or url == DASHBOARD else f"$RAY_API_SERVER_ADDRESS is {url}"
     with set_environment(RAY_AUTH_MODE=auth_mode()):
         reread_environment()
         from aiohttp import ClientError
@@ -341,18 +342,26 @@ def job_client(address: str | None) -> Iterator[Any]:
 
         logging.disable(logging.INFO)  # Ray logs every upload and connection
         try:
-            socket.create_connection(host_and_port(url), CONNECT_TIMEOUT_S).close()
+            socket.create_connection(host_and_port(url, source), CONNECT_TIMEOUT_S).close()
             yield JobSubmissionClient(url)
         except BrokenPipeError:  # the reader of our own output has closed it
             raise
         except (OSError, RuntimeError, ClientError, AuthenticationError) as error:
-            raise UserError(f"--address {url}: {advice(error)}") from None
+            raise UserError(f"{source}: {advice(error)}") from None
         finally:
             logging.disable(logging.NOTSET)
 
 
-def host_and_port(address: str) -> tuple[str, int]:
-    """Host and port of a URL; without a port 80 or 443. Raises UserError when it is not an HTTP URL."""
+def host_and_port(address: str, source: str) -> tuple[str, int]:
+    """Host and port of a URL; without a port 80 or 443.
+
+    Args:
+        address: The URL.
+        source: The option or variable that gives it, for the message.
+
+    Raises:
+        UserError: It is not an HTTP URL.
+    """
     try:
         parts = urlsplit(address)
         port = {"http": parts.port or 80, "https": parts.port or 443}[parts.scheme]
@@ -360,7 +369,7 @@ def host_and_port(address: str) -> tuple[str, int]:
             raise ValueError(address)
         return parts.hostname, port
     except (ValueError, KeyError):
-        raise UserError(f"--address {address}: the jobs server's address looks like {DASHBOARD}") from None
+        raise UserError(f"{source}: the jobs server's address looks like {DASHBOARD}") from None
 
 
 def advice(error: BaseException) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from raymask.core import seeds
+from raymask.core.errors import TRACEBACK_NOTE, UserError, describe
 from raymask.core.lineage import DENSE, IMP, SEARCH, branch, branches
 from raymask.core.protocols import Callback, Evaluate, FineTune
 from raymask.core.recipe import (
@@ -53,22 +55,43 @@ def search(
         UserError: Anything that the user can fix; raised before any training where it can be known.
     """
     require_distinct_splits(spec.task)
-    store = RunDir(run, callback.on_message)
+    store = RunDir(run, callback.on_message, "--run")
     check_run(store, spec)
+    setup = prepare(spec)
     result = store.read_result()
-    if result and store.has_export():
+    if result and store.has_export() and store.has_level(DENSE, 0):
+        require_same_data(setup, store)
         callback.on_message("was finished before: nothing is done again")
         return result
-    setup = prepare(spec)
     with (
         open_executor(setup.context, callback, address, in_process) as (evaluate, fine_tune, callback),
         open_run(store, spec),
     ):
         store.record_start(threads=spec.workers.threads, address=address, in_process=in_process)
         started = time.monotonic()
-        with report_updates(callback, store) as callback:
+        with report_updates(callback, store) as callback, record_errors(store):
             run_levels(setup, store, evaluate, fine_tune, callback)
             return build_result(setup, store, time.monotonic() - started)
+
+
+@contextmanager
+def record_errors(store: RunDir) -> Iterator[None]:
+    """Write the error that ends the block into the run directory; of an unexpected one also the traceback.
+
+    Args:
+        store: The run directory.
+    """
+    try:
+        yield
+    except Exception as error:
+        with suppress(UserError):  # the error may be that nothing can be written
+            if isinstance(error, UserError):
+                store.record_error(str(error))
+            else:
+                note = TRACEBACK_NOTE + store.write_traceback("".join(traceback.format_exception(error)))
+                error.add_note(note)
+                store.record_error(f"{describe(error)}. {note}")
+        raise
 
 
 @contextmanager

@@ -102,7 +102,7 @@ class ReportCallback:
 def report_updates(callback: Callback, store: RunDir) -> Iterator[Callback]:
     """Keep a run's report up to date while the block runs.
 
-    When the block ends with an exception, the report says that the search is stopped.
+    When the block ends with an exception, the report says that the search failed, or is stopped (Ctrl-C, SIGTERM).
 
     Args:
         callback: The Callback that gets every event first.
@@ -115,8 +115,8 @@ def report_updates(callback: Callback, store: RunDir) -> Iterator[Callback]:
     reporter.write()
     try:
         yield reporter
-    except BaseException:
-        write_report(store, "stopped")
+    except BaseException as error:
+        write_report(store, "failed" if isinstance(error, Exception) else "stopped")
         raise
 
 

@@ -1,6 +1,7 @@
 """Layout of a run directory, and its reading and writing.
 
-    <run>/spec.yaml env.json lock     the spec; versions per start; locked while a driver runs
+    <run>/spec.yaml env.json lock     the spec; versions per start, and its error; locked while a driver runs
+          traceback.txt               of the last unexpected error
           dense/                      the fine-tuned dense model, laid out like a level
           level-N/evaluations.jsonl   the journal: one line per evaluation, appended as it arrives
                   mask.safetensors model.safetensors optimizer.safetensors test.safetensors
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 from collections.abc import Iterator, Mapping
@@ -45,11 +45,14 @@ from raymask.core.records import EvalKey, Evaluation, LevelRecord, Record, Resul
 from raymask.core.spec import Spec
 from raymask.core.tasks import Checkpoint
 from raymask.core.tensors import PackedTensors, pack
+from raymask.machine import usable_cpus
 from raymask.runs.open import open_storage
 from raymask.runs.storage import MessageFn, Storage
 from raymask.version import __version__
 
 SPEC, ENV, RESULT, EXPORT = "spec.yaml", "env.json", "result.json", "export"
+
+TRACEBACK = "traceback.txt"
 
 REPORT_HTML, REPORT_JSON, TABLE = "report.html", "report.json", "results.parquet"
 
@@ -79,18 +82,19 @@ class RunDir:
         storage: The local folder or object store.
     """
 
-    def __init__(self, location: str | Path, note: MessageFn = lambda text: None) -> None:
+    def __init__(self, location: str | Path, note: MessageFn = lambda text: None, option: str = "") -> None:
         """Open a run directory, which need not exist.
 
         Args:
             location: Path or URI.
             note: Receives messages about outages.
+            option: The command's option that chooses another run directory, for messages; empty if it has none.
 
         Raises:
             UserError: There is no such storage.
         """
         self.note = note
-        self.storage: Storage = open_storage(location, note)
+        self.storage: Storage = open_storage(location, note, option)
 
     @property
     def uri(self) -> str:
@@ -292,10 +296,20 @@ class RunDir:
         versions = {"python": platform.python_version(), "raymask": __version__}
         start = {
             "versions": versions | {name: package_version(name) for name in packages},
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+            "machine": f"{platform.system()} {platform.machine()}, {usable_cpus()} CPUs",
             **facts,
         }
         self.write_text(ENV, json.dumps([*self.starts(), start], indent=1))
+
+    def record_error(self, error: str) -> None:
+        """Add the error that ended the last start to env.json."""
+        *earlier, last = self.starts()
+        self.write_text(ENV, json.dumps([*earlier, last | {"error": error}], indent=1))
+
+    def write_traceback(self, text: str) -> str:
+        """Write the traceback of the error that ended the last start, and return the file's location."""
+        self.write_text(TRACEBACK, text)
+        return self.storage.at(TRACEBACK)
 
     def write_result(self, result: Result) -> None:
         """Write the result. Its existence means that the search is done."""
@@ -314,7 +328,7 @@ class RunDir:
         except ValueError:
             self.require_format()
             raise UserError(
-                f"{self.storage.at(RESULT)}: is damaged. Delete it, and the same command writes it again"
+                f"{self.storage.at(RESULT)}: is damaged. Delete it, and `raymask search` writes it again"
             ) from None
 
     def has_export(self) -> bool:
@@ -338,9 +352,10 @@ class RunDir:
             return
         number = int(line[1]) if line else 1  # the first format had no number
         if number != FORMAT:
+            other = f", or choose another directory with {self.storage.option}" if self.storage.option else ""
             raise UserError(
                 f"{self.storage.at()}: has run directory format {number}, and this raymask reads format {FORMAT}. "
-                "Choose another directory with --run, or use the version of raymask that wrote it (see env.json)"
+                f"Use the version of raymask that wrote it (see env.json){other}"
             )
 
     def read_spec(self) -> Spec:

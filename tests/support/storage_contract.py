@@ -26,7 +26,7 @@ from raymask.runs.run_dir import MODEL, RunDir, open_run
 from raymask.runs.storage import Storage
 
 HOLDS = ("lock", "claims", "beats")  # what a driver holds a place by
-GO_ON = "Fix this and the same command goes on from here, or choose another location with"
+GO_ON = "Fix this and run the same command again"
 QUICKSTART = {"model": "quickstart", "task": "quickstart"}
 
 

@@ -131,6 +131,12 @@ def test_an_address_that_is_none_is_said(address: str) -> None:
     assert said == f"--address {address}: the jobs server's address looks like http://127.0.0.1:8265"
 
 
+def test_an_address_in_the_environment_is_said_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "auto")
+    said = refused(jobs.show_jobs, Console(file=io.StringIO()), None)
+    assert said == "$RAY_API_SERVER_ADDRESS is auto: the jobs server's address looks like http://127.0.0.1:8265"
+
+
 def test_an_address_where_nothing_answers_is_said_at_once() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
