@@ -127,7 +127,7 @@ def init_private_ray(folder: str, available: Resources, preloaded_modules: list[
             _system_config={"preload_python_modules": preloaded_modules},
         )
     except Exception as error:  # noqa: BLE001 - Ray raises errors of all types, even Exception itself
-        raise start_error(Path(folder).parent, first_line(error)) from None
+        raise start_error(Path(folder).parent, first_line(error).rstrip(".")) from None
 
 
 def make_session_folder(root: Path) -> str:
@@ -171,7 +171,7 @@ def connect_to_cluster(address: str) -> None:
         UserError: The address is of another kind, or no cluster answers.
     """
     by_variable = address == "auto" and bool(os.environ.get("RAY_ADDRESS"))
-    source = f"--address auto: $RAY_ADDRESS is {os.environ['RAY_ADDRESS']}" if by_variable else f"--address {address}"
+    source = f"--address {address}" + (f" ($RAY_ADDRESS={os.environ['RAY_ADDRESS']})" if by_variable else "")
     try:
         resolved = get_ray_address_from_environment(address, None) if address == "auto" else address
         require_gcs_address(resolved, source)

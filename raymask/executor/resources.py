@@ -20,7 +20,7 @@ Resources = Mapping[str, float]
 """Amounts by Ray's resource names: CPU, GPU, memory (bytes)."""
 
 WORKER_MEMORY_SHARE = 0.7  # share of a private Ray's memory that is for workers; Ray's object store takes the rest
-MIN_PRIVATE_MEMORY = 250 * 2**20  # bytes; with less Ray refuses to start its object store
+MIN_PRIVATE_MEMORY = 2**29  # bytes; with less Ray, once its own processes run, refuses to start its object store
 
 
 def private_resources() -> Resources:

@@ -98,7 +98,7 @@ def test_an_address_of_another_kind_is_explained_wherever_it_is_given(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert refused(start, address) == f"--address {address}: {rest}"
     monkeypatch.setenv("RAY_ADDRESS", address)
-    assert refused(start, "auto") == f"--address auto: $RAY_ADDRESS is {address}: {rest}"
+    assert refused(start, "auto") == f"--address auto ($RAY_ADDRESS={address}): {rest}"
     monkeypatch.setattr(connection, "CONNECT_TIMEOUT_S", 0.001)
     assert refused(start, "127.0.0.1:9").startswith("--address 127.0.0.1:9: no Ray cluster answers there (")
 

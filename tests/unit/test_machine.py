@@ -96,7 +96,7 @@ def test_memory_is_what_every_group_around_the_process_leaves(
 def test_too_little_memory_for_ray_is_said_with_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "available_memory", lambda: 173 * MIB)
     said = refused(resources.private_resources)
-    assert said.startswith("this machine, or this process's share of it, has 173 MiB of memory left, and Ray needs 250")
+    assert said.startswith("this machine, or this process's share of it, has 173 MiB of memory left, and Ray needs 512")
     assert said.endswith("`raymask search --in-process`)")
     monkeypatch.setattr(resources, "available_memory", lambda: 1000 * MIB)
     assert resources.private_resources()["memory"] == 700 * MIB
