@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,6 +37,7 @@ from raymask.report.text import duration
 from raymask.runs.local_storage import LocalStorage
 from raymask.runs.open import require_no_secret
 from raymask.runs.run_dir import RunDir
+from raymask.runs.storage import temporary
 
 DASHBOARD = "http://127.0.0.1:8265"  # the default address of the jobs server
 MAX_PACKAGE_BYTES = 100 * 2**20  # bytes: the largest working directory that Ray's dashboard takes
@@ -76,13 +76,13 @@ def submit(
     if running:
         raise UserError(f"--run {run}: job {running.submission_id} is working in it; wait for it, or stop it first")
     check(console, spec)
-    with TemporaryDirectory(prefix="raymask-") as folder:
-        build_working_dir(spec, Path(folder))
+    with temporary() as folder:
+        build_working_dir(spec, folder)
         with job_client(address) as client:
             job = client.submit_job(
                 submission_id=f"raymask-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}-{uuid.uuid4().hex[:8]}",
                 entrypoint=f"exec python -m raymask search spec.yaml --address auto --run {shlex.quote(run)}",
-                runtime_env={"working_dir": folder},
+                runtime_env={"working_dir": str(folder)},
                 metadata={"raymask": version.__version__, "spec": name, "run": run},
             )
     say(console, f"{job}: submitted; its run directory is {run}")
@@ -212,7 +212,8 @@ def show_status(console: Console, job: str, address: str | None) -> None:
     if info.status.value not in ENDED and not lines:
         say(console, str(info.message or ""))
     if info.status.value in ("FAILED", "STOPPED"):
-        say(console, f"To continue, submit the same spec with --run {info.metadata['run']}")
+        aim = "continue" if info.status.value == "STOPPED" else "try again"
+        say(console, f"To {aim}, submit the same spec with --run {info.metadata['run']}")
 
 
 def show_logs(console: Console, job: str, address: str | None, follow: bool) -> int:

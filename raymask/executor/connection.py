@@ -142,7 +142,7 @@ def make_session_folder(root: Path) -> str:
     try:
         free = shutil.disk_usage(root).free
         if free < MIN_DISK_BYTES:
-            raise start_error(root, f"{root} has {free / 2**20:.0f} MiB free, and it needs {MIN_DISK_BYTES >> 20} MiB")
+            raise start_error(root, f"{root} has {free / 2**20:.0f} MiB free, and Ray needs {MIN_DISK_BYTES >> 20} MiB")
         return tempfile.mkdtemp(prefix=f"{SESSION_PREFIX}{os.getpid()}-", dir=root)
     except OSError as error:
         raise start_error(root, f"no folder can be made in {root}: {error.strerror}") from None

@@ -113,12 +113,18 @@ def say_on_stderr(message: str) -> None:
 def where_traceback(error: Exception) -> str:
     """Where an unexpected error's traceback is, as a sentence: in the run directory, or now in a temporary file.
 
+    Where no file can be written, it is the traceback itself.
+
     Args:
         error: The error; a search has noted where its traceback is.
     """
     notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(TRACEBACK_NOTE)]
     if notes:
         return str(notes[0])
-    with tempfile.NamedTemporaryFile("w", prefix="raymask-traceback-", suffix=".txt", delete=False) as file:
-        file.writelines(traceback.format_exception(error))
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="raymask-traceback-", suffix=".txt", delete=False) as file:
+            file.write(text)
+    except OSError:
+        return text
     return f"{TRACEBACK_NOTE}{file.name}"

@@ -303,8 +303,10 @@ class RunDir:
 
     def record_error(self, error: str) -> None:
         """Add the error that ended the last start to env.json."""
-        *earlier, last = self.starts()
-        self.write_text(ENV, json.dumps([*earlier, last | {"error": error}], indent=1))
+        starts = self.starts()
+        if starts:  # none when the file was deleted during the search
+            starts[-1]["error"] = error
+            self.write_text(ENV, json.dumps(starts, indent=1))
 
     def write_traceback(self, text: str) -> str:
         """Write the traceback of the error that ended the last start, and return the file's location."""

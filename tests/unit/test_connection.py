@@ -73,7 +73,7 @@ def test_a_folder_that_cannot_be_made_is_said(
     assert f"no folder can be made in {tmp_path}/nowhere: No such file or directory. Its sockets" in refused(start)
     monkeypatch.setenv("RAYMASK_RAY_DIR", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda root: SimpleNamespace(free=3 * 2**20))
-    assert f"{tmp_path} has 3 MiB free, and it needs 64 MiB. Its sockets" in refused(start)
+    assert f"{tmp_path} has 3 MiB free, and Ray needs 64 MiB. Its sockets" in refused(start)
     assert "_temp_dir" not in init
 
 

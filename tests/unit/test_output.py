@@ -82,3 +82,5 @@ def test_an_unexpected_error_s_traceback_is_where_it_was_noted_or_in_a_new_file(
     raised.value.add_note(f"{TRACEBACK_NOTE}run/traceback.txt")
     assert where_traceback(raised.value) == "The traceback is in run/traceback.txt"
     assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    assert where_traceback(ZeroDivisionError("no")) == "ZeroDivisionError: no\n"

@@ -210,5 +210,5 @@ def test_the_status_of_a_job_says_from_its_log_how_far_it_is_until_it_has_ended(
     job.status.value = "FAILED"
     said = status()
     assert said[0] == "raymask-x: FAILED"
-    assert said[-1] == "To continue, submit the same spec with --run /runs/x"
+    assert said[-1] == "To try again, submit the same spec with --run /runs/x"
     assert not any(line.startswith("level 1/4") for line in said)
