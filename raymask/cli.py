@@ -455,6 +455,7 @@ def begin_interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def end_at_once(number: int, frame: FrameType | None) -> NoReturn:
     """End this process; Ray's processes end with it."""
+    make_console(required=False).show_cursor()  # progress bars hide it
     say_on_stderr(STOPPED)
     os._exit(INTERRUPTED)
 

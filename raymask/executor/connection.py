@@ -179,10 +179,7 @@ def connect_to_cluster(address: str) -> None:
         host, port = gcs_address.rsplit(":", 1)
         # Ray itself tries for 14 minutes.
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-        with (
-            quiet_ray_init(),
-            set_environment(RAY_ADDRESS=""),
-        ):  # which Ray would prefer to the address that it is given
+        with quiet_ray_init(), set_environment(RAY_ADDRESS=""):  # it would override the address
             ray.init(gcs_address, log_to_driver=False, logging_level="ERROR")
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise UserError(

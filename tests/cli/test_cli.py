@@ -15,11 +15,14 @@ import torch
 import typer
 from support.cli import raymask, refused_command, run_main, typed, write_search
 from support.fake_ray import FakeRay
+from support.fakes import Fakes, setup_of
 from support.paths import RAYMASK
 
 from raymask.cli import app
 from raymask.core import stats
+from raymask.driver.result import build_result
 from raymask.executor import ray_executor
+from raymask.runs.run_dir import RunDir, open_run
 from raymask.version import __version__
 
 TREE = ["--set", "early_eval.rungs=[0.5, 1.0]", "--set", "select={keep: 2, beam: true}"]
@@ -78,9 +81,16 @@ def test_output_that_is_lost_is_one_line_at_most(redirection: str, code: int, sa
     assert (done.returncode, done.stderr) == (code, said)
 
 
-def test_a_search_ends_well_though_its_output_is_lost(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_ends_well_though_its_output_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stats, "RESAMPLES", 50)
+    search_setup = setup_of()
+    with open_run(RunDir(tmp_path), search_setup.recipe.spec) as store:
+        Fakes(search_setup).run(store)
+        build_result(search_setup, store, 1.0)
     with open("/dev/full", "w") as full, patch.object(sys, "stdout", full), pytest.raises(SystemExit) as end:
-        run_main("search", finished / "spec.yaml", "--run", finished, "--in-process")
+        run_main("search", tmp_path / "spec.yaml", "--run", tmp_path)
     assert not end.value.code
     lost = "raymask: standard output: cannot be written: No space left on device; going on without it\n"
     assert capsys.readouterr().err == lost
