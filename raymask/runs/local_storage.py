@@ -55,18 +55,18 @@ class LocalStorage:
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name."""
-        with translate_os_errors(self.at(name), "read", ""):
+        with translate_os_errors(self.at(name), "read", self.option):
             return (self.path / name).is_file()
 
     def read(self, name: str) -> bytes:
         """Read a file; see `Storage.read`."""
-        with translate_os_errors(self.at(name), "read", ""):
+        with translate_os_errors(self.at(name), "read", self.option):
             return (self.path / name).read_bytes()
 
     @contextmanager
     def reading(self, name: str) -> Iterator[Path]:
         """The file itself."""
-        with translate_os_errors(self.at(name), "read", ""):
+        with translate_os_errors(self.at(name), "read", self.option):
             yield self.path / name
 
     @contextmanager
@@ -124,7 +124,7 @@ class LocalStorage:
         """Whether a live driver holds the lock."""
         if not self.has(LOCK):
             return False
-        with translate_os_errors(self.at(LOCK), "read", ""), (self.path / LOCK).open() as lock:
+        with translate_os_errors(self.at(LOCK), "read", self.option), (self.path / LOCK).open() as lock:
             return not self.try_flock(lock, fcntl.LOCK_SH)  # NFS gives no exclusive lock on a file opened for reading
 
     @contextmanager
