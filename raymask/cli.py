@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from raymask.core.errors import UserError
+from raymask.core.errors import UserError, describe
+from raymask.report.output import StandardOutput, say_on_stderr, standard_output, where_traceback
+from raymask.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,9 +29,7 @@ if TYPE_CHECKING:
     from raymask.core.spec import Spec
 
 app = typer.Typer(
-    help="Find the best sparse version of a Transformer: randomized mask search on Ray.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -43,6 +46,13 @@ Address = Annotated[
     str | None, typer.Option(help="A Ray cluster: auto, HOST or HOST:PORT. Default: a private Ray on this machine.")
 ]
 InProcess = Annotated[bool, typer.Option("--in-process", help="Use one worker in this process, without Ray.")]
+RayDir = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Where a private Ray keeps its temporary files: a short path. Default: $RAYMASK_RAY_DIR, or /tmp.",
+    ),
+]
 JobsAddress = Annotated[
     str | None,
     typer.Option(
@@ -72,7 +82,29 @@ class Values(StrEnum):
     fp16 = "fp16"
 
 
+INTERRUPTED = 130  # exit code after Ctrl-C
+STOPPED = "stopped. Run the same command again to continue"
+
 Job = Annotated[str, typer.Argument(metavar="ID", help="A job's id, as `raymask jobs` lists it.")]
+
+
+def print_versions(is_given: bool) -> None:
+    """Print the versions of raymask and of what it builds on, and end."""
+    if is_given:
+        print(f"raymask {__version__}")
+        for package, name in (("ray", "Ray"), ("torch", "torch"), ("transformers", "transformers")):
+            print(f"{name} {version(package)}")
+        print(f"Python {platform.python_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def raymask(
+    _: Annotated[
+        bool, typer.Option("--version", callback=print_versions, is_eager=True, help="Print versions and exit.")
+    ] = False,
+) -> None:
+    """Find the best sparse version of a Transformer: randomized mask search on Ray."""
 
 
 @app.command(epilog="Example: raymask search spec.yaml --set candidates.count=16 --run runs/many")
@@ -82,6 +114,7 @@ def search(
     run: RunPlace = None,
     address: Address = None,
     in_process: InProcess = False,
+    ray_dir: RayDir = None,
 ) -> None:
     """Prune a model: search, fine-tune, export. Run the same command again to continue.
 
@@ -89,8 +122,8 @@ def search(
     """
     search_spec, name = read(spec, overrides)
     folder = run or f"runs/{name}"
-    console = make_console()
-    result = run_with_progress(console, search_spec, folder, address, in_process)
+    console = make_console(required=False)
+    result = run_with_progress(console, search_spec, folder, address, in_process, ray_dir)
     from raymask.report.console import show_result
 
     show_result(console, result)
@@ -112,20 +145,24 @@ def audit(
     run: Annotated[str | None, typer.Option(help="Run directory. Default: runs/<spec's name>-audit.")] = None,
     address: Address = None,
     in_process: InProcess = False,
+    ray_dir: RayDir = None,
 ) -> None:
     """Fine-tune all masks of every level, and show whether early evaluation scores predict the results.
 
     An audit fine-tunes every mask, so use a small spec. Run the same command again to continue.
     """
     user_spec, name = read(spec, overrides)
-    console = make_console()
+    folder = run or f"runs/{name}-audit"
+    console = make_console(required=False)
     from raymask.commands.audit import audit_spec, show_audit
 
-    result = run_with_progress(console, audit_spec(user_spec), run or f"runs/{name}-audit", address, in_process)
+    result = run_with_progress(console, audit_spec(user_spec), folder, address, in_process, ray_dir)
     show_audit(console, result, user_spec)
 
 
-def run_with_progress(console: Console, spec: Spec, folder: str, address: str | None, in_process: bool) -> Result:
+def run_with_progress(
+    console: Console, spec: Spec, folder: str, address: str | None, in_process: bool, ray_dir: str | None
+) -> Result:
     """Run a search with progress on the console.
 
     Args:
@@ -134,6 +171,7 @@ def run_with_progress(console: Console, spec: Spec, folder: str, address: str | 
         folder: The run directory, a path or a URI.
         address: A Ray cluster; None: a private Ray.
         in_process: Use one worker in this process, without Ray.
+        ray_dir: Where a private Ray keeps its temporary files.
 
     Raises:
         UserError: For whatever the user can fix.
@@ -145,6 +183,8 @@ def run_with_progress(console: Console, spec: Spec, folder: str, address: str | 
     from raymask.driver.search import search as run_search
     from raymask.report.console import progress_callback
 
+    if ray_dir is not None:
+        os.environ["RAYMASK_RAY_DIR"] = ray_dir
     with handle_interrupts(), progress_callback(console, spec) as callback:
         return run_search(spec, folder, [callback], address=address, in_process=in_process)
 
@@ -181,7 +221,7 @@ def tune(
     loguniform, randint, choice and grid work too. Each search uses one worker, or workers.count.
     """
     folder = run or f"runs/{spec.stem}-{space.stem}"
-    console = make_console()
+    console = make_console(required=False)
     console.print(f"Folder of the trials: {folder}", highlight=False, markup=False)
     from raymask.tune.command import run_tuning
 
@@ -385,36 +425,79 @@ def read(path: Path | None, overrides: list[str] | None) -> tuple[Spec, str]:
 
 @contextmanager
 def handle_interrupts() -> Iterator[None]:
-    """End with a message and exit code 130 on Ctrl-C, and on SIGTERM, which stops a job."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """End with a message and exit code 130 on Ctrl-C, and on SIGTERM, which stops a job.
+
+    A second one does not wait for anything that is still to be closed.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handle_signals(begin_interrupt)
     try:
         yield
     except KeyboardInterrupt:
-        print("raymask: stopped. Run the same command again to continue", file=sys.stderr)
-        raise typer.Exit(130) from None
+        handle_signals(lambda *_: os._exit(INTERRUPTED))
+        say_on_stderr(STOPPED)
+        raise typer.Exit(INTERRUPTED) from None
+    for number, handler in before.items():
+        if handler is not None:  # it was not set by Python
+            signal.signal(number, handler)
 
 
-def make_console() -> Console:
-    """The console for output; in a log it is 120 columns wide, so that tables do not wrap."""
+def handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Call a function on Ctrl-C and SIGTERM, unless whoever started this process has it ignore them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def begin_interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Let the command close what it has opened. A second signal ends it at once."""
+    handle_signals(end_at_once)
+    raise KeyboardInterrupt
+
+
+def end_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """End this process; Ray's processes end with it."""
+    make_console(required=False).show_cursor()  # progress bars hide it
+    say_on_stderr(STOPPED)
+    os._exit(INTERRUPTED)
+
+
+def make_console(*, required: bool = True) -> Console:
+    """The console for output; in a log it is 120 columns wide, so that tables do not wrap.
+
+    Args:
+        required: Whether the command ends when its output is lost. A search does not: its results are files.
+    """
     from rich.console import Console
 
+    if isinstance(sys.stdout, StandardOutput):
+        sys.stdout.required = required
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def main() -> None:
-    """Run the command line: exit code 0 when done, 2 for a mistake that the user can fix, 130 after Ctrl-C."""
+    """Run the command line.
+
+    Exit code 0 when done, 2 for a mistake that the user can fix, 130 after Ctrl-C, 1 for any other error.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no line for every retry
     try:
-        app()
+        with standard_output():
+            app()
     except UserError as error:
-        print(f"raymask: {error}", file=sys.stderr)
-        sys.exit(2)
+        end(2, str(error))
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except PermissionError as error:
-        print(f"raymask: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        end(2, f"{error.filename}: {error.strerror}")
+    except Exception as error:  # noqa: BLE001 - of whatever nobody foresaw the user sees one line, not a traceback
+        end(1, f"{describe(error)}. {where_traceback(error)}")
+
+
+def end(code: int, message: str) -> NoReturn:
+    """Print a message on stderr, and end with an exit code."""
+    say_on_stderr(message)
+    sys.exit(code)

@@ -25,6 +25,7 @@ from raymask.core.records import Candidate, EvalPoint, Evaluation
 from raymask.core.tasks import EvalTask, Snapshot
 from raymask.core.tensors import PackedTensors
 from raymask.executor import connection, ray_executor, worker_actor
+from raymask.machine import usable_cpus
 from raymask.runs.run_dir import RunDir
 
 ROWS, LOOKS = 370, 10  # of MRPC's `validation` split, and on a curve
@@ -185,7 +186,7 @@ def bare_ray() -> Iterator[None]:
     }
     prefix = f"{connection.SESSION_PREFIX}{os.getpid()}-"
     with (
-        TemporaryDirectory(prefix=prefix, dir=connection.SESSION_ROOT, ignore_cleanup_errors=True) as folder,
+        TemporaryDirectory(prefix=prefix, dir=connection.RAY_DIR, ignore_cleanup_errors=True) as folder,
         connection.set_environment(**private),
         connection.keep_loopback_address(),
     ):
@@ -221,7 +222,7 @@ def busy(count: int, evaluations: int, seconds: float) -> None:
     share = sum(one.seconds for one in found) / (count * wall)
     what = f"{count} workers, {evaluations} early evaluations of {seconds:g} s: busy"
     note = (
-        f"simulated, all on the driver's {os.cpu_count()} cores; the driver computes for {computing / wall:.0%} of "
+        f"simulated, all on the driver's {usable_cpus()} cores; the driver computes for {computing / wall:.0%} of "
         f"{wall:.1f} s, which include the first dispatch and the last workers' wait for each other"
     )
     tell(Finding(what, "all the time", share, 1.0, "of the time", None, ">= 0.95", share >= 0.95, note))

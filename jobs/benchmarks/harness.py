@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from raymask.core.protocols import Executor
 from raymask.core.records import Candidate, Evaluation
 from raymask.core.successive_halving import SuccessiveHalving
 from raymask.core.tasks import Snapshot
+from raymask.machine import usable_cpus
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -66,7 +66,7 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}{gpu}, torch {torch.__version__}"
+    return f"{usable_cpus()} cores of {names[0] if names else platform.processor()}{gpu}, torch {torch.__version__}"
 
 
 def peak_memory(reset: bool = False) -> int:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import quantiles
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +30,7 @@ from raymask.export.shrink import shrink
 from raymask.export.sparse import SparseLinear, make_sparse
 from raymask.report.console import say
 from raymask.runs.run_dir import MODEL, RunDir
+from raymask.runs.storage import temporary
 
 BATCHES, LENGTH = (1, 16), 128  # default batch sizes in rows, and tokens per row
 
@@ -102,12 +102,9 @@ def show_bench(console: Console, run: str, batches: Sequence[int] = (), length: 
         raise UserError(f"--length: the model takes at most {longest} tokens, not {length}")
     length = min(LENGTH, longest) if length is None else length
     notes: list[str] = []
-    with TemporaryDirectory() as folder, torch.no_grad():
+    with temporary() as folder, torch.no_grad():
         models = load_fp32_models(selected, run_dir)
-        unordered = [
-            *torch_variants(models, selected.mask, notes),
-            *onnx_variants(models, selected, Path(folder), notes),
-        ]
+        unordered = [*torch_variants(models, selected.mask, notes), *onnx_variants(models, selected, folder, notes)]
         variants = [variant for runtime in RUNTIMES for variant in unordered if variant.runtime == runtime]
         for rows in sorted(set(batches or BATCHES)):
             batch = selected.rows([length] * rows)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
-from collections.abc import Mapping
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -193,7 +190,7 @@ def show_resources(console: Console, setup: SearchSetup, address: str | None) ->
     from raymask.executor import connection, resources
 
     if address is None:
-        nodes = [this_machine()]
+        nodes = [resources.private_resources()]
     else:
         with connection.ray_connection(setup.context, address):
             nodes = resources.node_resources()
@@ -217,9 +214,3 @@ def show_idle(console: Console, recipe: Recipe, workers: int) -> None:
             f"idle     fine-tuning uses {busy} of {workers} workers: finetune.data_parallel lets several train "
             "one model, select.keep fine-tunes more masks",
         )
-
-
-def this_machine() -> Mapping[str, float]:
-    """Roughly what a private Ray offers on this machine, memory in bytes; its object store takes 30 % of the memory."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": 0.7 * memory}

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,6 +37,7 @@ from raymask.report.text import duration
 from raymask.runs.local_storage import LocalStorage
 from raymask.runs.open import require_no_secret
 from raymask.runs.run_dir import RunDir
+from raymask.runs.storage import temporary
 
 DASHBOARD = "http://127.0.0.1:8265"  # the default address of the jobs server
 MAX_PACKAGE_BYTES = 100 * 2**20  # bytes: the largest working directory that Ray's dashboard takes
@@ -76,13 +76,13 @@ def submit(
     if running:
         raise UserError(f"--run {run}: job {running.submission_id} is working in it; wait for it, or stop it first")
     check(console, spec)
-    with TemporaryDirectory(prefix="raymask-") as folder:
-        build_working_dir(spec, Path(folder))
+    with temporary() as folder:
+        build_working_dir(spec, folder)
         with job_client(address) as client:
             job = client.submit_job(
                 submission_id=f"raymask-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}-{uuid.uuid4().hex[:8]}",
                 entrypoint=f"exec python -m raymask search spec.yaml --address auto --run {shlex.quote(run)}",
-                runtime_env={"working_dir": folder},
+                runtime_env={"working_dir": str(folder)},
                 metadata={"raymask": version.__version__, "spec": name, "run": run},
             )
     say(console, f"{job}: submitted; its run directory is {run}")
@@ -220,7 +220,8 @@ def show_status(console: Console, job: str, address: str | None) -> None:
     if info.status.value not in ENDED and not lines:
         say(console, str(info.message or ""))
     if info.status.value in ("FAILED", "STOPPED"):
-        say(console, f"To continue, submit the same spec with --run {info.metadata['run']}")
+        aim = "continue" if info.status.value == "STOPPED" else "try again"
+        say(console, f"To {aim}, submit the same spec with --run {info.metadata['run']}")
 
 
 def show_logs(console: Console, job: str, address: str | None, follow: bool) -> int:
@@ -294,7 +295,7 @@ def fetch(console: Console, job: str, folder: Path, address: str | None) -> None
             f"{job}: this machine finds no run at {run}{where}. Copy it from there, or submit with --run on storage "
             "that both can read"
         )
-    target = LocalStorage(folder)
+    target = LocalStorage(folder, "DIR")
     for name in names:
         with run_dir.storage.reading(name) as source, target.writing(name) as path:
             shutil.copy(source, path)
@@ -341,6 +342,7 @@ def job_client(address: str | None) -> Iterator[Any]:
     from raymask.executor.connection import CONNECT_TIMEOUT_S, auth_mode, reread_environment, set_environment
 
     url = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD
+    source = f"--address {url}" if address or url == DASHBOARD else f"$RAY_API_SERVER_ADDRESS is {url}"
     with set_environment(RAY_AUTH_MODE=auth_mode()):
         reread_environment()
         from aiohttp import ClientError
@@ -349,18 +351,26 @@ def job_client(address: str | None) -> Iterator[Any]:
 
         logging.disable(logging.INFO)  # Ray logs every upload and connection
         try:
-            socket.create_connection(host_and_port(url), CONNECT_TIMEOUT_S).close()
+            socket.create_connection(host_and_port(url, source), CONNECT_TIMEOUT_S).close()
             yield JobSubmissionClient(url)
         except BrokenPipeError:  # the reader of our own output has closed it
             raise
         except (OSError, RuntimeError, ClientError, AuthenticationError) as error:
-            raise UserError(f"--address {url}: {advice(error)}") from None
+            raise UserError(f"{source}: {advice(error)}") from None
         finally:
             logging.disable(logging.NOTSET)
 
 
-def host_and_port(address: str) -> tuple[str, int]:
-    """Host and port of a URL; without a port 80 or 443. Raises UserError when it is not an HTTP URL."""
+def host_and_port(address: str, source: str) -> tuple[str, int]:
+    """Host and port of a URL; without a port 80 or 443.
+
+    Args:
+        address: The URL.
+        source: The option or variable that gives it, for the message.
+
+    Raises:
+        UserError: It is not an HTTP URL.
+    """
     try:
         parts = urlsplit(address)
         port = {"http": parts.port or 80, "https": parts.port or 443}[parts.scheme]
@@ -368,7 +378,7 @@ def host_and_port(address: str) -> tuple[str, int]:
             raise ValueError(address)
         return parts.hostname, port
     except (ValueError, KeyError):
-        raise UserError(f"--address {address}: the jobs server's address looks like {DASHBOARD}") from None
+        raise UserError(f"{source}: the jobs server's address looks like {DASHBOARD}") from None
 
 
 def advice(error: BaseException) -> str:

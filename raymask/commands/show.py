@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from raymask.core.errors import UserError
+from raymask.export.selected import megabytes
 from raymask.report.console import say
 from raymask.report.html import render_page
 from raymask.report.sections import Section, Table, comparison_sections, report_sections
@@ -29,11 +30,12 @@ def show_run(console: Console, run: str, as_json: bool) -> None:
     Raises:
         UserError: When the directory is no run.
     """
-    summary = load_summary(RunDir(run))
+    run_dir = RunDir(run)
+    summary = load_summary(run_dir)
     if as_json:
         print(summary.model_dump_json(indent=1))
         return
-    say(console, f"{run}: {summary.state}")
+    say(console, f"{run}: {summary.state}, {megabytes(store.storage.size())}")
     show_sections(console, report_sections(summary))
 
 

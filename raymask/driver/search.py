@@ -33,7 +33,7 @@ from raymask.driver.setup import SearchSetup, load_initial, prepare, require_dis
 from raymask.driver.tasks import PendingFinetune, Selection
 from raymask.executor.open import open_executor
 from raymask.report.writer import ReportCallback
-from raymask.runs.run_dir import RunDir, check_run, open_run
+from raymask.runs.run_dir import RunDir, check_run, open_run, record_errors
 
 
 def search(
@@ -61,19 +61,21 @@ def search(
     """
     require_distinct_splits(spec.task)
     callback = CallbackList(callbacks)
-    run_dir = RunDir(run, callback.on_message)
+    run_dir = RunDir(run, callback.on_message, "--run")
     check_run(run_dir, spec)
+    setup = prepare(spec)
     result = run_dir.read_result()
-    if result and run_dir.has_export():
+    if result and run_dir.has_export() and run_dir.has_level(DENSE, 0):
+        require_same_data(setup, run_dir)
         callback.on_message("was finished before: nothing is done again")
         return result
-    setup = try_out(prepare(spec), callback.on_message)
+    setup = try_out(setup, callback.on_message)
     report = ReportCallback(run_dir)
     callback.callbacks.append(report)
     with open_executor(setup.context, callback, address, in_process) as executor, open_run(run_dir, spec):
         run_dir.record_start(threads=spec.workers.threads, address=address, in_process=in_process)
         started = time.monotonic()
-        with report:
+        with report, record_errors(run_dir):
             LevelLoop(setup, run_dir, executor, callback).run()
             return build_result(setup, run_dir, time.monotonic() - started)
 

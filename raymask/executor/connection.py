@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import ray
 from ray._private.services import get_ray_address_from_environment
 from ray.exceptions import RayError
 
 from raymask.core.errors import UserError, first_line
+from raymask.executor.resources import Resources, private_resources
 
 if TYPE_CHECKING:
     from raymask.train.context import WorkerContext
@@ -26,7 +28,11 @@ PORT = 6379  # default port of Ray's head node
 
 CONNECT_TIMEOUT_S = 10.0  # seconds in which a cluster must accept a connection
 
-SESSION_ROOT, SESSION_PREFIX = "/tmp", "raymask-"  # noqa: S108 - socket paths must be short; mkdtemp makes the folder private
+RAY_DIR_VARIABLE = "RAYMASK_RAY_DIR"
+RAY_DIR = "/tmp"  # noqa: S108 - socket paths must be short; mkdtemp makes the folder private
+SESSION_PREFIX = "raymask-"
+
+MIN_DISK_BYTES = 2**26  # free bytes below which a private Ray does not start
 
 
 @contextmanager
@@ -41,7 +47,7 @@ def ray_connection(context: WorkerContext, address: str | None) -> Iterator[None
         address: Address of a running cluster; None starts a private Ray that ends with the block.
 
     Raises:
-        UserError: No cluster answers at `address`.
+        UserError: No cluster answers at `address`, or a private Ray cannot start.
     """
     if ray.is_initialized():
         yield
@@ -55,8 +61,24 @@ def ray_connection(context: WorkerContext, address: str | None) -> Iterator[None
             finally:
                 ray.shutdown()
         return
-    remove_stale_sessions()
-    folder = tempfile.mkdtemp(prefix=f"{SESSION_PREFIX}{os.getpid()}-", dir=SESSION_ROOT)
+    with private_ray(context):
+        yield
+
+
+@contextmanager
+def private_ray(context: WorkerContext) -> Iterator[None]:
+    """Start a private Ray for the block.
+
+    Args:
+        context: Gives the number of threads and the model's code.
+
+    Raises:
+        UserError: It cannot start.
+    """
+    available = private_resources()
+    root = Path(os.environ.get(RAY_DIR_VARIABLE) or RAY_DIR).expanduser().absolute()
+    remove_stale_sessions(root)
+    folder = make_session_folder(root)
     private = {
         "RAY_ADDRESS": "",  # would override "local"
         "RAY_AUTH_MODE": "token",
@@ -70,22 +92,73 @@ def ray_connection(context: WorkerContext, address: str | None) -> Iterator[None
     try:
         with set_environment(**private), keep_loopback_address():
             reread_environment()
-            with quiet_ray_init():
-                ray.init(
-                    "local",
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    _node_ip_address="127.0.0.1",
-                    _temp_dir=folder,
-                    _system_config={"preload_python_modules": ["transformers", "raymask.train.worker", model_code]},
-                )
             try:
+                with quiet_ray_init():
+                    init_private_ray(folder, available, ["transformers", "raymask.train.worker", model_code])
                 yield
             finally:
                 ray.shutdown()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def init_private_ray(folder: str, available: Resources, preloaded_modules: list[str]) -> None:
+    """Start a private Ray, and connect this process to it.
+
+    Args:
+        folder: Its temporary folder.
+        available: Its resources.
+        preloaded_modules: Modules that its worker processes import before they are needed.
+
+    Raises:
+        UserError: It does not start.
+    """
+    try:
+        ray.init(
+            "local",
+            num_cpus=int(available["CPU"]),
+            num_gpus=int(available["GPU"]),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _memory=int(available["memory"]),
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+            _system_config={"preload_python_modules": preloaded_modules},
+        )
+    except Exception as error:  # noqa: BLE001 - Ray raises errors of all types, even Exception itself
+        raise start_error(Path(folder).parent, first_line(error).rstrip(".")) from None
+
+
+def make_session_folder(root: Path) -> str:
+    """Make a private Ray's folder for sockets and other temporary files.
+
+    Args:
+        root: The folder in which it is made.
+
+    Raises:
+        UserError: It cannot be made, or the disk is full.
+    """
+    try:
+        free = shutil.disk_usage(root).free
+        if free < MIN_DISK_BYTES:
+            raise start_error(root, f"{root} has {free / 2**20:.0f} MiB free, and Ray needs {MIN_DISK_BYTES >> 20} MiB")
+        return tempfile.mkdtemp(prefix=f"{SESSION_PREFIX}{os.getpid()}-", dir=root)
+    except OSError as error:
+        raise start_error(root, f"no folder can be made in {root}: {error.strerror}") from None
+
+
+def start_error(root: Path, reason: str) -> UserError:
+    """The error to raise when a private Ray cannot start.
+
+    Args:
+        root: The folder in which its own folder is, or would be.
+        reason: Why it cannot start.
+    """
+    return UserError(
+        f"Ray cannot start on this machine: {reason}. Its sockets and temporary files are in {root}: name another "
+        f"folder, with a short path, in ${RAY_DIR_VARIABLE}, or search without Ray (`raymask search --in-process`)"
+    )
 
 
 def connect_to_cluster(address: str) -> None:
@@ -95,21 +168,44 @@ def connect_to_cluster(address: str) -> None:
         address: `host:port`, `host`, or `auto` for $RAY_ADDRESS or this machine's cluster.
 
     Raises:
-        UserError: No cluster answers.
+        UserError: The address is of another kind, or no cluster answers.
     """
+    by_variable = address == "auto" and bool(os.environ.get("RAY_ADDRESS"))
+    source = f"--address {address}" + (f" ($RAY_ADDRESS={os.environ['RAY_ADDRESS']})" if by_variable else "")
     try:
-        resolved = get_ray_address_from_environment(address, None)
+        resolved = get_ray_address_from_environment(address, None) if address == "auto" else address
+        require_gcs_address(resolved, source)
         gcs_address = resolved if ":" in resolved else f"{resolved}:{PORT}"
         host, port = gcs_address.rsplit(":", 1)
         # Ray itself tries for 14 minutes.
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-        with quiet_ray_init():
+        with quiet_ray_init(), set_environment(RAY_ADDRESS=""):  # it would override the address
             ray.init(gcs_address, log_to_driver=False, logging_level="ERROR")
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise UserError(
-            f"--address {address}: no Ray cluster answers there ({first_line(error)}). Start one with `ray start "
-            "--head`, or leave out --address for a private one"
+            f"{source}: no Ray cluster answers there ({first_line(error)}). Start one with `ray start --head`, or "
+            "leave out --address to use this machine alone"
         ) from None
+
+
+def require_gcs_address(address: str, source: str) -> None:
+    """Check that an address is not of another kind that Ray knows.
+
+    Args:
+        address: The address.
+        source: The option or variable that gives it, for the message.
+
+    Raises:
+        UserError: It is the dashboard's, or one for Ray Client.
+    """
+    if "://" in address:
+        parts = urlsplit(address)
+        what = "the address of Ray's dashboard" if parts.scheme in ("http", "https") else "an address for Ray Client"
+        host = parts.hostname or "HOST"
+        raise UserError(
+            f"{source}: is {what}. On a machine of the cluster, give HOST or HOST:PORT of its head node, such as "
+            f"{host}:{PORT}. From elsewhere, submit a job: `raymask submit --address http://{host}:8265`"
+        )
 
 
 @contextmanager
@@ -147,9 +243,13 @@ def reread_environment() -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-def remove_stale_sessions() -> None:
-    """Remove the temporary folders of drivers that were killed before they could remove them."""
-    for folder in Path(SESSION_ROOT).glob(f"{SESSION_PREFIX}[0-9]*-*"):
+def remove_stale_sessions(root: Path) -> None:
+    """Remove the temporary folders of drivers that were killed before they could remove them.
+
+    Args:
+        root: The folder in which they were made.
+    """
+    for folder in root.glob(f"{SESSION_PREFIX}[0-9]*-*"):
         try:
             os.kill(int(folder.name.split("-")[1]), 0)  # sends nothing: fails when the process does not exist
         except ProcessLookupError:

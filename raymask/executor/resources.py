@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import ray
+import torch
 
 from raymask.core.errors import UserError
+from raymask.machine import available_memory, usable_cpus
 
 if TYPE_CHECKING:
     from raymask.train.context import WorkerContext
@@ -16,6 +18,28 @@ if TYPE_CHECKING:
 
 Resources = Mapping[str, float]
 """Amounts by Ray's resource names: CPU, GPU, memory (bytes)."""
+
+WORKER_MEMORY_SHARE = 0.7  # share of a private Ray's memory that is for workers; Ray's object store takes the rest
+MIN_PRIVATE_MEMORY = 2**29  # bytes; with less Ray, once its own processes run, refuses to start its object store
+
+
+def private_resources() -> Resources:
+    """Resources of a private Ray: those that this process may use.
+
+    Raises:
+        UserError: The memory is too little for Ray.
+    """
+    memory = available_memory()
+    if memory < MIN_PRIVATE_MEMORY:
+        raise UserError(
+            f"this machine, or this process's share of it, has {memory / 2**20:.0f} MiB of memory left, and Ray needs "
+            f"{MIN_PRIVATE_MEMORY / 2**20:.0f} MiB: free some, or search without Ray (`raymask search --in-process`)"
+        )
+    return {
+        "CPU": float(usable_cpus()),
+        "GPU": float(torch.cuda.device_count()),
+        "memory": float(int(WORKER_MEMORY_SHARE * memory)),
+    }
 
 
 def resources_per_worker(context: WorkerContext, nodes: Sequence[Resources]) -> Resources:

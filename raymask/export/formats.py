@@ -15,6 +15,7 @@ from raymask.export.onnx import write_onnx
 from raymask.export.selected import read_selected
 from raymask.export.sparse import write_sparse
 from raymask.runs.local_storage import LocalStorage
+from raymask.runs.open import open_storage
 from raymask.runs.run_dir import RunDir
 from raymask.runs.storage import Storage, is_run_file
 from raymask.version import __version__
@@ -51,7 +52,7 @@ def export_run(run: str | Path, to: str, out: str | Path | None = None, **option
         raise UserError(f"--to: unknown format {to!r}; known are {', '.join(FORMATS)}")
     require_known(options, to)
     run_dir = RunDir(run)
-    storage, name = (run_dir.storage, f"export-{to}") if out is None else local_folder(out)
+    storage, name = (open_storage(run, option="--out"), f"export-{to}") if out is None else local_folder(out)
     require_free(storage, name)
     selected = read_selected(run_dir)
     with storage.writing_folder(name) as folder:

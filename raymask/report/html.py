@@ -20,7 +20,8 @@ def render_page(title: str, sections: Sequence[Section], state: str, written: fl
     Args:
         title: The page's title.
         sections: What it shows, in this order.
-        state: "running", "stopped" or "finished"; "compared" for a comparison of runs. A running page reloads itself.
+        state: "running", "stopped", "failed" or "finished"; "compared" for a comparison of runs. A running page
+            reloads itself.
         written: Unix time in seconds.
 
     Returns:

@@ -166,6 +166,7 @@ def verdict_section(summary: RunSummary) -> Section:
         state = {
             "running": "This search is running.",
             "stopped": "This search is stopped. Run the same command again to continue.",
+            "failed": f"This search ended with an error: {summary.error}",
         }
         lines = [state[summary.state]]
         lines += [level_line(DENSE, summary.dense)] if summary.dense else ["The dense model is not done yet."]

@@ -25,7 +25,7 @@ from raymask.core.successive_halving import rung_fraction
 from raymask.report.timeline import phase_of, worker_spans
 from raymask.runs.run_dir import MASK, RunDir
 
-State = Literal["running", "stopped", "finished"]
+State = Literal["running", "stopped", "failed", "finished"]
 
 
 class LevelSummary(Record):
@@ -56,7 +56,7 @@ class RunSummary(Record):
 
     Attributes:
         run: Path or URI of the run directory.
-        state: Whether the search is running, stopped or finished.
+        state: Whether the search is running, stopped (interrupted or killed), failed (ended by an error) or finished.
         written: Unix time of the summary in seconds.
         spec: What was asked.
         starts: Versions and machine of every start.
@@ -84,6 +84,11 @@ class RunSummary(Record):
     spent: dict[str, float]
     timeline: tuple[Span, ...]
     result: Result | None
+
+    @property
+    def error(self) -> str:
+        """The error that ended the last start; empty if none did."""
+        return str(self.starts[-1].get("error", "")) if self.starts else ""
 
     @property
     def imp(self) -> tuple[LevelRecord, ...]:
@@ -126,12 +131,13 @@ def load_summary(run_dir: RunDir, state: State | None = None, result: Result | N
         for level, density in enumerate(recipe.densities, 1)
     )
     path = path_of(levels, result)
+    starts = tuple(run_dir.starts())
     return RunSummary(
         run=run_dir.uri,
-        state=state or ("finished" if result else "running" if run_dir.storage.is_locked() else "stopped"),
+        state=state or state_of(run_dir, starts, result),
         written=time.time(),
         spec=spec,
-        starts=tuple(run_dir.starts()),
+        starts=starts,
         dense=dict(finished).get(DENSE),
         levels=levels,
         path=tuple(levels[level - 1].finetuned[lineage] for lineage, level in path),
@@ -143,6 +149,21 @@ def load_summary(run_dir: RunDir, state: State | None = None, result: Result | N
         ),
         result=result,
     )
+
+
+def state_of(run_dir: RunDir, starts: Sequence[Mapping[str, Any]], result: Result | None) -> State:
+    """The search's state, as its run directory shows it.
+
+    Args:
+        run_dir: The run directory.
+        starts: Every start of the search; an error that ended it stands there.
+        result: The result; None before the end.
+    """
+    if result:
+        return "finished"
+    if run_dir.storage.is_locked():
+        return "running"
+    return "failed" if starts and "error" in starts[-1] else "stopped"
 
 
 def path_of(levels: Sequence[LevelSummary], result: Result | None) -> list[tuple[str, int]]:

@@ -52,7 +52,7 @@ branch, `ratio` the sampling ratio. `winner`: the search fine-tuned the mask."""
 class ReportCallback(Callback):
     """A callback that keeps a run's report up to date while a `with` block runs.
 
-    When the block ends with an exception, the report says that the search is stopped.
+    When the block ends with an exception, the report says that the search failed, or is stopped (Ctrl-C, SIGTERM).
 
     Attributes:
         run_dir: The run directory that the report goes into.
@@ -71,9 +71,9 @@ class ReportCallback(Callback):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Say in the report that the search is stopped, if it is."""
+        """Say in the report how the search ended, if it has not finished."""
         if error is not None:
-            write_report(self.run_dir, "stopped")
+            write_report(self.run_dir, "failed" if isinstance(error, Exception) else "stopped")
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Write the report when it is due."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raymask.core.errors import UserError
-from raymask.runs.storage import LOCK, PART, complete_lines, is_run_file, sync, translate_os_errors
+from raymask.runs.storage import LOCK, PART, advice, complete_lines, is_run_file, sync, translate_os_errors
 
 LOCK_ATTEMPTS = 10  # 0.1 s apart; `is_locked` in another process holds a shared lock for a moment
 
@@ -23,15 +23,15 @@ class LocalStorage:
     Attributes:
         path: The folder.
         uri: The folder as text.
-        option: The command-line option that chooses another folder, for messages.
+        option: The command's option that chooses another folder, for messages; empty if it has none.
     """
 
-    def __init__(self, path: Path, option: str = "--run") -> None:
+    def __init__(self, path: Path, option: str = "") -> None:
         """Open a folder, which need not exist.
 
         Args:
             path: The folder.
-            option: The command-line option that chooses another folder, for messages.
+            option: The command's option that chooses another folder, for messages; empty if it has none.
         """
         self.path = path
         self.uri = str(path)
@@ -49,19 +49,24 @@ class LocalStorage:
                 if is_run_file(name):
                     yield name
 
+    def size(self) -> int:
+        """Bytes of all run files."""
+        return sum((self.path / name).stat().st_size for name in self.names())
+
     def has(self, name: str) -> bool:
         """Whether there is a file of this name."""
-        return (self.path / name).is_file()
+        with translate_os_errors(self.at(name), "read", self.option):
+            return (self.path / name).is_file()
 
     def read(self, name: str) -> bytes:
         """Read a file; see `Storage.read`."""
-        with translate_os_errors(self.at(name), "read"):
+        with translate_os_errors(self.at(name), "read", self.option):
             return (self.path / name).read_bytes()
 
     @contextmanager
     def reading(self, name: str) -> Iterator[Path]:
         """The file itself."""
-        with translate_os_errors(self.at(name), "read"):
+        with translate_os_errors(self.at(name), "read", self.option):
             yield self.path / name
 
     @contextmanager
@@ -74,7 +79,7 @@ class LocalStorage:
         """A file beside `name`, which is renamed to `name` when the block ends without an error."""
         path = self.path / name
         beside = path.with_name(path.name + PART)
-        with translate_os_errors(self.at(name)):
+        with translate_os_errors(self.at(name), "written", self.option):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 yield beside
@@ -89,7 +94,7 @@ class LocalStorage:
         """A folder beside `name`, which replaces `name` when the block ends without an error."""
         path = self.path / name
         beside = path.with_name(path.name + PART)
-        with translate_os_errors(self.at(name), option=self.option):
+        with translate_os_errors(self.at(name), "written", self.option):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             try:
@@ -104,7 +109,7 @@ class LocalStorage:
     def append(self, name: str, line: bytes) -> None:
         """Append a line; see `Storage.append`."""
         path = self.path / name
-        with translate_os_errors(self.at(name)):
+        with translate_os_errors(self.at(name), "written", self.option):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab+") as file:
                 file.seek(0)
@@ -117,15 +122,15 @@ class LocalStorage:
 
     def is_locked(self) -> bool:
         """Whether a live driver holds the lock."""
-        if not (self.path / LOCK).exists():
+        if not self.has(LOCK):
             return False
-        with (self.path / LOCK).open() as lock:
+        with translate_os_errors(self.at(LOCK), "read", self.option), (self.path / LOCK).open() as lock:
             return not self.try_flock(lock, fcntl.LOCK_SH)  # NFS gives no exclusive lock on a file opened for reading
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the kernel's lock on the lock file for the block; see `Storage.lock`."""
-        with translate_os_errors(self.at()):
+        with translate_os_errors(self.at(), "written", self.option):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / LOCK).open("a+")
         with lock:
@@ -157,6 +162,6 @@ class LocalStorage:
         except OSError as error:
             raise UserError(
                 f"{self.path}: its file system has no locks ({error.strerror}), so that two drivers could work in it "
-                "at once: choose another with --run"
+                f"at once. {advice(self.option)}"
             ) from None
         return True

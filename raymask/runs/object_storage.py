@@ -17,7 +17,17 @@ from typing import Any
 
 from raymask.core.errors import UserError, first_line
 from raymask.runs.local_storage import LocalStorage
-from raymask.runs.storage import BEATS, CLAIMS, OBJECT_STORES, MessageFn, T, complete_lines, is_run_file, temporary
+from raymask.runs.storage import (
+    BEATS,
+    CLAIMS,
+    OBJECT_STORES,
+    MessageFn,
+    T,
+    advice,
+    complete_lines,
+    is_run_file,
+    temporary,
+)
 
 MAX_OUTAGE_S = 120.0  # seconds for which a request is retried while the storage answers with errors
 
@@ -50,11 +60,12 @@ class ObjectStorage:
         note: Receives messages about outages and locks.
         base: The URI without its options.
         errors: Exception types that the file system raises for failed requests.
+        option: The command's option that chooses another location, for messages; empty if it has none.
         mine: Name of this driver's claim while it holds the lock; else empty.
         dead: Last heartbeat of the drivers taken for dead, by driver.
     """
 
-    def __init__(self, uri: str, filesystem: Any, root: str, note: MessageFn) -> None:
+    def __init__(self, uri: str, filesystem: Any, root: str, note: MessageFn, option: str = "") -> None:
         """Open a location, which need not exist.
 
         Args:
@@ -62,8 +73,10 @@ class ObjectStorage:
             filesystem: A pyarrow file system.
             root: Path in the file system.
             note: Receives messages about outages and locks.
+            option: The command's option that chooses another location, for messages; empty if it has none.
         """
         self.uri = uri
+        self.option = option
         self.filesystem = filesystem
         self.root = root
         self.note = note
@@ -82,13 +95,21 @@ class ObjectStorage:
         """Names of all run files below a folder; see `Storage.names`."""
         return filter(is_run_file, self.list_all(under))
 
+    def size(self) -> int:
+        """Bytes of all run files."""
+        return sum(size for name, size in self.sizes().items() if is_run_file(name))
+
     def list_all(self, under: str = "") -> list[str]:
         """Names of all files below a folder, claims and heartbeats included."""
+        return list(self.sizes(under))
+
+    def sizes(self, under: str = "") -> dict[str, int]:
+        """Bytes of all files below a folder by name, claims and heartbeats included."""
         from pyarrow.fs import FileSelector
 
         selector = FileSelector(f"{self.root}/{under}".rstrip("/"), allow_not_found=True, recursive=True)
         infos = self.with_retries("read", lambda: self.filesystem.get_file_info(selector))
-        return [info.path.removeprefix(f"{self.root}/") for info in infos if info.is_file]
+        return {info.path.removeprefix(f"{self.root}/"): info.size or 0 for info in infos if info.is_file}
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name."""
@@ -201,8 +222,7 @@ class ObjectStorage:
                     raise
                 if is_permanent(error) or time.monotonic() - started > MAX_OUTAGE_S:
                     raise UserError(
-                        f"{self.base}: cannot be {done}: {first_line(error)}. Fix this and the same command goes on "
-                        "from here, or choose another location with --run"
+                        f"{self.base}: cannot be {done}: {first_line(error)}. {advice(self.option)}"
                     ) from None
                 self.note(f"{self.base} answers with an error, trying again: {first_line(error)}")
             time.sleep(pause)

@@ -19,12 +19,13 @@ SECRET = re.compile(r"://[^@]*:(?!\d+/)[^@]*@|[?&][^=&]*(key|secret|password|tok
 """A password before the host (even one with slashes, which are not allowed there), or one among the URI's options."""
 
 
-def open_storage(location: str | Path, note: MessageFn = lambda text: None) -> Storage:
+def open_storage(location: str | Path, note: MessageFn = lambda text: None, option: str = "") -> Storage:
     """Open a storage.
 
     Args:
         location: A local path, or a URI that pyarrow.fs or fsspec can open.
         note: Receives messages about outages.
+        option: The command's option that chooses another location, for messages; empty if it has none.
 
     Raises:
         UserError: There is no such storage, or the URI contains a password, which would end up in logs.
@@ -35,7 +36,7 @@ def open_storage(location: str | Path, note: MessageFn = lambda text: None) -> S
         path = Path(os.path.expanduser(uri))  # a Ray job's command line goes through no shell
         if path.is_file():
             raise UserError(f"{path}: is a file, and a run directory is a folder")
-        return LocalStorage(path)
+        return LocalStorage(path, option)
     import fsspec
     from pyarrow import ArrowException, fs
 
@@ -53,8 +54,8 @@ def open_storage(location: str | Path, note: MessageFn = lambda text: None) -> S
     if filesystem.type_name in OBJECT_STORES and not root:
         raise UserError(f"{uri}: names no bucket")
     if filesystem.type_name == "local":
-        return LocalStorage(Path(root))
-    return ObjectStorage(uri, filesystem, root.rstrip("/"), note)
+        return LocalStorage(Path(root), option)
+    return ObjectStorage(uri, filesystem, root.rstrip("/"), note, option)
 
 
 def require_no_secret(uri: str) -> None:

@@ -1,6 +1,7 @@
 """Layout of a run directory, and its reading and writing.
 
-    <run>/spec.yaml env.json lock     the spec; versions per start; locked while a driver runs
+    <run>/spec.yaml env.json lock     the spec; versions per start, and its error; locked while a driver runs
+          traceback.txt               of the last unexpected error
           dense/                      the fine-tuned dense model, laid out like a level
           level-N/evaluations.jsonl   the journal: one line per evaluation, appended as it arrives
                   mask.safetensors model.safetensors optimizer.safetensors test.safetensors
@@ -19,11 +20,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
+import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, from_numpy
 
-from raymask.core.errors import UserError
+from raymask.core.errors import TRACEBACK_NOTE, UserError, describe
 from raymask.core.lineage import DENSE, IMP, SEARCH, branches
 from raymask.core.masking.masks import empty_bits
 from raymask.core.presets import fingerprint
@@ -45,11 +46,14 @@ from raymask.core.records import EvalKey, Evaluation, LevelRecord, Record, Resul
 from raymask.core.spec import NO_IMPORTS, Spec
 from raymask.core.tasks import Checkpoint
 from raymask.core.tensors import PackedTensors, pack
+from raymask.machine import usable_cpus
 from raymask.runs.open import open_storage
 from raymask.runs.storage import MessageFn, Storage
 from raymask.version import __version__
 
 SPEC, ENV, RESULT, EXPORT = "spec.yaml", "env.json", "result.json", "export"
+
+TRACEBACK = "traceback.txt"
 
 REPORT_HTML, REPORT_JSON, TABLE = "report.html", "report.json", "results.parquet"
 
@@ -80,18 +84,19 @@ class RunDir:
         levels: Records of finished levels that were read, by file name.
     """
 
-    def __init__(self, location: str | Path, note: MessageFn = lambda text: None) -> None:
+    def __init__(self, location: str | Path, note: MessageFn = lambda text: None, option: str = "") -> None:
         """Open a run directory, which need not exist.
 
         Args:
             location: Path or URI.
             note: Receives messages about outages.
+            option: The command's option that chooses another run directory, for messages; empty if it has none.
 
         Raises:
             UserError: There is no such storage.
         """
         self.note = note
-        self.storage: Storage = open_storage(location, note)
+        self.storage: Storage = open_storage(location, note, option)
         self.levels: dict[str, LevelRecord] = {}
 
     @property
@@ -307,10 +312,22 @@ class RunDir:
         versions = {"python": platform.python_version(), "raymask": __version__}
         start = {
             "versions": versions | {name: package_version(name) for name in packages},
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+            "machine": f"{platform.system()} {platform.machine()}, {usable_cpus()} CPUs",
             **facts,
         }
         self.write_text(ENV, json.dumps([*self.starts(), start], indent=1))
+
+    def record_error(self, error: str) -> None:
+        """Add the error that ended the last start to env.json."""
+        starts = self.starts()
+        if starts:  # none when the file was deleted during the search
+            starts[-1]["error"] = error
+            self.write_text(ENV, json.dumps(starts, indent=1))
+
+    def write_traceback(self, text: str) -> str:
+        """Write the traceback of the error that ended the last start, and return the file's location."""
+        self.write_text(TRACEBACK, text)
+        return self.storage.at(TRACEBACK)
 
     def write_result(self, result: Result) -> None:
         """Write the result. Its existence means that the search is done."""
@@ -322,7 +339,7 @@ class RunDir:
         Raises:
             UserError: The file is damaged.
         """
-        damaged = f"{self.storage.at(RESULT)}: is damaged. Delete it, and the same command writes it again"
+        damaged = f"{self.storage.at(RESULT)}: is damaged. Delete it, and `raymask search` writes it again"
         try:
             return self.parse(Result, self.storage.read(RESULT), damaged)
         except (FileNotFoundError, NotADirectoryError):
@@ -349,9 +366,10 @@ class RunDir:
             return
         number = int(line[1]) if line else 1  # the first format had no number
         if number != FORMAT:
+            other = f", or choose another directory with {self.storage.option}" if self.storage.option else ""
             raise UserError(
                 f"{self.storage.at()}: has run directory format {number}, and this raymask reads format {FORMAT}. "
-                "Choose another directory with --run, or use the version of raymask that wrote it (see env.json)"
+                f"Use the version of raymask that wrote it (see env.json){other}"
             )
 
     def read_spec(self) -> Spec:
@@ -401,6 +419,26 @@ def check_run(run_dir: RunDir, spec: Spec) -> None:
             raise UserError(
                 f"{storage.at()}: was started with another spec; choose another with --run, or undo:{lines}"
             )
+
+
+@contextmanager
+def record_errors(run_dir: RunDir) -> Iterator[None]:
+    """Write the error that ends the block into the run directory; of an unexpected one also the traceback.
+
+    Args:
+        run_dir: The run directory.
+    """
+    try:
+        yield
+    except Exception as error:
+        with suppress(UserError):  # the error may be that nothing can be written
+            if isinstance(error, UserError):
+                run_dir.record_error(str(error))
+            else:
+                note = TRACEBACK_NOTE + run_dir.write_traceback("".join(traceback.format_exception(error)))
+                error.add_note(note)
+                run_dir.record_error(f"{describe(error)}. {note}")
+        raise
 
 
 @contextmanager

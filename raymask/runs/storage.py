@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol, TypeVar
@@ -26,9 +26,12 @@ class Storage(Protocol):
 
     Attributes:
         uri: The location, as the user gave it.
+        option: The option of the command with which the user can choose another location, for messages; empty if the
+            command has none.
     """
 
     uri: str
+    option: str
 
     def at(self, name: str = "") -> str:
         """The location of a file or folder, for messages."""
@@ -39,6 +42,9 @@ class Storage(Protocol):
         Args:
             under: The folder; empty for the whole storage.
         """
+
+    def size(self) -> int:
+        """Bytes of all run files."""
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name."""
@@ -106,18 +112,18 @@ def temporary() -> Iterator[Path]:
         UserError: It cannot be written.
     """
     location = "the folder for temporary files"
-    with translate_os_errors(location, option="TMPDIR"), TemporaryDirectory(prefix="raymask-") as folder:
+    with translate_os_errors(location, "written", "TMPDIR"), TemporaryDirectory(prefix="raymask-") as folder:
         yield Path(folder)
 
 
 @contextmanager
-def translate_os_errors(location: str, done: str = "written", *, option: str = "--run") -> Iterator[None]:
+def translate_os_errors(location: str, done: str, option: str) -> Iterator[None]:
     """Turn an OSError in the block, such as a full disk or missing rights, into a UserError.
 
     Args:
         location: What is read or written, for the message.
         done: "written" or "read".
-        option: The option or variable with which the user can choose another location.
+        option: The option or variable with which the user can choose another location; empty if there is none.
 
     Raises:
         UserError: The location cannot be read or written.
@@ -129,10 +135,28 @@ def translate_os_errors(location: str, done: str = "written", *, option: str = "
     except OSError as error:
         if done == "read" and isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise
-        raise UserError(
-            f"{location}: cannot be {done}: {error.strerror or error}. Fix this and the same command goes on from "
-            f"here, or choose another location with {option}"
-        ) from None
+        reason = f"{error.strerror or error}{owner(error)}"
+        raise UserError(f"{location}: cannot be {done}: {reason}. {advice(option)}") from None
+
+
+def advice(option: str) -> str:
+    """What the user can do when a location cannot be read or written.
+
+    Args:
+        option: The option or variable with which the user can choose another location; empty if there is none.
+    """
+    return "Fix this and run the same command again" + (f", or choose another location with {option}" if option else "")
+
+
+def owner(error: OSError) -> str:
+    """Whose file it is that may not be read or written, in parentheses; empty for all other errors."""
+    if not isinstance(error, PermissionError) or not error.filename:
+        return ""
+    path = Path(os.fsdecode(error.filename))
+    for existing in (path, *path.parents):
+        with suppress(OSError, KeyError):  # it does not exist, or nobody has this user id
+            return f" (it belongs to {existing.owner()})"
+    return ""
 
 
 def is_run_file(name: str) -> bool:

@@ -13,9 +13,9 @@ import shlex
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -30,13 +30,13 @@ from rich.table import Table
 from rich.text import Text
 
 from raymask.config import load_data, load_spec
-from raymask.core.errors import UserError, first_line
+from raymask.core.errors import UserError, describe
 from raymask.core.spec import Spec
 from raymask.executor.connection import ray_connection, set_environment
 from raymask.report.console import say
 from raymask.report.text import percent
 from raymask.runs.open import open_storage
-from raymask.runs.run_dir import EXPORT
+from raymask.runs.run_dir import EXPORT, RunDir
 from raymask.runs.storage import Storage
 from raymask.tune.space import Domain, SearchSpace, load_space
 from raymask.tune.trial import REPORTED, trainable, trial_spec, worker_context
@@ -47,7 +47,7 @@ Algorithm = Literal["random", "optuna"]
 
 SAMPLES = 8  # trials by default
 
-TUNING_FILE, TRIALS = "tuning.yaml", "trials.jsonl"  # the settings; the choices of each trial
+TUNING_FILE, TRIALS, FINISHED = "tuning.yaml", "trials.jsonl", "finished.json"  # settings; choices; ended trials
 
 
 def run_tuning(
@@ -88,25 +88,63 @@ def run_tuning(
         raise UserError(
             f"--run {run}: the URI's options do not reach the trials: set the endpoint in $AWS_ENDPOINT_URL"
         )
-    storage = open_storage(run)
-    tuning = {
+    storage = open_storage(run, option="--run")
+    context = worker_context(trial_spec(data, {}))
+    settings = {
         "spec": spec.model_dump(mode="json", exclude={"workers"}),
         "space": {key: varied.model_dump(mode="json", exclude_unset=True) for key, varied in space.items()},
         "scheduler": scheduler,
         "algorithm": algorithm,
+        "dataset": context.data.fingerprint(),
     }
-    require_same(storage, tuning)
-    function = trainable(data)
-    with storage.lock(), ray_connection(worker_context(trial_spec(data, {})), address), quiet_tune():
-        with storage.writing(TUNING_FILE) as path:
-            path.write_text(yaml.safe_dump(tuning, sort_keys=False), encoding="utf-8")
+    require_same(storage, settings)
+    num_samples = samples or default_num_samples(space)
+    trials = read_finished(storage, num_samples)
+    if trials:
+        say(console, "was finished before: nothing is done again")
+    else:
+        with storage.lock(), ray_connection(context, address):
+            with storage.writing(TUNING_FILE) as path:
+                path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+            trials = run_trials(trainable(data), space, run, storage, spec, num_samples, scheduler, algorithm)
+            write_finished(storage, num_samples, trials)
+    show_trials(console, trials, list(space))
+    show_best(console, trials[0], source, overrides)
+
+
+def run_trials(
+    function: Callable[[dict[str, Any]], None],
+    space: SearchSpace,
+    run: str,
+    storage: Storage,
+    spec: Spec,
+    num_samples: int,
+    scheduler: Scheduler,
+    algorithm: Algorithm,
+) -> list[Trial]:
+    """Run or resume the trials on the Ray that this process is connected to.
+
+    Args:
+        function: The trainable.
+        space: The search space.
+        run: Path or URI of the tuning's folder.
+        storage: The same folder.
+        spec: The spec that the space varies.
+        num_samples: Samples of the search space.
+        scheduler: As in `run_tuning`.
+        algorithm: As in `run_tuning`.
+
+    Returns:
+        The ended trials, the best first.
+    """
+    with quiet_tune():
         tuner = tune.Tuner(
             function,
             param_space={key: to_tune_domain(varied) for key, varied in space.items()},
             tune_config=tune.TuneConfig(
                 metric="score",
                 mode="max",
-                num_samples=samples or default_num_samples(space),
+                num_samples=num_samples,
                 search_alg=search_algorithm(algorithm, spec.seed, past_choices(storage)),
                 scheduler=asha_scheduler(spec) if scheduler == "asha" else None,
                 trial_dirname_creator=TrialDirname(),
@@ -118,9 +156,7 @@ def run_tuning(
                 failure_config=tune.FailureConfig(max_failures=spec.workers.max_retries),
             ),
         )
-        trials = sorted(map(to_trial, tuner.fit()), key=Trial.sort_key, reverse=True)
-    show_trials(console, trials, list(space))
-    show_best(console, trials[0], source, overrides)
+        return sorted(map(to_trial, tuner.fit()), key=Trial.sort_key, reverse=True)
 
 
 def require_agreement(space: SearchSpace, scheduler: Scheduler, algorithm: Algorithm) -> None:
@@ -328,12 +364,6 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
-def reason(error: Exception) -> str:
-    """The reason of a trial's failure, one line, without Ray's traceback."""
-    cause = getattr(error, "cause", None) or error
-    return first_line(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {first_line(cause)}"
-
-
 @dataclass(frozen=True)
 class Trial:
     """An ended trial with its last report.
@@ -382,6 +412,44 @@ def to_trial(result: Any) -> Trial:
     return Trial(Path(result.path).name, result.config, result.error, **reported)
 
 
+def write_finished(storage: Storage, num_samples: int, trials: Sequence[Trial]) -> None:
+    """Write the trials of a tuning that has ended, unless one failed, which the same command tries again.
+
+    Args:
+        storage: The tuning's folder.
+        num_samples: Samples of the search space.
+        trials: The trials, the best first.
+    """
+    if not any(trial.error for trial in trials):
+        with storage.writing(FINISHED) as path:
+            path.write_text(json.dumps({"num_samples": num_samples, "trials": [asdict(trial) for trial in trials]}))
+
+
+def read_finished(storage: Storage, num_samples: int) -> list[Trial] | None:
+    """The trials of a tuning that has ended, the best first.
+
+    Args:
+        storage: The tuning's folder.
+        num_samples: Samples of the search space.
+
+    Returns:
+        The trials; None when the tuning has not ended, had another number of samples, or a trial's model is gone.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        finished = json.loads(storage.read(FINISHED))
+        trials = [Trial(**trial) for trial in finished["trials"]]
+        is_same = finished["num_samples"] == num_samples
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{storage.at(FINISHED)}: is damaged. Delete it, and run the same command again") from None
+    has_models = all(RunDir(trial.run).has_export() for trial in trials if trial.state == "done")
+    return trials if is_same and has_models else None
+
+
 def show_trials(console: Console, trials: Sequence[Trial], keys: Sequence[str]) -> None:
     """Print a table of all trials and the errors of those that failed.
 
@@ -401,7 +469,7 @@ def show_trials(console: Console, trials: Sequence[Trial], keys: Sequence[str]) 
     console.print(table)
     for trial in trials:
         if trial.error:
-            say(console, f"{trial.name} failed: {reason(trial.error)}")
+            say(console, f"{trial.name} failed: {describe(trial.error)}")
 
 
 def show_best(console: Console, best: Trial, source: Path, overrides: Sequence[str]) -> None:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
 import typer
-from support.cli import raymask, refused_command, typed, write_search
+from support.cli import raymask, refused_command, run_main, typed, write_search
 from support.fake_ray import FakeRay
+from support.fakes import Fakes, setup_of
+from support.paths import RAYMASK
 
 from raymask.cli import app
 from raymask.core import stats
+from raymask.driver.result import build_result
 from raymask.executor import ray_executor
+from raymask.runs.run_dir import RunDir, open_run
+from raymask.version import __version__
 
 TREE = ["--set", "early_eval.rungs=[0.5, 1.0]", "--set", "select={keep: 2, beam: true}"]
 
@@ -46,6 +54,81 @@ def test_help_names_the_commands_and_loads_nothing_heavy() -> None:
     assert all(word in done.stdout for word in ("search", "check", "show"))
     code = "import sys, raymask.cli; print({'torch', 'ray', 'transformers', 'pydantic'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
+def test_versions_of_all_that_matters_are_printed() -> None:
+    lines = typed("--version").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["raymask", "Ray", "torch", "transformers", "Python"]
+    assert lines[0] == f"raymask {__version__}"
+    assert lines[2] == f"torch {torch.__version__}"
+
+
+# --- output that cannot be written, and the end ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"),
+    [
+        (">&-", 0, "raymask: standard output is closed; going on without it\n"),
+        ("> /dev/full", 2, "raymask: standard output: cannot be written: No space left on device\n"),
+        ("| true", 0, ""),
+    ],
+)
+def test_output_that_is_lost_is_one_line_at_most(redirection: str, code: int, said: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"'{RAYMASK}' --version {redirection}"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_a_search_ends_well_though_its_output_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stats, "RESAMPLES", 50)
+    search_setup = setup_of()
+    with open_run(RunDir(tmp_path), search_setup.recipe.spec) as store:
+        Fakes(search_setup).run(store)
+        build_result(search_setup, store, 1.0)
+    with open("/dev/full", "w") as full, patch.object(sys, "stdout", full), pytest.raises(SystemExit) as end:
+        run_main("search", tmp_path / "spec.yaml", "--run", tmp_path)
+    assert not end.value.code
+    lost = "raymask: standard output: cannot be written: No space left on device; going on without it\n"
+    assert capsys.readouterr().err == lost
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_and_a_file(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("raymask.commands.check.prepare", lambda spec: 1 / 0)
+    done = typed("check", spec)
+    assert done.returncode == 1
+    [file] = tmp_path.iterdir()
+    assert done.stderr == f"raymask: ZeroDivisionError: division by zero. The traceback is in {file}\n"
+
+
+SLOW_TO_CLOSE = """
+import time
+from raymask.cli import handle_interrupts
+with handle_interrupts():
+    try:
+        print("works", flush=True)
+        time.sleep(60)
+    finally:
+        print("closes", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    command = [sys.executable, "-c", SLOW_TO_CLOSE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in ("works\n", "closes\n"):
+            assert process.stdout.readline() == line
+            process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (130, "raymask: stopped. Run the same command again to continue\n")
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ import ray, psutil
 from raymask.executor import connection
 job = SimpleNamespace(spec=SimpleNamespace(workers=SimpleNamespace(threads=1)), config=Path())
 mine = f"{connection.SESSION_PREFIX}{os.getpid()}-*"
-folders = lambda: sorted(str(path) for path in Path(connection.SESSION_ROOT).glob(mine))
+folders = lambda: sorted(str(path) for path in Path(connection.RAY_DIR).glob(mine))
 before = dict(os.environ)
 with connection.ray_connection(job, None):
     during = folders()

@@ -96,7 +96,7 @@ def private_ray(cpus: int = 1) -> Iterator[None]:
     before = ray.init
 
     def init(*arguments: Any, **options: Any) -> Any:
-        return before(*arguments, **options, num_cpus=cpus)
+        return before(*arguments, **options | {"num_cpus": cpus})
 
     assert not ray.is_initialized()
     with pytest.MonkeyPatch.context() as patch:

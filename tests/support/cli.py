@@ -29,18 +29,22 @@ def typed(*words: str | Path, cwd: Path | None = None) -> Done:
     """The same command in this process."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
-        mock.patch.object(sys, "argv", ["raymask", *map(str, words)]),
         mock.patch.object(sys, "path", list(sys.path)),
-        mock.patch.dict(os.environ),
         chdir(cwd or Path.cwd()),
         redirect_stdout(out),
         redirect_stderr(err),
     ):
         try:
-            main()
+            run_main(*words)
         except SystemExit as end:
             code = int(end.code or 0)
     return Done(words, code, out.getvalue(), err.getvalue())
+
+
+def run_main(*words: str | Path) -> None:
+    """The command in this process, with its output on `sys.stdout`; it ends with SystemExit."""
+    with mock.patch.object(sys, "argv", ["raymask", *map(str, words)]), mock.patch.dict(os.environ):
+        main()
 
 
 def refused_command(*words: str | Path, cwd: Path | None = None) -> str:

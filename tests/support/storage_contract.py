@@ -27,7 +27,7 @@ from raymask.runs.storage import Storage
 from raymask.testing import check_storage
 
 HOLDS = ("lock", "claims", "beats")  # what a driver holds a place by
-GO_ON = "Fix this and the same command goes on from here, or choose another location with"
+GO_ON = "Fix this and run the same command again"
 QUICKSTART = {"model": "quickstart", "task": "quickstart"}
 
 

@@ -163,6 +163,13 @@ def test_a_place_that_cannot_be_written_is_said(finished: Path, tmp_path: Path) 
     assert said.endswith("or choose another location with --out")
 
 
+def test_a_run_that_cannot_be_written_is_said_with_the_option_that_export_has(copy: Path) -> None:
+    (copy / "export-hf.part").touch()
+    said = refused(export_run, copy, "hf")
+    assert said.startswith(f"{copy}/export-hf: cannot be written: File exists. ")
+    assert said.endswith(", or choose another location with --out")
+
+
 def test_a_checkpoint_that_reads_otherwise_is_not_left(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

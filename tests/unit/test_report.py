@@ -101,8 +101,8 @@ def test_it_is_refreshed_with_every_level_and_now_and_then(tmp_path: Path, monke
     assert written == [100.0, 143.0, 145.0]
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt, UserError])
-def test_whoever_ends_a_search_the_report_says_that_it_stopped(tmp_path: Path, end: type[BaseException]) -> None:
+@pytest.mark.parametrize(("end", "state"), [(KeyboardInterrupt, "stopped"), (UserError, "failed")])
+def test_whoever_ends_a_search_the_report_says_so(tmp_path: Path, end: type[BaseException], state: str) -> None:
     """From its start on it says that the search runs, in an object store as well."""
     memory = fsspec.filesystem("memory")
     for place in (str(tmp_path / "run"), "memory://reports/run"):
@@ -111,7 +111,7 @@ def test_whoever_ends_a_search_the_report_says_that_it_stopped(tmp_path: Path, e
             with pytest.raises(end), open_run(store, search_setup.recipe.spec), ReportCallback(store):
                 assert RunSummary.model_validate_json(text_of(store, REPORT_JSON)).state == "running"
                 raise end("no more")
-            assert RunSummary.model_validate_json(text_of(store, REPORT_JSON)).state == "stopped"
+            assert RunSummary.model_validate_json(text_of(store, REPORT_JSON)).state == state
             assert "http-equiv" not in text_of(store, REPORT_HTML)
         finally:
             if place.startswith("memory") and memory.exists("/reports"):

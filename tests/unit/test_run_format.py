@@ -28,13 +28,14 @@ def test_a_run_directory_says_its_format_and_its_spec_stays_a_spec(tmp_path: Pat
 
 @pytest.mark.parametrize(("line", "number"), [("", 1), ("# raymask run directory, format 99\n", 99)])
 def test_another_format_is_refused_with_what_to_do(tmp_path: Path, spec: Spec, line: str, number: int) -> None:
-    store = RunDir(tmp_path)
+    store = RunDir(tmp_path, option="--run")
     (tmp_path / "spec.yaml").write_text(line + yaml.safe_dump({"model": "m", "probe": {}}))
     expected = (
-        f"{tmp_path}: has run directory format {number}, and this raymask reads format {FORMAT}. Choose another "
-        "directory with --run, or use the version of raymask that wrote it (see env.json)"
+        f"{tmp_path}: has run directory format {number}, and this raymask reads format {FORMAT}. Use the version "
+        "of raymask that wrote it (see env.json), or choose another directory with --run"
     )
     assert refused(store.read_spec) == expected
+    assert refused(RunDir(tmp_path).read_spec) == expected.removesuffix(", or choose another directory with --run")
     write(store)
     assert refused(check_run, store, spec) == expected
 

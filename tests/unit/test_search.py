@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.builders import reviews, tiny_model, write_table
 from support.fakes import BASE, Fakes, Killed, setup_of
 
 from raymask.commands.check import show_check
@@ -23,6 +24,8 @@ from raymask.core.tensors import PackedTensors
 from raymask.driver.result import build_result
 from raymask.driver.search import search
 from raymask.driver.setup import SearchSetup
+from raymask.report.sections import report_sections
+from raymask.report.summary import load_summary
 from raymask.runs.run_dir import RunDir, check_run, dump_checksummed, open_run
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
@@ -369,6 +372,48 @@ def test_other_data_under_the_same_run_is_refused(search_setup: SearchSetup, tmp
     changed = replace(search_setup, context=replace(search_setup.context, data=data))
     with pytest.raises(UserError, match="was started on other data"):
         Fakes(changed).run(RunDir(tmp_path))
+
+
+def test_a_finished_run_is_held_against_the_files_too(tmp_path: Path) -> None:
+    def write_rows(name: str, seed: int) -> str:
+        texts, labels = reviews(40, seed)
+        return str(write_table(tmp_path / f"{name}.csv", {"text": texts, "label": labels}))
+
+    task = {"train": write_rows("train", 0), "test": write_rows("test", 1), "text": "text", "label": "label"}
+    search_setup = setup_of(model=str(tiny_model(tmp_path / "model")), task=task)
+    spec, run = search_setup.recipe.spec, tmp_path / "run"
+    with open_run(RunDir(run), spec) as store:
+        Fakes(search_setup).run(store)
+        result = build_result(search_setup, store, 1.0)
+    assert search(spec, run) == result
+    write_rows("test", 2)
+    with pytest.raises(UserError, match=r"run: was started on other data: files, tokenizer or labels have changed"):
+        search(spec, run)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("by nothing"), UserError("training diverged:\nlower the rate")])
+def test_the_error_that_ends_a_search_is_in_its_run_directory(
+    search_setup: SearchSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    class Failing(Fakes):
+        def evaluate(self, parents: Mapping[int, Snapshot], tasks: Sequence[EvalTask]) -> Evaluation:
+            raise error
+
+    monkeypatch.setattr("raymask.driver.search.open_executor", lambda *_: Failing(search_setup))
+    with pytest.raises(type(error)) as raised:
+        search(search_setup.recipe.spec, tmp_path)
+    traceback, is_unexpected = tmp_path / "traceback.txt", isinstance(error, ZeroDivisionError)
+    notes = [f"The traceback is in {traceback}"] if is_unexpected else []
+    assert getattr(raised.value, "__notes__", []) == notes
+    assert traceback.exists() == is_unexpected
+    said = f"ZeroDivisionError: by nothing. {notes[0]}" if is_unexpected else str(error)
+    summary = load_summary(RunDir(tmp_path))
+    assert (summary.state, summary.error) == ("failed", said)
+    [lines] = [section.lines for section in report_sections(summary) if section.title == "Not finished"]
+    assert lines[0] == f"This search ended with an error: {said}"
+    assert "Run the same command again" not in (tmp_path / "report.html").read_text()
+    RunDir(tmp_path).record_start()
+    assert load_summary(RunDir(tmp_path)).state == "stopped"
 
 
 def test_proposals_differ_in_seed_and_cycle_through_the_sampling_ratios(tmp_path: Path) -> None:

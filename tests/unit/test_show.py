@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from itertools import groupby
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def cells(text: str, begins: str) -> list[str]:
 def test_a_search_that_has_no_dense_model_yet_says_so(tmp_path: Path) -> None:
     stop_after(0, tmp_path)
     text = shown(tmp_path)
-    assert text.startswith(f"{tmp_path}: stopped\n\nNot finished\n")
+    assert re.match(rf"{tmp_path}: stopped, [\d.]+ MB\n\nNot finished\n", text)
     assert "The dense model is not done yet." in text
     assert "Level by level" not in text
 
@@ -72,7 +73,7 @@ def test_a_stopped_search_is_shown_with_its_evaluations(tmp_path: Path) -> None:
 def test_a_finished_search_is_shown_with_its_table_and_where_its_time_went(tmp_path: Path) -> None:
     finish(tmp_path)
     text = shown(tmp_path)
-    assert text.startswith(f"{tmp_path}: finished\n\nVerdict\nraymask against IMP on ")
+    assert re.match(rf"{tmp_path}: finished, [\d.]+ MB\n\nVerdict\nraymask against IMP on ", text)
     assert len([line for line in text.splitlines() if line.startswith("  raymask ")]) == 1
     assert "The last start took 1 min 1 s of wall time." in text
     lines = text.splitlines()

@@ -122,8 +122,25 @@ def test_a_file_that_cannot_be_read_just_now_is_no_reason_to_delete_anything(
         with monkeypatch.context() as patch:
             patch.setattr(reader, "read_bytes" if reader is Path else "file_digest", stale)
             said = refused(read, SEARCH, 1)
-        assert "cannot be read: Stale file handle. Fix this and the same command goes on from here" in said
+        assert f"cannot be read: Stale file handle. {GO_ON}" in said
         assert "Delete" not in said
+
+
+def test_what_belongs_to_someone_else_is_said_with_its_owner(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read and write everything, so the refusal is simulated."""
+
+    def refuse(path: Path, *_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    write(RunDir(folder.uri))
+    whose = f"Permission denied (it belongs to {Path(folder.uri).owner()}). {GO_ON}"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        said = refused(RunDir(folder.uri).read_level, SEARCH, 1)
+    assert said == f"{folder.uri}/level-1/level.json: cannot be read: {whose}"
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    said = refused(open_storage(folder.uri, option="--out").writing_folder("export").__enter__)
+    assert said == f"{folder.uri}/export: cannot be written: {whose}, or choose another location with --out"
 
 
 def test_a_name_that_would_lead_out_of_a_folder_counts_for_nothing(memory: Place) -> None:
@@ -344,7 +361,7 @@ def test_a_file_system_without_locks_is_refused(folder: Place, monkeypatch: pyte
     monkeypatch.setattr(fcntl, "flock", no_locks)
     expected = (
         f"{folder.uri}: its file system has no locks (No locks available), so that two drivers could work in it at "
-        "once: choose another with --run"
+        f"once. {GO_ON}"
     )
     assert refused(folder.open().lock().__enter__) == expected
     assert refused(folder.open().is_locked) == expected
@@ -480,11 +497,11 @@ def write_large(store: RunDir) -> LevelRecord:
 
 
 def test_a_level_that_does_not_fit_is_said_and_written_once_there_is_room(disk: Disk) -> None:
-    store = RunDir(disk.path / "run")
+    store = RunDir(disk.path / "run", option="--run")
     said = refused(write_large, store)
     assert said.startswith(f"{disk.path}/run/level-1/model.safetensors: cannot be written: ")
     assert "No space left on device" in said
-    assert said.endswith(f"{GO_ON} --run")
+    assert said.endswith(f"{GO_ON}, or choose another location with --run")
     assert list(store.storage.names()) == []
     assert not any(path.is_file() for path in disk.path.rglob("*"))
     assert disk.mount(REMOUNT, "size=8m")
@@ -499,7 +516,7 @@ def test_a_line_that_does_not_fit_is_said_and_the_journal_keeps_what_it_had(disk
     long = evaluation(1).model_copy(update={"row_losses": bytes(50_000)})
     said = refused(store.append, long)
     where = f"{disk.path}/run/level-1/evaluations.jsonl"
-    assert said == f"{where}: cannot be written: No space left on device. {GO_ON} --run"
+    assert said == f"{where}: cannot be written: No space left on device. {GO_ON}"
     assert store.evaluations(1) == [evaluation(0)]
     disk.empty()
     store.append(long)
@@ -526,8 +543,8 @@ def test_a_local_disk_on_which_nothing_can_be_prepared_for_a_bucket_is_said(
             path.write_bytes(bytes(2**21))
 
     monkeypatch.setattr(tempfile, "tempdir", str(disk.path))
-    said = refused(prepare)
-    assert said == f"the folder for temporary files: cannot be written: No space left on device. {GO_ON} TMPDIR"
+    said, elsewhere = refused(prepare), "or choose another location with TMPDIR"
+    assert said == f"the folder for temporary files: cannot be written: No space left on device. {GO_ON}, {elsewhere}"
     assert memory.files() == {}
     assert list(disk.path.iterdir()) == []
 
@@ -548,7 +565,7 @@ def test_a_place_that_is_not_ours_to_write_is_said_and_still_read(disk: Disk) ->
         ("/journal", lambda: there.append("journal", b"x")),
         ("", there.lock().__enter__),
     ):
-        assert refused(work) == f"{there.at()}{name}: cannot be written: Read-only file system. {GO_ON} --run"
+        assert refused(work) == f"{there.at()}{name}: cannot be written: Read-only file system. {GO_ON}"
     assert there.read("journal") == b"line\n"
     assert not there.is_locked()
 

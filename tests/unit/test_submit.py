@@ -155,6 +155,12 @@ def test_an_address_that_is_none_is_said(address: str) -> None:
     assert said == f"--address {address}: the jobs server's address looks like http://127.0.0.1:8265"
 
 
+def test_an_address_in_the_environment_is_said_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "auto")
+    said = refused(jobs.show_jobs, Console(file=io.StringIO()), None)
+    assert said == "$RAY_API_SERVER_ADDRESS is auto: the jobs server's address looks like http://127.0.0.1:8265"
+
+
 def test_an_address_where_nothing_answers_is_said_at_once() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -228,5 +234,5 @@ def test_the_status_of_a_job_says_from_its_log_how_far_it_is_until_it_has_ended(
     job.status.value = "FAILED"
     said = status()
     assert said[0] == "raymask-x: FAILED"
-    assert said[-1] == "To continue, submit the same spec with --run /runs/x"
+    assert said[-1] == "To try again, submit the same spec with --run /runs/x"
     assert not any(line.startswith("level 1/4") for line in said)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from support.fakes import Fakes, setup_of
 import raymask.tune.command
 from raymask.core.errors import UserError
 from raymask.core.lineage import branches
-from raymask.runs.run_dir import RunDir
+from raymask.runs.run_dir import EXPORT, MASK, RunDir
 from raymask.tune import command, trial
 from raymask.tune.space import Domain
 
@@ -140,6 +142,70 @@ def test_without_optuna_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch
 
 def test_both_ways_to_import_tune_lead_to_it() -> None:
     assert raymask.tune.trainable is trial.trainable
+
+
+SPACE = "candidates.exponent: {uniform: [2, 10]}"
+
+
+@pytest.fixture
+def tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A tuning of two trials that need no Ray; `run` types the command, and `trials` are what Tune would return."""
+    finished = tmp_path / "finished"
+    (finished / EXPORT).mkdir(parents=True)
+    (finished / EXPORT / MASK).touch()
+    trials = [
+        command.Trial(f"trial-{exponent}", {"candidates.exponent": exponent}, None, 2, 2, 0.9, score, run=str(finished))
+        for exponent, score in ((3.0, 0.8), (4.0, 0.7))
+    ]
+    made = SimpleNamespace(trials=trials, started=0, folder=tmp_path / "run")
+    (tmp_path / "spec.yaml").write_text(json.dumps(SPEC))
+    (tmp_path / "space.yaml").write_text(SPACE)
+
+    def run_trials(*_: Any) -> list[command.Trial]:
+        made.started += 1
+        return made.trials
+
+    def run(samples: int = 2) -> str:
+        console = Console(record=True, width=100)
+        options: dict[str, Any] = {"scheduler": "none", "algorithm": "random", "address": None}
+        files = tmp_path / "spec.yaml", tmp_path / "space.yaml"
+        command.run_tuning(console, *files, (), str(made.folder), samples=samples, **options)
+        return console.export_text()
+
+    monkeypatch.setattr(command, "run_trials", run_trials)
+    monkeypatch.setattr(command, "ray_connection", lambda context, address: nullcontext())
+    made.run = run
+    return made
+
+
+def test_a_finished_tuning_is_printed_again_without_ray(tuning: SimpleNamespace) -> None:
+    first, again = tuning.run(), tuning.run()
+    assert again == f"was finished before: nothing is done again\n{first}"
+    assert tuning.started == 1
+    tuning.run(samples=3)
+    assert tuning.started == 2
+
+
+def test_a_tuning_with_a_failed_trial_or_a_lost_model_is_no_finished_one(tuning: SimpleNamespace) -> None:
+    whole = tuning.trials
+    tuning.trials = [whole[0], replace(whole[1], error=UserError("its node burned"))]
+    tuning.run()
+    tuning.trials = [whole[0], replace(whole[1], run=str(tuning.folder / "gone"))]
+    tuning.run()
+    tuning.run()
+    assert tuning.started == 3
+
+
+def test_a_tuning_is_held_against_its_data(tuning: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning.run()
+    monkeypatch.setattr("raymask.data.types.TaskData.fingerprint", lambda data: "other")
+    assert f"{tuning.folder}: was started with another dataset, see {tuning.folder}/tuning.yaml" in refused(tuning.run)
+
+
+def test_a_damaged_record_of_a_finished_tuning_is_said(tuning: SimpleNamespace) -> None:
+    tuning.run()
+    (tuning.folder / "finished.json").write_text('{"trials": [{}], "num_samples": 2}')
+    assert "finished.json: is damaged. Delete it, and run the same command again" in refused(tuning.run)
 
 
 def test_asha_halves_at_the_levels_and_none_is_left_alone() -> None:
