@@ -35,7 +35,7 @@ def show_run(console: Console, run: str, as_json: bool) -> None:
     if as_json:
         print(summary.model_dump_json(indent=1))
         return
-    say(console, f"{run}: {summary.state}, {megabytes(store.storage.size())}")
+    say(console, f"{run}: {summary.state}, {megabytes(run_dir.storage.size())}")
     show_sections(console, report_sections(summary))
 
 
