@@ -65,6 +65,32 @@ def test_pauses_of_which_no_candidate_can_make_use_are_forgotten(
     assert simulated.below == [[], [], []]
 
 
+def test_the_pause_of_an_evaluation_that_runs_is_kept_though_its_next_rung_is_not_wanted_yet(
+    job: WorkerContext, parent: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulated, [candidate, other, *_] = fake(monkeypatch, 2), propose_candidates(resolve(job.spec), 1)
+    with simulated.executor(early_eval={"rungs": RUNGS}) as executor:
+        executor.evaluate({1: parent}, [EvalTask(candidate), EvalTask(other)])
+        executor.evaluate({1: parent}, [EvalTask(candidate, 1)])
+        executor.evaluate({1: parent}, [EvalTask(candidate, 1), EvalTask(other, 1)])
+        executor.evaluate({1: parent}, [EvalTask(other, 1)])
+    assert [("pause", (other.index, 0, 0))] in simulated.below
+
+
+def test_the_end_of_a_phase_ends_what_runs_and_forgets_its_pauses(
+    job: WorkerContext, parent: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another level's candidates have the same numbers."""
+    simulated, [candidate, other, *_] = fake(monkeypatch, 2), propose_candidates(resolve(job.spec), 1)
+    [of_next_level, *_] = propose_candidates(resolve(job.spec), 2)
+    with simulated.executor(early_eval={"rungs": RUNGS}) as executor:
+        executor.evaluate({1: parent}, [EvalTask(candidate), EvalTask(other)])
+        executor.cancel()
+        assert simulated.living() == 1
+        executor.evaluate({1: parent}, [EvalTask(of_next_level, 1)])
+    assert simulated.below[-1] == []
+
+
 def test_a_candidate_whose_machines_failed_is_recorded_as_the_machine_s_fault(
     job: WorkerContext, parent: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
