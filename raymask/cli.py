@@ -223,7 +223,7 @@ def tune(
     folder = run or f"runs/{spec.stem}-{space.stem}"
     console = make_console(required=False)
     console.print(f"Folder of the trials: {folder}", highlight=False, markup=False)
-    from raymask.tune.command import run_tuning
+    from raymask.tune.command import TuneOptions, run_tuning
 
     with handle_interrupts():
         run_tuning(
@@ -232,10 +232,8 @@ def tune(
             space,
             overrides or (),
             folder,
-            samples=samples,
-            scheduler=scheduler.value,
-            algorithm=algorithm.value,
-            address=address,
+            TuneOptions(samples, scheduler.value, algorithm.value),
+            address,
         )
 
 

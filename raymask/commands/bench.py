@@ -112,7 +112,7 @@ def show_bench(console: Console, run: str, batches: Sequence[int] = (), length: 
             notes += measure(variants, batch)
     console.print(bench_table(variants, length))
     say(console, LEGEND)
-    for line in [*(verdict(variants, rows) for rows in variants[0].seconds), *notes]:
+    for line in [*(speed_verdict(variants, rows) for rows in variants[0].seconds), *notes]:
         say(console, line)
 
 
@@ -340,7 +340,7 @@ def cells(variant: Variant, variants: Sequence[Variant]) -> Iterator[str]:
         yield "" if dense is None or variant.model == DENSE else f"{dense.seconds[rows] / seconds:.2f}x"
 
 
-def verdict(variants: Sequence[Variant], rows: int) -> str:
+def speed_verdict(variants: Sequence[Variant], rows: int) -> str:
     """What sparsity gains at a batch size: each variant of the selected model against the dense one in its runtime.
 
     Args:

@@ -44,7 +44,7 @@ def show_check(console: Console, spec: Spec, address: str | None) -> None:
     console.print(weight_table(setup.model_info))
     show_left_out(console, setup.model_info)
     show_data(console, setup)
-    console.print(level_table(setup))
+    console.print(planned_levels(setup))
     show_rungs(console, setup)
     show_cost(console, setup)
     show_resources(console, setup, address)
@@ -122,7 +122,7 @@ def numbered_classes(dataset: RawDataset) -> str:
     return ", ".join(named[:MAX_LISTED_CLASSES] + more)
 
 
-def level_table(setup: SearchSetup) -> Table:
+def planned_levels(setup: SearchSetup) -> Table:
     """The table of levels: what each prunes, relative to the prunable weights, the blocks, and the whole model."""
     table = Table(title="levels", title_justify="left")
     zeros = f"zeros in {blocks(setup.model_info.kind)}"

@@ -17,7 +17,7 @@ from raymask.core import seeds
 from raymask.core.errors import UserError
 from raymask.core.records import ModelMetrics
 from raymask.core.seeds import derive
-from raymask.core.spec import QUICKSTART, Levels, Mask, Spec
+from raymask.core.spec import QUICKSTART, Levels, MaskOptions, Spec
 from raymask.core.stats import bootstrap
 from raymask.core.tensors import PackedTensors, copy_into, pack
 from raymask.data.metrics import constant_prediction
@@ -95,7 +95,7 @@ def eval_spec(model: str, task: str, overrides: Sequence[str] = ()) -> Spec:
         "model": spec.model.model_copy(update=new_model),
         "dense": spec.dense.model_copy(update={"epochs": 0.0}),
         "levels": Levels(sparsities=(0.5,)),  # never used: nothing is pruned here
-        "mask": Mask(),
+        "mask": MaskOptions(),
     }
     return spec.model_copy(update=changes)
 
@@ -110,7 +110,7 @@ def evaluate(setup: SearchSetup) -> ModelMetrics:
         UserError: When the model is not fine-tuned for this task, or its outputs are not finite.
     """
     spec, data = setup.recipe.spec, setup.context.data
-    weights = weights_of(setup)
+    weights = read_weights(setup)
     worker = Worker(setup.context, device_for(spec))
     require_same_shapes(spec.model.name, weights, worker)
     with isolated_torch_state(spec, worker.device):
@@ -135,7 +135,7 @@ def evaluate(setup: SearchSetup) -> ModelMetrics:
     )
 
 
-def weights_of(setup: SearchSetup) -> PackedTensors:
+def read_weights(setup: SearchSetup) -> PackedTensors:
     """The weights of a checkpoint, or of a folder that `raymask export --to sparse` wrote."""
     model = setup.recipe.spec.model
     if not (Path(model.name) / SPARSE).is_file():

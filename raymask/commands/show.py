@@ -14,7 +14,7 @@ from raymask.core.errors import UserError
 from raymask.export.selected import megabytes
 from raymask.report.console import say
 from raymask.report.html import render_page
-from raymask.report.sections import Section, Table, comparison_sections, report_sections
+from raymask.report.sections import ReportSection, Table, comparison_sections, report_sections
 from raymask.report.summary import load_summary
 from raymask.runs.run_dir import RunDir
 
@@ -79,7 +79,7 @@ def short_names(runs: Sequence[str]) -> list[str]:
     return ["/".join(folders[shared:]) for folders in parts]
 
 
-def show_sections(console: Console, sections: Sequence[Section]) -> None:
+def show_sections(console: Console, sections: Sequence[ReportSection]) -> None:
     """Print all sections, with text plots instead of plots, and the tables that a page folds away."""
     for section in sections:
         tables = [content for content in section.more.values() if isinstance(content, Table)]

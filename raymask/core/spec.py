@@ -305,7 +305,7 @@ class Levels(Section):
         return tuple(1.0 - sparsity for sparsity in sparsities)
 
 
-class Mask(Section):
+class MaskOptions(Section):
     """Which weights a mask keeps.
 
     Attributes:
@@ -558,7 +558,7 @@ class Spec(Section):
     model: Annotated[Model, BeforeValidator(expand_name)]
     task: Annotated[Task, BeforeValidator(expand_name)]
     levels: Annotated[Levels, BeforeValidator(expand_levels)] = Levels(sparsities=(0.54, 0.83, 0.92, 0.9375))
-    mask: Mask = Mask()
+    mask: MaskOptions = MaskOptions()
     candidates: Candidates = Candidates()
     dense: Dense = Dense()
     early_eval: EarlyEval = EarlyEval()

@@ -82,7 +82,7 @@ def read_task(task: Task, seed: int, test_only: bool) -> RawTask:
         UserError: A file or column cannot be used.
     """
     if task.name == QUICKSTART:
-        return quickstart_task(derive(seed, seeds.QUICKSTART))
+        return quickstart_task(derive(seed, seeds.QUICKSTART_ROWS))
     if task.name is not None:
         return read_glue(task, task.name.removeprefix("glue/"), test_only)
     paths = {"train": task.train, "validation": task.validation, "test": task.test}

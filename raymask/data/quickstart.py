@@ -15,7 +15,7 @@ MAX_WORDS = 20  # with commas, without [CLS] and [SEP]
 MODEL_MAX_LENGTH = 64
 CLASSES = ("negative", "positive")  # in the order of their labels
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in the order of their ids
-PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS
+PAD, UNK, CLS, SEP, MASK_TOKEN = SPECIAL_TOKENS
 
 Clause = tuple[str, int]
 """A text and its label: 1 if the speaker likes the film, 0 if not."""
@@ -112,7 +112,7 @@ def tokenizer() -> "PreTrainedTokenizerFast":
         unk_token=UNK,
         cls_token=CLS,
         sep_token=SEP,
-        mask_token=MASK,
+        mask_token=MASK_TOKEN,
     )
 
 

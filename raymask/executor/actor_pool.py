@@ -347,11 +347,11 @@ class WorkerPool:
         except Exception as error:  # noqa: BLE001 - a start can fail with any error; the count below decides
             ray.kill(actor)
             self.failed_starts += getattr(error, "actor_init_failed", True)  # a lost node does not count
-            self.callback.on_message(f"a worker did not start: {format_error(error)}")
+            self.callback.on_message(f"a worker did not start: {format_ray_error(error)}")
             if self.policy.decide_start(self.failed_starts) is Decision.RAISE:
                 raise UserError(
-                    f"{MAX_FAILED_STARTS} workers in a row did not start; the last one said: {format_error(error)}. "
-                    "Is raymask installed on every node, in the driver's version?"
+                    f"{MAX_FAILED_STARTS} workers in a row did not start; the last one said: "
+                    f"{format_ray_error(error)}. Is raymask installed on every node, in the driver's version?"
                 ) from None
         else:
             self.failed_starts = 0
@@ -412,9 +412,11 @@ class WorkerPool:
         if running.timed_out:
             return TaskFailed(f"took longer than the timeout of {task.timeout:g} s (workers.timeout)")
         if decision is Decision.RETRY:
-            self.callback.on_message(f"{task.name}: its worker was lost: {format_error(error)}; trying again elsewhere")
+            self.callback.on_message(
+                f"{task.name}: its worker was lost: {format_ray_error(error)}; trying again elsewhere"
+            )
             return None
-        return TaskFailed(f"its workers failed {failure.attempt} times; the last one: {format_error(error)}")
+        return TaskFailed(f"its workers failed {failure.attempt} times; the last one: {format_ray_error(error)}")
 
     def put(self, parent: Snapshot) -> dict[str, Any]:
         """Put a snapshot's tensors into the object store, each only once while this process holds the tensors.
@@ -458,7 +460,7 @@ def get_result(ref: Any) -> Any:
         raise
 
 
-def format_error(error: BaseException) -> str:
+def format_ray_error(error: BaseException) -> str:
     """The one relevant line of a Ray error, at most 200 characters, without Ray's advice."""
     text = str(getattr(error, "cause", None) or error).strip() or type(error).__name__
     lines = text.splitlines()

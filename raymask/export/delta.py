@@ -14,7 +14,7 @@ FULL_GAP = 255  # the byte that says: 255 pruned entries, no kept one after them
 Code = Literal["gaps", "bits"]
 
 
-def encode(mask: Tensor) -> tuple[Code, Tensor]:
+def encode_mask(mask: Tensor) -> tuple[Code, Tensor]:
     """Encode a mask with the shorter code.
 
     Args:

@@ -50,7 +50,7 @@ def export_run(run: str | Path, to: str, out: str | Path | None = None, **option
     """
     if to not in FORMATS:
         raise UserError(f"--to: unknown format {to!r}; known are {', '.join(FORMATS)}")
-    require_known(options, to)
+    require_known_options(options, to)
     run_dir = RunDir(run)
     storage, name = (open_storage(run, option="--out"), f"export-{to}") if out is None else local_folder(out)
     require_free(storage, name)
@@ -62,7 +62,7 @@ def export_run(run: str | Path, to: str, out: str | Path | None = None, **option
     return [*lines, f"Everything is in {storage.at(name)}"]
 
 
-def require_known(options: Mapping[str, Any], to: str) -> None:
+def require_known_options(options: Mapping[str, Any], to: str) -> None:
     """Raise UserError for an option that the format does not have."""
     parameters = inspect.signature(FORMATS[to]).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]

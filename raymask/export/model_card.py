@@ -61,13 +61,13 @@ def level_table(result: Result) -> str:
     )
     lines = (
         f"| {level.level} | {percent(level.sparsity)} | {level.num_evaluated} ({level.num_failed} failed) | "
-        f"{level.winner.candidate.name} | {distance(level.winner.distance)} | "
+        f"{level.winner.candidate.name} | {format_distance(level.winner.distance)} | "
         f"{level.finetune_result.best_eval.loss:.4f} |"
         for level in result.levels
     )
     return "\n".join([heads, *lines])
 
 
-def distance(share: float | None) -> str:
+def format_distance(share: float | None) -> str:
     """A distance from the magnitude mask as text; empty for None."""
     return "" if share is None else percent(share)

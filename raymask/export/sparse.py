@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from raymask.core.errors import UserError, first_line
 from raymask.core.masking.masks import Mask
-from raymask.export.delta import Code, decode, encode
+from raymask.export.delta import Code, decode, encode_mask
 from raymask.export.selected import SelectedModel, logits, outputs_allclose, sizes, sizes_of_prunable
 from raymask.runs.run_dir import write_tensors
 from raymask.train.fsdp import init_empty_weights
@@ -29,7 +29,7 @@ from raymask.train.model import build_model, quiet, state_tensors
 from raymask.train.prunable import matrices
 
 SPARSE = "model.sparse.safetensors"
-FORMAT = "raymask-sparse-1"
+SPARSE_FORMAT = "raymask-sparse-1"
 CODES: tuple[Code, ...] = ("gaps", "bits")
 
 
@@ -108,16 +108,16 @@ def save(path: Path, tensors: Mapping[str, Tensor], mask: Mask, kind: str) -> in
     """
     packed: dict[str, Tensor] = {}
     for name, kept in mask.items():
-        code, codes = encode(kept)
+        code, codes = encode_mask(kept)
         packed |= {f"{name}:{code}": codes, f"{name}:values": tensors[name][kept]}
     rest = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in mask}
     shapes = {name: list(kept.shape) for name, kept in mask.items()}
-    metadata = {"format": FORMAT, "kind": kind, "shapes": json.dumps(shapes)}
-    write_tensors(path, packed | rest, metadata | {"sha256": digest(packed | rest, metadata)})
+    metadata = {"format": SPARSE_FORMAT, "kind": kind, "shapes": json.dumps(shapes)}
+    write_tensors(path, packed | rest, metadata | {"sha256": content_digest(packed | rest, metadata)})
     return sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
 
 
-def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """SHA-256 over tensors with their names, dtypes and shapes, and over format, kind and shapes of the metadata."""
     state = hashlib.sha256(json.dumps([metadata[key] for key in ("format", "kind", "shapes")]).encode())
     for name in sorted(tensors):
@@ -198,11 +198,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: is damaged ({first_line(error)}); write it again with `raymask export`") from None
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != SPARSE_FORMAT:
         raise UserError(
             f"{path}: has a format that this version of raymask does not read; write it again with `raymask export`"
         )
-    if digest(tensors, metadata) != metadata.get("sha256"):
+    if content_digest(tensors, metadata) != metadata.get("sha256"):
         raise UserError(f"{path}: is damaged (its hash differs); write it again with `raymask export`")
     shapes: dict[str, list[int]] = json.loads(metadata["shapes"])
     return tensors_of(tensors, shapes), metadata

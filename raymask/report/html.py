@@ -9,12 +9,12 @@ from importlib.resources import files
 from jinja2 import Environment
 from plotly.offline import get_plotlyjs
 
-from raymask.report.sections import Section, Table
+from raymask.report.sections import ReportSection, Table
 
 REFRESH = 15  # seconds after which the browser reloads the page of a running search
 
 
-def render_page(title: str, sections: Sequence[Section], state: str, written: float) -> str:
+def render_page(title: str, sections: Sequence[ReportSection], state: str, written: float) -> str:
     """Render a page with all scripts and styles inline.
 
     Args:

@@ -221,7 +221,7 @@ def scores_by(summary: RunSummary, what: str) -> Plot:
     return {"data": traces, "layout": {"xaxis": axis, "yaxis": {"title": {"text": "score minus magnitude mask's"}}}}
 
 
-def densities(shares: Mapping[str, float]) -> Plot:
+def density_plot(shares: Mapping[str, float]) -> Plot:
     """Heat map of the share of weights that each matrix keeps: kinds of matrices by layer number.
 
     Args:
@@ -305,7 +305,7 @@ def tree(summary: RunSummary) -> Plot:
     }
 
 
-def workers(summary: RunSummary) -> Plot:
+def worker_plot(summary: RunSummary) -> Plot:
     """What each worker did when. Empty is idle, and a cross is an early evaluation that failed."""
     axis = time_axis(summary.timeline)
     names = list(dict.fromkeys(worker_host(piece.worker) for piece in summary.timeline))

@@ -36,7 +36,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """One section of a report, shown in the order of its fields.
 
     Attributes:
@@ -56,7 +56,7 @@ class Section:
     more: Mapping[str, str | Table] = field(default_factory=dict)
 
 
-def report_sections(summary: RunSummary) -> list[Section]:
+def report_sections(summary: RunSummary) -> list[ReportSection]:
     """The sections of a run's report. Sections and plots without content yet are left out."""
     sections = [
         verdict_section(summary),
@@ -73,7 +73,7 @@ def report_sections(summary: RunSummary) -> list[Section]:
     return [replace(section, plots=[plot for plot in section.plots if plot[1]["data"]]) for section in filled]
 
 
-def comparison_sections(runs: Mapping[str, RunSummary]) -> list[Section]:
+def comparison_sections(runs: Mapping[str, RunSummary]) -> list[ReportSection]:
     """The sections of a comparison.
 
     Args:
@@ -89,7 +89,7 @@ def comparison_sections(runs: Mapping[str, RunSummary]) -> list[Section]:
     if shared:
         lines.append(f"All of them: {', '.join(f'{head} {rows[0][head]}' for head in shared)}.")
     sections = [
-        Section(
+        ReportSection(
             "Side by side",
             lines,
             table,
@@ -98,16 +98,16 @@ def comparison_sections(runs: Mapping[str, RunSummary]) -> list[Section]:
     ]
     differing = differences({name: summary.spec for name, summary in runs.items()})
     if differing.rows:
-        sections.append(Section("Keys that differ", table=differing))
+        sections.append(ReportSection("Keys that differ", table=differing))
     for what, title in (
         ("distance", "Scores by distance from the magnitude mask"),
         ("ratio", "Scores by sampling ratio"),
     ):
-        sections.append(Section(title, plots=[(name, plots.scores_by(run, what)) for name, run in runs.items()]))
+        sections.append(ReportSection(title, plots=[(name, plots.scores_by(run, what)) for name, run in runs.items()]))
     sections.append(
-        Section(
+        ReportSection(
             "Workers",
-            plots=[(name, plots.workers(run)) for name, run in runs.items()],
+            plots=[(name, plots.worker_plot(run)) for name, run in runs.items()],
             text_plot=[line for name, run in runs.items() for line in ("", name, *timeline(run.timeline))],
         )
     )
@@ -159,7 +159,7 @@ def measured(row: ModelMetrics, metric: str) -> str:
     return f"{row.test_metrics[metric]:.4f}" + (f" [{spread.low:.3f}, {spread.high:.3f}]" if spread else "")
 
 
-def verdict_section(summary: RunSummary) -> Section:
+def verdict_section(summary: RunSummary) -> ReportSection:
     """The verdict and the table of models; before the end, the search's state."""
     result = summary.result
     if result is None:
@@ -170,7 +170,7 @@ def verdict_section(summary: RunSummary) -> Section:
         }
         lines = [state[summary.state]]
         lines += [level_line(DENSE, summary.dense)] if summary.dense else ["The dense model is not done yet."]
-        return Section("Not finished", lines)
+        return ReportSection("Not finished", lines)
     names = ("prunable", "encoder", "whole")
     rows = [
         [
@@ -189,7 +189,7 @@ def verdict_section(summary: RunSummary) -> Section:
         "Metrics are on `test`, a split that no choice has used, with 95 % intervals over its rows.",
         f"Mask digest {result.levels[-1].digest}. The sparse model, ready to load, is in {result.export}.",
     ]
-    return Section("Verdict", lines, Table(heads, rows))
+    return ReportSection("Verdict", lines, Table(heads, rows))
 
 
 def format_remaining(sparsity: float, size: int) -> str:
@@ -209,7 +209,7 @@ def million(count: int) -> str:
     return f"{count / 1e6:.2f} M" if count >= 100_000 else f"{count:,}"
 
 
-def spec_section(summary: RunSummary) -> Section:
+def spec_section(summary: RunSummary) -> ReportSection:
     """The spec: its main settings, and the full text."""
     spec = summary.spec
     mask = spec.mask
@@ -231,10 +231,10 @@ def spec_section(summary: RunSummary) -> Section:
     ]
     full_spec = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False).rstrip()
     lines = [scored_line(summary.result)] if summary.result else []
-    return Section("Spec", lines, Table(["", ""], rows), more={"The full spec": full_spec})
+    return ReportSection("Spec", lines, Table(["", ""], rows), more={"The full spec": full_spec})
 
 
-def levels(summary: RunSummary) -> Section:
+def levels(summary: RunSummary) -> ReportSection:
     """Metric by sparsity, and a table with one row per level."""
     metrics = ", ".join(summary.result.metrics) if summary.result else "metric"
     heads = ["level", "sparsity", "done", "winner", "distance", "early gain over magnitude mask", "P(best)"]
@@ -254,11 +254,11 @@ def levels(summary: RunSummary) -> Section:
         if level_summary.evaluations or level_summary.finetuned
     ]
     if not rows:
-        return Section("Level by level")
+        return ReportSection("Level by level")
     split = "test" if summary.result else "validation"
     plot = ("Metric by sparsity", plots.metric_by_sparsity({"": summary}))
     lines = [f"Metrics are on `{split}`, after fine-tuning."]
-    return Section("Level by level", lines, Table(heads, rows), [plot])
+    return ReportSection("Level by level", lines, Table(heads, rows), [plot])
 
 
 def progress(level_summary: LevelSummary) -> str:
@@ -291,11 +291,11 @@ def metric_of(summary: RunSummary, level: LevelRecord | None) -> str:
     return f"{validation_metric(level)[1]:.4f}"
 
 
-def early_eval_section(summary: RunSummary) -> Section:
+def early_eval_section(summary: RunSummary) -> ReportSection:
     """The early evaluations of all candidates."""
     evaluated_levels = [level_summary for level_summary in summary.levels if level_summary.evaluations]
     if not evaluated_levels:
-        return Section("Early evaluation")
+        return ReportSection("Early evaluation")
     shown = [
         (f"Level {level_summary.level}, {percent(level_summary.sparsity)}", plots.curves(level_summary))
         for level_summary in evaluated_levels
@@ -313,7 +313,7 @@ def early_eval_section(summary: RunSummary) -> Section:
     failures = sum(not evaluation.ok for level_summary in evaluated_levels for evaluation in level_summary.evaluations)
     lines = [f"{failures} evaluations failed: the table below says why."] if failures else []
     lines.insert(0, "All masks of one parent train briefly, on the same rows in the same order.")
-    return Section("Early evaluation", lines, plots=shown, more={"All early evaluations": Table(heads, rows)})
+    return ReportSection("Early evaluation", lines, plots=shown, more={"All early evaluations": Table(heads, rows)})
 
 
 def ordered(level_summary: LevelSummary) -> list[Evaluation]:
@@ -343,12 +343,12 @@ def candidate_row(evaluation: Evaluation, level_summary: LevelSummary) -> list[s
     ]
 
 
-def layers(summary: RunSummary) -> Section:
+def layers(summary: RunSummary) -> ReportSection:
     """The density of each matrix."""
     title = "Density by layer"
     if not summary.densities:
-        return Section(title)
-    shown = [(name, plots.densities(shares)) for name, shares in summary.densities.items()]
+        return ReportSection(title)
+    shown = [(name, plots.density_plot(shares)) for name, shares in summary.densities.items()]
     if len({tuple(shares.items()) for shares in summary.densities.values()}) == 1:
         shown = [("All masks", shown[0][1])]
     name, shares = next(iter(summary.densities.items()))
@@ -359,31 +359,31 @@ def layers(summary: RunSummary) -> Section:
     ]
     if len(shown) > 1:
         text_plot.insert(0, f"{name}:")
-    return Section(
+    return ReportSection(
         title, ["Share of each matrix that is kept at the last finished level."], plots=shown, text_plot=text_plot
     )
 
 
-def lineage_section(summary: RunSummary) -> Section:
+def lineage_section(summary: RunSummary) -> ReportSection:
     """Which mask was made from which parent."""
     title = "Lineage"
     if not summary.path:
-        return Section(title)
+        return ReportSection(title)
     chain = " → ".join(["dense", *(level.winner.candidate.name for level in summary.path)])
-    return Section(title, [f"{chain}."], plots=[("Fine-tuned masks, by candidate number", plots.tree(summary))])
+    return ReportSection(title, [f"{chain}."], plots=[("Fine-tuned masks, by candidate number", plots.tree(summary))])
 
 
-def workers(summary: RunSummary) -> Section:
+def workers(summary: RunSummary) -> ReportSection:
     """The workers' timeline."""
     if not summary.timeline:
-        return Section("Workers")
+        return ReportSection("Workers")
     lines = ["Empty is idle. Work that was lost with its worker is not in the journal, so it is empty too."]
-    return Section(
-        "Workers", lines, plots=[("Work by worker", plots.workers(summary))], text_plot=timeline(summary.timeline)
+    return ReportSection(
+        "Workers", lines, plots=[("Work by worker", plots.worker_plot(summary))], text_plot=timeline(summary.timeline)
     )
 
 
-def budget(summary: RunSummary) -> Section:
+def budget(summary: RunSummary) -> ReportSection:
     """Epochs and worker time by phase, and the search's epochs against the baseline's."""
     spent = summary.spent if summary.result else summary.planned
     rows = [
@@ -400,13 +400,13 @@ def budget(summary: RunSummary) -> Section:
         lines[0] += f" Its baseline trains {imp:g}; `imp.epochs: {per_level:g}` gives it as many."
     if summary.result:
         lines.append(f"The last start took {duration(summary.result.seconds['wall'])} of wall time.")
-    return Section("Budget", lines, Table(["", "epochs planned", "done", "workers' time"], rows))
+    return ReportSection("Budget", lines, Table(["", "epochs planned", "done", "workers' time"], rows))
 
 
-def reproduce_section(summary: RunSummary) -> Section:
+def reproduce_section(summary: RunSummary) -> ReportSection:
     """The command, versions and machine of the last start."""
     if not summary.starts:
-        return Section("Reproduce")
+        return ReportSection("Reproduce")
     last = summary.starts[-1]
     pins = " ".join(f"{name}=={version}" for name, version in last["versions"].items() if version and name != "python")
     spec = f"{summary.run}/spec.yaml"
@@ -417,4 +417,4 @@ def reproduce_section(summary: RunSummary) -> Section:
         f"Versions: Python {last['versions']['python']}, {pins}.",
         f"Machine of the last of {len(summary.starts)} starts: {last['machine']}.",
     ]
-    return Section("Reproduce", lines)
+    return ReportSection("Reproduce", lines)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raymask.core.errors import UserError
-from raymask.runs.storage import LOCK, PART, advice, complete_lines, is_run_file, sync, translate_os_errors
+from raymask.runs.storage import LOCK, PART, complete_lines, is_run_file, storage_advice, sync, translate_os_errors
 
 LOCK_ATTEMPTS = 10  # 0.1 s apart; `is_locked` in another process holds a shared lock for a moment
 
@@ -162,6 +162,6 @@ class LocalStorage:
         except OSError as error:
             raise UserError(
                 f"{self.path}: its file system has no locks ({error.strerror}), so that two drivers could work in it "
-                f"at once. {advice(self.option)}"
+                f"at once. {storage_advice(self.option)}"
             ) from None
         return True

@@ -23,9 +23,9 @@ from raymask.runs.storage import (
     OBJECT_STORES,
     MessageFn,
     T,
-    advice,
     complete_lines,
     is_run_file,
+    storage_advice,
     temporary,
 )
 
@@ -222,7 +222,7 @@ class ObjectStorage:
                     raise
                 if is_permanent(error) or time.monotonic() - started > MAX_OUTAGE_S:
                     raise UserError(
-                        f"{self.base}: cannot be {done}: {first_line(error)}. {advice(self.option)}"
+                        f"{self.base}: cannot be {done}: {first_line(error)}. {storage_advice(self.option)}"
                     ) from None
                 self.note(f"{self.base} answers with an error, trying again: {first_line(error)}")
             time.sleep(pause)

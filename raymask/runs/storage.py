@@ -136,10 +136,10 @@ def translate_os_errors(location: str, done: str, option: str) -> Iterator[None]
         if done == "read" and isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise
         reason = f"{error.strerror or error}{owner(error)}"
-        raise UserError(f"{location}: cannot be {done}: {reason}. {advice(option)}") from None
+        raise UserError(f"{location}: cannot be {done}: {reason}. {storage_advice(option)}") from None
 
 
-def advice(option: str) -> str:
+def storage_advice(option: str) -> str:
     """What the user can do when a location cannot be read or written.
 
     Args:

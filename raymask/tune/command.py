@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -50,16 +50,28 @@ SAMPLES = 8  # trials by default
 TUNING_FILE, TRIALS, FINISHED = "tuning.yaml", "trials.jsonl", "finished.json"  # settings; choices; ended trials
 
 
+@dataclass(frozen=True)
+class TuneOptions:
+    """How trials are chosen and stopped.
+
+    Attributes:
+        samples: Samples of the search space; None for 8, or for 1 when only grids vary.
+        scheduler: "asha" stops the worse half of the trials level by level; "none" stops no trial.
+        algorithm: How trials are chosen.
+    """
+
+    samples: int | None = None
+    scheduler: Scheduler = "none"
+    algorithm: Algorithm = "random"
+
+
 def run_tuning(
     console: Console,
     source: Path,
     space_file: Path,
     overrides: Sequence[str],
     run: str,
-    *,
-    samples: int | None,
-    scheduler: Scheduler,
-    algorithm: Algorithm,
+    options: TuneOptions,
     address: str | None,
 ) -> None:
     """Start or resume a tuning, and print its trials, the best first.
@@ -73,9 +85,7 @@ def run_tuning(
         space_file: The search space's YAML file.
         overrides: `key=value` settings that override the spec's.
         run: Path or URI of the tuning's folder.
-        samples: Samples of the search space; None for 8, or for 1 when only grids vary.
-        scheduler: "asha" stops the worse half of the trials level by level; "none" stops no trial.
-        algorithm: How trials are chosen.
+        options: How trials are chosen and stopped.
         address: Address of a Ray cluster; None starts a private Ray.
 
     Raises:
@@ -83,7 +93,7 @@ def run_tuning(
     """
     spec, data = load_spec(source, overrides), load_data(source, overrides)
     space = load_space(space_file, data)
-    require_agreement(space, scheduler, algorithm)
+    require_agreement(space, options)
     if "?" in run:
         raise UserError(
             f"--run {run}: the URI's options do not reach the trials: set the endpoint in $AWS_ENDPOINT_URL"
@@ -93,12 +103,12 @@ def run_tuning(
     settings = {
         "spec": spec.model_dump(mode="json", exclude={"workers"}),
         "space": {key: varied.model_dump(mode="json", exclude_unset=True) for key, varied in space.items()},
-        "scheduler": scheduler,
-        "algorithm": algorithm,
+        "scheduler": options.scheduler,
+        "algorithm": options.algorithm,
         "dataset": context.data.fingerprint(),
     }
-    require_same(storage, settings)
-    num_samples = samples or default_num_samples(space)
+    require_same_tuning(storage, settings)
+    num_samples = options.samples or default_num_samples(space)
     trials = read_finished(storage, num_samples)
     if trials:
         say(console, "was finished before: nothing is done again")
@@ -106,7 +116,7 @@ def run_tuning(
         with storage.lock(), ray_connection(context, address):
             with storage.writing(TUNING_FILE) as path:
                 path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-            trials = run_trials(trainable(data), space, run, storage, spec, num_samples, scheduler, algorithm)
+            trials = run_trials(trainable(data), space, storage, spec, replace(options, samples=num_samples))
             write_finished(storage, num_samples, trials)
     show_trials(console, trials, list(space))
     show_best(console, trials[0], source, overrides)
@@ -115,24 +125,18 @@ def run_tuning(
 def run_trials(
     function: Callable[[dict[str, Any]], None],
     space: SearchSpace,
-    run: str,
     storage: Storage,
     spec: Spec,
-    num_samples: int,
-    scheduler: Scheduler,
-    algorithm: Algorithm,
+    options: TuneOptions,
 ) -> list[Trial]:
     """Run or resume the trials on the Ray that this process is connected to.
 
     Args:
         function: The trainable.
         space: The search space.
-        run: Path or URI of the tuning's folder.
-        storage: The same folder.
+        storage: The tuning's folder.
         spec: The spec that the space varies.
-        num_samples: Samples of the search space.
-        scheduler: As in `run_tuning`.
-        algorithm: As in `run_tuning`.
+        options: How trials are chosen and stopped, with a number of samples.
 
     Returns:
         The ended trials, the best first.
@@ -144,13 +148,13 @@ def run_trials(
             tune_config=tune.TuneConfig(
                 metric="score",
                 mode="max",
-                num_samples=num_samples,
-                search_alg=search_algorithm(algorithm, spec.seed, past_choices(storage)),
-                scheduler=asha_scheduler(spec) if scheduler == "asha" else None,
+                num_samples=options.samples,
+                search_alg=search_algorithm(options.algorithm, spec.seed, past_choices(storage)),
+                scheduler=asha_scheduler(spec) if options.scheduler == "asha" else None,
                 trial_dirname_creator=TrialDirname(),
             ),
             run_config=tune.RunConfig(
-                **tune_location(run),
+                **tune_location(storage.uri),
                 verbose=0,
                 callbacks=[TrialLog(storage), ConsoleCallback()],
                 failure_config=tune.FailureConfig(max_failures=spec.workers.max_retries),
@@ -159,26 +163,26 @@ def run_trials(
         return sorted(map(to_trial, tuner.fit()), key=Trial.sort_key, reverse=True)
 
 
-def require_agreement(space: SearchSpace, scheduler: Scheduler, algorithm: Algorithm) -> None:
+def require_agreement(space: SearchSpace, options: TuneOptions) -> None:
     """Check that search space, scheduler and algorithm fit together.
 
     Raises:
         UserError: They do not, or Optuna is not installed.
     """
-    if algorithm == "optuna" and find_spec("optuna") is None:
+    if options.algorithm == "optuna" and find_spec("optuna") is None:
         raise UserError("--algorithm optuna: Optuna is not installed: pip install 'raymask[optuna]'")
     grids = [key for key, varied in space.items() if varied.grid]
-    if algorithm == "optuna" and grids:
+    if options.algorithm == "optuna" and grids:
         raise UserError(f"--algorithm optuna: Optuna takes no grid: make the grid of {grids[0]} a choice")
     levels = [key for key in space if key.partition(".")[0] == "levels"]
-    if scheduler == "asha" and levels:
+    if options.scheduler == "asha" and levels:
         raise UserError(
             f"--scheduler asha: it compares trials level by level, and with {levels[0]} in the space a level's "
             "sparsity differs between them: use --scheduler none"
         )
 
 
-def require_same(storage: Storage, tuning: Mapping[str, Any]) -> None:
+def require_same_tuning(storage: Storage, tuning: Mapping[str, Any]) -> None:
     """Check that a folder is empty or has a tuning that was started with the same settings.
 
     Args:

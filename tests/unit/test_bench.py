@@ -28,7 +28,7 @@ from raymask.commands.bench import (
     bench_table,
     measure,
     outputs_match,
-    verdict,
+    speed_verdict,
 )
 from raymask.core.lineage import DENSE
 from raymask.export import onnx
@@ -135,14 +135,14 @@ def test_what_sparsity_is_worth_is_said_by_runtime() -> None:
         *forms_of({DENSE: 0.4, SELECTED: 0.4, SHRUNK: 0.8}, "OpenVINO"),
         *forms_of({SELECTED: 0.1}, "of which there is no dense model"),
     ]
-    assert verdict(forms, 1) == (
+    assert speed_verdict(forms, 1) == (
         "Batch of 1, against the dense model by the same runtime. Faster: torch, CSR 2.00x. Within noise (20%): torch "
         "0.91x; OpenVINO 1.00x. Slower: OpenVINO, shrunk 0.50x."
     )
 
 
 def test_that_nothing_is_faster_is_said() -> None:
-    assert verdict(forms_of({DENSE: 1.0, SELECTED: 0.9, CSR: 1.5}), 1) == (
+    assert speed_verdict(forms_of({DENSE: 1.0, SELECTED: 0.9, CSR: 1.5}), 1) == (
         "Batch of 1, against the dense model by the same runtime. Sparsity makes nothing faster here. Within noise "
         "(20%): torch 1.11x. Slower: torch, CSR 0.67x."
     )
@@ -154,14 +154,14 @@ def test_what_is_not_steady_gets_no_verdict() -> None:
         *forms_of({DENSE: 1.0, SHRUNK: 0.9}, "OpenVINO"),
     ]
     forms[1].spread = {1: (0.2, 0.9)}
-    assert verdict(forms, 1) == (
+    assert speed_verdict(forms, 1) == (
         "Batch of 1, against the dense model by the same runtime. Within noise (20%): torch, CSR 0.91x; OpenVINO, "
         "shrunk 1.11x. Not steady, so not comparable: torch 3.33x."
     )
     forms[1].spread = {1: (0.2, 0.8)}  # unsteady, and faster all the same
-    assert "Faster: torch 3.33x. Within" in verdict(forms, 1)
+    assert "Faster: torch 3.33x. Within" in speed_verdict(forms, 1)
     forms[2].seconds, forms[2].spread = {1: 1.5}, {1: (1.05, 1.6)}
-    assert verdict(forms, 1).endswith("Not steady, so not comparable: torch, CSR 0.67x.")
+    assert speed_verdict(forms, 1).endswith("Not steady, so not comparable: torch, CSR 0.67x.")
 
 
 def test_ratios_are_to_dense_torch_and_to_dense_there() -> None:

@@ -18,7 +18,7 @@ from raymask.core.masking.samplers import SAMPLERS
 from raymask.core.masking.scorers import SCORERS
 from raymask.core.presets import MUTABLE_KEYS, PRESETS, fingerprint
 from raymask.core.selection import SELECTIONS
-from raymask.core.spec import GLUE, Candidates, Levels, Mask, Select, Spec, Workers
+from raymask.core.spec import GLUE, Candidates, Levels, MaskOptions, Select, Spec, Workers
 
 TWO_LINES = "model: bert-base-uncased\ntask: glue/mrpc\n"
 FIVE_LINES = """\
@@ -374,16 +374,16 @@ def test_weights_in_bf16_go_with_any_other_precision(precision):
 
 
 def test_a_mask_is_the_method_s_unless_something_else_is_asked_for():
-    assert parse_spec(TWO_LINES).mask == Mask(allocation="uniform", pattern="unstructured", score="magnitude")
+    assert parse_spec(TWO_LINES).mask == MaskOptions(allocation="uniform", pattern="unstructured", score="magnitude")
     spec = parse_spec(TWO_LINES + "levels: [0.5, 0.75]\nmask: {pattern: n:4, score: wanda}")
     assert (spec.mask.allocation, spec.mask.pattern, spec.mask.score) == ("uniform", "n:4", "wanda")
     spec = parse_spec(TWO_LINES, ["mask.pattern=16x1", "mask.allocation=erk", "mask.score=saliency"])
-    assert spec.mask == Mask(allocation="erk", pattern="16x1", score="saliency")
+    assert spec.mask == MaskOptions(allocation="erk", pattern="16x1", score="saliency")
 
 
 def test_every_entry_of_the_tables_is_known():
-    assert all(Mask(allocation=name).allocation == name for name in ALLOCATIONS)
-    assert all(Mask(score=name).score == name for name in SCORERS)
+    assert all(MaskOptions(allocation=name).allocation == name for name in ALLOCATIONS)
+    assert all(MaskOptions(score=name).score == name for name in SCORERS)
     assert all(Candidates(sampler=name).sampler == name for name in SAMPLERS)
     assert all(Select(rule=name).rule == name for name in SELECTIONS)
 

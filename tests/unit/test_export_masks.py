@@ -15,7 +15,7 @@ from torch import nn
 
 import raymask
 from raymask.core.masking.masks import digest, pack_bits, unpack_bits
-from raymask.core.spec import Mask as Where
+from raymask.core.spec import MaskOptions as Where
 from raymask.export.formats import export_run
 from raymask.export.masks import RECIPE, parent_file, write_masks
 from raymask.export.selected import read_selected

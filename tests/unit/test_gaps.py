@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raymask.export.delta import decode, decode_bits, decode_gaps, encode, encode_bits, encode_gaps
+from raymask.export.delta import decode, decode_bits, decode_gaps, encode_bits, encode_gaps, encode_mask
 
 SIZE = 1500
 FLAT = st.sets(st.integers(0, SIZE - 1), max_size=40).map(sorted)
@@ -38,7 +38,7 @@ def test_codes_are_the_definition_s_and_give_back_the_places(places: list[int]) 
     assert encode_gaps(kept).tolist() == slow_code(places)
     assert decode_gaps(encode_gaps(kept)).tolist() == places
     assert decode_bits(encode_bits(kept)).tolist() == places
-    name, codes = encode(kept)
+    name, codes = encode_mask(kept)
     assert decode(name, codes).tolist() == places
     assert codes.dtype == torch.uint8
     assert len(codes) == min(len(slow_code(places)), -(-SIZE // 8))
@@ -65,7 +65,7 @@ def test_gaps_around_what_a_byte_holds(gap: int) -> None:
     ids=["no entries", "none kept", "all kept", "one entry", "the last of a row", "the first of a column"],
 )
 def test_edges(kept: Tensor, code: str) -> None:
-    name, codes = encode(kept)
+    name, codes = encode_mask(kept)
     assert name == code
     assert torch.equal(decode(name, codes), kept.reshape(-1).nonzero()[:, 0])
 
@@ -73,4 +73,4 @@ def test_edges(kept: Tensor, code: str) -> None:
 def test_bits_are_shorter_above_an_eighth() -> None:
     order = torch.randperm(256 * 256, generator=torch.Generator().manual_seed(0)).view(256, 256)
     for share, code in ((0.12, "gaps"), (0.13, "bits")):
-        assert encode(order < share * order.numel())[0] == code
+        assert encode_mask(order < share * order.numel())[0] == code

@@ -17,7 +17,7 @@ from raymask.core.errors import UserError
 from raymask.core.lineage import branch
 from raymask.report import plots, sections, writer
 from raymask.report.html import render_page
-from raymask.report.sections import Section, Table, differences, million, report_sections
+from raymask.report.sections import ReportSection, Table, differences, million, report_sections
 from raymask.report.summary import RunSummary, load_summary, spent
 from raymask.report.writer import ReportCallback, write_report
 from raymask.runs.run_dir import REPORT_HTML, REPORT_JSON, RESULT, TABLE, RunDir, open_run
@@ -180,7 +180,7 @@ def test_a_failure_that_a_worker_told_of_is_marked_in_its_time(finished: RunDir)
         if not found.ok
     ]
     level_summary = summary.levels[0].model_copy(update={"evaluations": tuple(broken)})
-    plot = plots.workers(summary.model_copy(update={"levels": (level_summary,)}))
+    plot = plots.worker_plot(summary.model_copy(update={"levels": (level_summary,)}))
     begin = min(span.started for span in summary.timeline)
     [cross] = [trace for trace in plot["data"] if trace["name"] == "failed"]
     assert (cross["x"], cross["y"], cross["text"]) == ([13.0 - begin], ["host/7"], ["candidate 2: it broke"])
@@ -188,12 +188,12 @@ def test_a_failure_that_a_worker_told_of_is_marked_in_its_time(finished: RunDir)
 
 def test_a_stop_of_the_search_is_cut_out_of_the_workers_time(finished: RunDir) -> None:
     summary = load_summary(finished)
-    whole = plots.workers(summary)
+    whole = plots.worker_plot(summary)
     last = max(span.started for span in summary.timeline)
     later = [
         span.model_copy(update={"started": span.started + 86_430 * (span.started == last)}) for span in summary.timeline
     ]
-    cut = plots.workers(summary.model_copy(update={"timeline": tuple(later)}))
+    cut = plots.worker_plot(summary.model_copy(update={"timeline": tuple(later)}))
     assert cut["layout"]["xaxis"]["title"]["text"] == "seconds<br>24 h 0 min without work cut out"
     assert whole["layout"]["xaxis"]["title"]["text"] == "seconds"
     ends = [max(max(trace["base"]) for trace in plot["data"] if trace["type"] == "bar") for plot in (cut, whole)]
@@ -297,7 +297,7 @@ def test_how_to_repeat_it_can_be_typed(finished: RunDir) -> None:
 
 def test_densities_stand_by_kind_and_layer() -> None:
     shares = {f"bert.encoder.layer.{layer}.{kind}.weight": 0.1 * layer for layer in range(3) for kind in ("q", "k.x")}
-    [trace] = plots.densities(shares | {"head.weight": 0.7})["data"]
+    [trace] = plots.density_plot(shares | {"head.weight": 0.7})["data"]
     assert trace["x"] == ["0", "1", "2"]
     assert trace["y"] == ["q", "k.x", "head"]
     assert trace["z"] == [[0.0, 0.1, 0.2], [0.0, 0.1, 0.2], [0.7, None, None]]
@@ -336,7 +336,8 @@ def test_sizes_are_short() -> None:
 
 def test_nothing_of_a_user_s_becomes_markup_or_script() -> None:
     nasty = "</script><script>alert(1)</script><b>"
-    section = Section(nasty, [nasty], Table([nasty], [[nasty]]), [(nasty, {"data": [{"name": nasty}], "layout": {}})])
+    plot = {"data": [{"name": nasty}], "layout": {}}
+    section = ReportSection(nasty, [nasty], Table([nasty], [[nasty]]), [(nasty, plot)])
     html = render_page(nasty, [section], "finished", 0.0)
     assert nasty not in html
     assert html.count("<script>alert") == 0

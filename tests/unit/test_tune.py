@@ -87,13 +87,15 @@ def test_the_last_number_of_randint_is_one_of_them() -> None:
 
 def test_what_does_not_go_together_is_said() -> None:
     levels = {"levels.steps": Domain(choice=[1, 2])}
-    assert "--scheduler asha" in refused(command.require_agreement, levels, "asha", "random")
+    assert "--scheduler asha" in refused(command.require_agreement, levels, command.TuneOptions(scheduler="asha"))
 
 
 @optuna
 def test_optuna_takes_no_grid() -> None:
     grid = {"seed": Domain(grid=[1, 2])}
-    assert "make the grid of seed a choice" in refused(command.require_agreement, grid, "none", "optuna")
+    assert "make the grid of seed a choice" in refused(
+        command.require_agreement, grid, command.TuneOptions(algorithm="optuna")
+    )
 
 
 @optuna
@@ -137,7 +139,9 @@ def test_the_table_has_the_best_trial_first_and_says_what_failed_and_why() -> No
 
 def test_without_optuna_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "find_spec", lambda name: None)
-    assert "pip install 'raymask[optuna]'" in refused(command.require_agreement, {}, "none", "optuna")
+    assert "pip install 'raymask[optuna]'" in refused(
+        command.require_agreement, {}, command.TuneOptions(algorithm="optuna")
+    )
 
 
 def test_both_ways_to_import_tune_lead_to_it() -> None:
@@ -167,9 +171,8 @@ def tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     def run(samples: int = 2) -> str:
         console = Console(record=True, width=100)
-        options: dict[str, Any] = {"scheduler": "none", "algorithm": "random", "address": None}
         files = tmp_path / "spec.yaml", tmp_path / "space.yaml"
-        command.run_tuning(console, *files, (), str(made.folder), samples=samples, **options)
+        command.run_tuning(console, *files, (), str(made.folder), command.TuneOptions(samples), None)
         return console.export_text()
 
     monkeypatch.setattr(command, "run_trials", run_trials)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from support.builders import reviews, tiny_model, write_table
 
 import raymask
-from raymask.commands.check import level_table
+from raymask.commands.check import planned_levels
 from raymask.config import make_spec
 from raymask.core.lineage import IMP, SEARCH
 from raymask.core.records import Result
@@ -45,7 +45,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def searched(run: Path, spec: dict[str, Any], **mask: str) -> tuple[Result, dict[str, torch.Tensor]]:
     """The result, and by name where the export's pruned matrices are not zero; levels nest in both lineages."""
     result = raymask.search(spec | {"mask": mask}, run, in_process=True)
-    foretold = level_table(prepare(make_spec(spec | {"mask": mask}))).columns[2].cells
+    foretold = planned_levels(prepare(make_spec(spec | {"mask": mask}))).columns[2].cells
     assert list(foretold) == [f"{level.num_kept:,}" for level in result.levels]
     store = RunDir(run)
     for lineage, levels in ((SEARCH, result.levels), (IMP, result.baseline_levels)):

@@ -111,7 +111,7 @@ def draw_mask(
                 entries = sum(matrices[name].numel() for name in names) // len(names)
                 votes = votes_from_ratio(entries, num_kept(entries, share), noise.sampling_ratio)
                 cache[key] = method.sampler(scores, k, noise.exponent, votes)
-            rng = torch.Generator(scores.device).manual_seed(derive(seed, seeds.MASK, *names))
+            rng = torch.Generator(scores.device).manual_seed(derive(seed, seeds.MASK_DRAW, *names))
             scores = cache[key](scores, rng)
         for name, kept in zip(names, torch.split(topk_mask(scores, k), widths, 1), strict=True):
             drawn[name] = pattern.from_groups(kept, shapes[name])
