@@ -120,6 +120,19 @@ def test_a_fine_tuning_that_may_not_be_repeated_ends_the_search_and_says_which(
     assert simulated.living() == 0
 
 
+def test_a_worker_that_dies_between_two_phases_of_fine_tuning_is_no_failure(
+    job: WorkerContext, parent: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulated, [magnitude, *_] = fake(monkeypatch, 1), propose_candidates(resolve(job.spec), 1)
+    work = [(parent, FinetuneTask("IMP", magnitude, finetune_config(resolve(job.spec), 1)))]
+    callback = RecordingCallback()
+    with simulated.executor(callback) as executor:
+        list(executor.finetune(work))
+        simulated.actors[0].die()
+        assert list(executor.finetune(work)) == [(0, "checkpoint")]
+    assert callback.troubles == []
+
+
 @pytest.mark.parametrize(("epochs", "seconds", "ends"), [(0.1, 9.0, True), (3.0, 29.0, True), (3.0, 40.0, False)])
 def test_a_fine_tuning_has_the_timeout_once_an_epoch(
     job: WorkerContext, parent: Snapshot, monkeypatch: pytest.MonkeyPatch, epochs: float, seconds: float, ends: bool
