@@ -127,14 +127,14 @@ def read_cells(lines: Iterator[list[str]], columns: Columns) -> None:
     Raises:
         UserError: A row has too many or too few cells, or a quotation mark is not closed.
     """
-    row = 0
+    row, lines = 0, filter(None, lines)  # a line without a cell is no row
     try:
         header = next(lines, None)
         if header is None:
             raise UserError(f"{columns.where}: has no rows")
         require_columns(header, [*columns.values], columns.where)
         targets = [(header.index(name), values) for name, values in columns.values.items()]
-        for row, cells in enumerate(filter(None, lines), 1):  # a line without a cell is no row
+        for row, cells in enumerate(lines, 1):
             if len(cells) != len(header):
                 raise UserError(f"{columns.where}: row {row}: has {len(cells)} cells, and the header has {len(header)}")
             for index, values in targets:

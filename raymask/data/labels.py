@@ -42,7 +42,8 @@ def number_classes(
     places: dict[str, str] = {}
     for split in [*labels] if order or "train" not in labels else ["train"]:
         for table, table_labels in zip(raw.splits[split], labels[split], strict=True):
-            places = {label: f"{table.where}: row {row}" for label, row in first_rows(table_labels).items()} | places
+            for label, row in first_rows(table_labels).items():
+                places.setdefault(label, f"{table.where}: row {row}")
     if order:
         names, class_labels = match_classes(places, raw, order)
     else:

@@ -47,7 +47,7 @@ def load_raw_dataset(task: Task, seed: int, order: Sequence[str] = (), *, test_o
         train = validation = test.take(np.arange(0))
     elif "validation" in splits:
         train, validation = splits["train"], splits["validation"]
-        require_several_labels(train, task.train or "")
+        require_several_labels(train, task.train or "", classes.labels)
     else:
         train, validation = split_validation(splits["train"], task, classes.labels, seed)
     bounds = np.cumsum([0, *map(len, labels["test"])]).tolist()

@@ -33,7 +33,7 @@ def split_validation(train: Examples, task: Task, classes: tuple[str, ...], seed
     where = task.train or f"{task.name} train"
     labels = train.labels
     size = min(max(round(len(labels) * task.validation_share), 2), task.validation_rows)
-    counts = require_several_labels(train, where)
+    counts = require_several_labels(train, where, classes)
     if classes:
         require_two_rows(train, classes)
         size = max(size, len(counts))
@@ -72,12 +72,13 @@ def require_two_rows(train: Examples, classes: Sequence[str]) -> None:
         )
 
 
-def require_several_labels(train: Examples, where: str) -> np.ndarray:
+def require_several_labels(train: Examples, where: str, classes: Sequence[str]) -> np.ndarray:
     """Check that there is something to learn.
 
     Args:
         train: Training rows.
         where: The file, for the message.
+        classes: Labels of the classes in the order of their numbers; empty for a regression.
 
     Returns:
         int64 [distinct labels], how many rows have each.
@@ -85,9 +86,10 @@ def require_several_labels(train: Examples, where: str) -> np.ndarray:
     Raises:
         UserError: All labels are equal.
     """
-    _, counts = np.unique(train.labels, return_counts=True)
+    labels, counts = np.unique(train.labels, return_counts=True)
     if len(counts) < 2:
-        raise UserError(f"{where}: every row has the same label: there is nothing to learn")
+        label = repr(classes[labels[0]]) if classes else labels[0]
+        raise UserError(f"{where}: every row has the same label, {label}: there is nothing to learn")
     return counts
 
 

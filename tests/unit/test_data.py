@@ -598,7 +598,8 @@ def test_a_glue_file_without_its_columns_is_refused(tmp_path):
 def test_one_class_only_is_refused(tmp_path):
     task = own_task(tmp_path, TRAIN | {"label": [1] * 20}, TEST | {"label": [1] * 3})
     assert (
-        refused(load_raw_dataset, task, 0) == f"{task.train}: every row has the same label: there is nothing to learn"
+        refused(load_raw_dataset, task, 0)
+        == f"{task.train}: every row has the same label, '1': there is nothing to learn"
     )
 
 
@@ -620,7 +621,8 @@ def test_too_few_rows_are_refused(tmp_path):
 def test_a_constant_target_is_refused(tmp_path):
     task = own_task(tmp_path, TRAIN | {"label": [0.5] * 20}, kind="regression")
     assert (
-        refused(load_raw_dataset, task, 0) == f"{task.train}: every row has the same label: there is nothing to learn"
+        refused(load_raw_dataset, task, 0)
+        == f"{task.train}: every row has the same label, 0.5: there is nothing to learn"
     )
 
 

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.builders import refused
 
+from raymask.core.errors import UserError
 from raymask.data.files import read_columns, require_utf8, text_column
 
 WORDS = [
@@ -87,7 +88,7 @@ def test_a_row_may_be_longer_than_any_block(tmp_path: Path, ending: str) -> None
 
 def test_a_line_end_in_a_cell_is_no_row_s_end_however_large_the_file(tmp_path: Path) -> None:
     texts = [f"{row}\n\n{'many words ' * 5}" for row in range(20_000)]
-    path = write(tmp_path / "rows.csv", csv_text({"text": texts}))
+    path = write(tmp_path / "rows.csv", "\n" + csv_text({"text": texts}))  # an empty line is no row, nor a header
     assert path.stat().st_size > 2**20
     assert read_columns(path, ("text",)).values["text"] == texts
 
@@ -201,6 +202,43 @@ def test_a_damaged_gz_file_is_refused(tmp_path: Path, data: bytes, reason: str) 
     path = tmp_path / "rows.csv.gz"
     path.write_bytes(data)
     assert refused(read_columns, path, ("text",)) == f"{path}: {reason}"
+
+
+PIECES = [
+    b"text",
+    b"label",
+    b"a",
+    b"1",
+    b",",
+    b"\t",
+    b"\n",
+    b"\r",
+    b'"',
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b":",
+    b" ",
+    b"\xff\xfe",
+    b"\xe9",
+    b"\0",
+]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".json", ".parquet", ".csv.gz"])
+@given(st.lists(st.sampled_from(PIECES), max_size=12))
+def test_any_bytes_are_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, ending: str, pieces: list[bytes]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"bytes{ending}"
+    path.write_bytes(gzip.compress(b"".join(pieces)) if ending.endswith(".gz") else b"".join(pieces))
+    try:
+        columns = read_columns(path, ("text",))
+        texts, said = text_column(columns, "text"), ""
+    except UserError as error:
+        texts, said = [], str(error)
+    assert texts or said.startswith(f"{path}: ")
 
 
 def test_a_long_list_of_columns_is_cut(tmp_path: Path) -> None:

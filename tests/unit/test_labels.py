@@ -141,6 +141,11 @@ def test_a_doubt_about_which_output_is_which_class_is_refused(
     assert said in message
 
 
+def test_the_first_label_that_the_checkpoint_lacks_is_that_of_train() -> None:
+    message = refused(number_classes, task_of(["b", "x"], ["y"]), ("a", "b"), None)
+    assert message.startswith("train.csv: row 2: 'y' is 'x', but the classes of the model, ")
+
+
 def test_a_class_that_train_lacks_is_that_of_the_checkpoint() -> None:
     classes, numbers = number_classes(task_of(["a", "b"], ["c", "a"]), ("c", "b", "a"), None)
     assert classes.names == ("c", "b", "a")

@@ -64,7 +64,7 @@ def test_all_labels_of_train_equal_is_refused_here_too(tmp_path: Path) -> None:
     task = own_task(tmp_path)
     for split in ("train", "validation", "test"):
         write_table(tmp_path / f"{split}.csv", {"text": ["a", "b"], "label": [1, 1]})
-    assert "every row has the same label: there is nothing to learn" in refused(load_raw_dataset, task, 0)
+    assert "every row has the same label, '1': there is nothing to learn" in refused(load_raw_dataset, task, 0)
 
 
 def test_a_language_model_has_one_too(tmp_path: Path) -> None:
