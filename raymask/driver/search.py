@@ -27,7 +27,7 @@ from raymask.core.tasks import FinetuneTask, Snapshot
 from raymask.core.tensors import PackedTensors
 from raymask.driver.branches import is_done, parent_branches, read_parent, require_same_data
 from raymask.driver.result import build_result
-from raymask.driver.setup import SearchSetup, load_initial, prepare, require_distinct_splits, try_out
+from raymask.driver.setup import SearchSetup, apply_dry_run, load_initial, prepare, require_distinct_splits
 from raymask.driver.tasks import PendingFinetune, Selection, describe_level, level_label, single, task_label
 from raymask.report.writer import report_updates
 from raymask.runs.run_dir import RunDir, check_run, open_run
@@ -59,7 +59,7 @@ def search(
     if result and store.has_export():
         callback.on_message("was finished before: nothing is done again")
         return result
-    setup = try_out(prepare(spec), callback.on_message)
+    setup = apply_dry_run(prepare(spec), callback.on_message)
     with (
         open_executor(setup.context, callback, address, in_process) as (evaluate, fine_tune, callback),
         open_run(store, spec),

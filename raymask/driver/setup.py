@@ -64,7 +64,7 @@ def prepare(spec: Spec) -> SearchSetup:
     return SearchSetup(recipe, model_info, dataset, context)
 
 
-def try_out(setup: SearchSetup, say: Callable[[str], None]) -> SearchSetup:
+def apply_dry_run(setup: SearchSetup, say: Callable[[str], None]) -> SearchSetup:
     """Read the model's weights, and try a few steps of everything that the spec asks of it.
 
     Args:
