@@ -142,14 +142,14 @@ def torch_variants(models: dict[str, Any], mask: Iterable[str], notes: list[str]
     for name, module in models.items():
         yield Variant(name, "torch", module, module, weight_bytes(module))
     sparse = copy.deepcopy(models[SELECTED])
-    with noted(f"{CSR} by torch", notes):
+    with note_errors(f"{CSR} by torch", notes):
         for name in mask:
             make_sparse(sparse, name)
         yield Variant(CSR, "torch", sparse, models[SELECTED], weight_bytes(sparse))
 
 
 @contextmanager
-def noted(form: str, notes: list[str]) -> Iterator[None]:
+def note_errors(form: str, notes: list[str]) -> Iterator[None]:
     """Run a block. An error in it becomes a note that this form is not measured, and does not end the benchmark."""
     try:
         yield
@@ -194,13 +194,13 @@ def onnx_variants(models: dict[str, Any], selected: SelectedModel, folder: Path,
             notes.append(f"Not measured: ONNX Runtime, OpenVINO. {error}")
             return
         size = path.stat().st_size
-        with noted(f"{name} by ONNX Runtime", notes):
+        with note_errors(f"{name} by ONNX Runtime", notes):
             yield Variant(name, "ONNX Runtime", OnnxModel(path, module.config), original, size)
-        with noted(f"{name} by ONNX Runtime int8", notes):
+        with note_errors(f"{name} by ONNX Runtime int8", notes):
             quantize(path, int8_path)
             int8, int8_size = OnnxModel(int8_path, module.config), int8_path.stat().st_size
             yield Variant(name, "ONNX Runtime int8", int8, original, int8_size, exact=False)
-        with noted(f"{name} by OpenVINO", notes):
+        with note_errors(f"{name} by OpenVINO", notes):
             if find_spec("openvino"):
                 yield Variant(name, "OpenVINO", OpenVinoModel(path, EXACT), original, size)
             if find_spec("openvino") and name == SELECTED:

@@ -13,7 +13,7 @@ from raymask.core.recipe import Recipe, has_baseline, num_parents, planned_epoch
 from raymask.core.spec import Spec
 from raymask.core.successive_halving import rung_sizes
 from raymask.data.types import RawDataset
-from raymask.driver.setup import SearchSetup, prepare, require_distinct_splits, try_out
+from raymask.driver.setup import SearchSetup, apply_dry_run, prepare, require_distinct_splits
 from raymask.report.console import say
 from raymask.report.text import blocks, metric_label, percent
 from raymask.train.model import ModelInfo
@@ -39,7 +39,7 @@ def show_check(console: Console, spec: Spec, address: str | None) -> None:
         UserError: Where the search would raise it.
     """
     require_distinct_splits(spec.task)
-    setup = try_out(prepare(spec), lambda text: say(console, text))
+    setup = apply_dry_run(prepare(spec), lambda text: say(console, text))
     show_model(console, setup)
     console.print(weight_table(setup.model_info))
     show_left_out(console, setup.model_info)

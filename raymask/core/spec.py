@@ -160,7 +160,7 @@ def require_function(table: Mapping[str, Any], name: str, kind: str, info: Valid
 
 
 class Model(Section):
-    """The model to prune. By default the linear weights inside the repeated blocks are pruned.
+    """The model to prune. By default the weights of linear layers and experts inside the repeated blocks are pruned.
 
     Attributes:
         name: Hub id or folder that `AutoModelForSequenceClassification` loads, for a causal-lm `AutoModelForCausalLM`.

@@ -29,7 +29,7 @@ from raymask.core.tensors import PackedTensors
 from raymask.driver import tasks
 from raymask.driver.branches import is_done, parent_branches, read_parent, require_same_data
 from raymask.driver.result import build_result
-from raymask.driver.setup import SearchSetup, load_initial, prepare, require_distinct_splits, try_out
+from raymask.driver.setup import SearchSetup, apply_dry_run, load_initial, prepare, require_distinct_splits
 from raymask.driver.tasks import PendingFinetune, Selection
 from raymask.executor.open import open_executor
 from raymask.report.writer import ReportCallback
@@ -69,7 +69,7 @@ def search(
         require_same_data(setup, run_dir)
         callback.on_message("was finished before: nothing is done again")
         return result
-    setup = try_out(setup, callback.on_message)
+    setup = apply_dry_run(setup, callback.on_message)
     report = ReportCallback(run_dir)
     callback.callbacks.append(report)
     with open_executor(setup.context, callback, address, in_process) as executor, open_run(run_dir, spec):

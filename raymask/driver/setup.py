@@ -90,7 +90,7 @@ def require_own_functions(recipe: Recipe) -> None:
             raise UserError(f"{key}: {own[key]} fails with {type(error).__name__}: {error}") from None
 
 
-def try_out(setup: SearchSetup, say: Callable[[str], None]) -> SearchSetup:
+def apply_dry_run(setup: SearchSetup, say: Callable[[str], None]) -> SearchSetup:
     """Read the model's weights, and try a few steps of everything that the spec asks of it.
 
     Args:

@@ -16,9 +16,7 @@ from raymask.train.losses import TASK_LOSSES
 from raymask.train.model import DTYPES, ModelInfo
 from raymask.train.teacher import cache_bytes
 
-BACKWARD_FACTOR = (
-    1.5  # of what is kept for the backward pass: the gradients of activations, and what is computed for them
-)
+BACKWARD_FACTOR = 1.5  # of what is kept for the backward pass, with the gradients of activations
 
 
 @dataclass(frozen=True)

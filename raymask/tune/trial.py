@@ -25,7 +25,7 @@ from raymask.core.recipe import planned_epochs, resolve
 from raymask.core.records import Evaluation, LevelRecord
 from raymask.core.spec import Dense, Levels, Model, Spec, Task
 from raymask.driver.search import search as run_search
-from raymask.driver.setup import SearchSetup, prepare, require_masks, try_out
+from raymask.driver.setup import SearchSetup, apply_dry_run, prepare, require_masks
 from raymask.executor.resources import (
     format_resources,
     node_resources,
@@ -258,4 +258,4 @@ def cached_setup(
     spec = Spec.model_validate(
         {"model": model, "task": task, "seed": seed, "dense": dense, "levels": Levels(sparsities=(0.5,)), **keys}
     )
-    return try_out(prepare(spec), lambda text: None)
+    return apply_dry_run(prepare(spec), lambda text: None)

@@ -24,4 +24,4 @@ def test_it_prints_the_table_of_the_rows_that_are_asked_for(finished: Path, monk
 
 def test_rows_that_are_too_long_are_refused(finished: Path) -> None:
     said = refused_command("bench", finished, "--length", "1000")
-    assert "--length: the model takes at most 63 tokens, not 1000" in said
+    assert "--length: the model takes at most 64 tokens, not 1000" in said

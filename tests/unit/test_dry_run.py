@@ -139,8 +139,9 @@ class Stateful:
     def __init__(self, change: float) -> None:
         self.change, self.short_seen = change, False
         self.context = tiny_context(rows=(12, 6, 6))
+        self.trainer = self.without_autocast = self
 
-    def predictions(self, rows: TokenizedSplit, autocast: Any) -> torch.Tensor:
+    def predict(self, rows: TokenizedSplit) -> torch.Tensor:
         self.short_seen |= bool(rows.lengths.max() < 4)
         return torch.from_numpy(rows.lengths[:, None] + self.change * self.short_seen).float()
 
@@ -172,7 +173,7 @@ def test_what_a_dry_run_finds_is_told_and_the_workers_follow_it(
     monkeypatch.setattr(driver, "dry_run", lambda context, weights: found)
     lines: list[str] = []
     before = setup_of()
-    after = driver.try_out(before, lines.append)
+    after = driver.apply_dry_run(before, lines.append)
     assert after.context.spec.precision == found.precision
     assert after.context.activation_bytes in (8, 16)
     assert after.recipe == before.recipe
@@ -184,7 +185,7 @@ def test_a_model_that_does_not_fit_here_is_not_tried(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(driver, "dry_run", None)
     lines: list[str] = []
     before = setup_of()
-    assert driver.try_out(before, lines.append) is before
+    assert driver.apply_dry_run(before, lines.append) is before
     assert lines == ["not tried before the search: a few steps take 0.5 GiB, 0.2 are free here"]
 
 

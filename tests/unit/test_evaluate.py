@@ -215,7 +215,7 @@ def test_a_model_of_another_task_is_refused_though_its_weights_could_be_spread_o
 def test_outputs_that_are_no_numbers_are_no_prediction(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "export", tmp_path / "model")
     weights = load_file(tmp_path / "model" / MODEL)
-    weights["classifier.bias"][0] = float("nan")
+    weights["classifier.weight"][0] = 3e38  # a number, and its products are none
     save_file(weights, tmp_path / "model" / MODEL, metadata={"format": "pt"})
     said = refused(measured, tmp_path / "model", "quickstart")
     assert said == f"model.name: {tmp_path / 'model'} has outputs on `test` that are not finite"

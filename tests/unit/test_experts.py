@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,10 +15,10 @@ from transformers import AutoConfig
 
 import raymask
 from raymask.core.masking.allocations import ALLOCATIONS
-from raymask.core.masking.masks import draw_mask, matrix_shapes, max_kept, split_stacks, unpack_bits
+from raymask.core.masking.masks import DEFAULT_METHOD, draw_mask, matrix_shapes, max_kept, split_stacks, unpack_bits
+from raymask.core.masking.noise import Noise
 from raymask.core.masking.patterns import parse_pattern
 from raymask.core.recipe import deterministic_candidate, finetune_config, resolve
-from raymask.core.records import Candidate, Noise
 from raymask.core.spec import Model
 from raymask.core.tasks import FinetuneTask
 from raymask.train.context import WorkerContext
@@ -83,13 +84,15 @@ def test_each_expert_is_a_matrix_of_its_own(family: str, seed: int | None, alloc
     module = decoder(family)
     weights = matrices(module, find_prunable(module))
     noise = None if seed is None else Noise(exponent=5.0, sampling_ratio=0.01)
-    candidate = Candidate(level=1, index=0, seed=seed or 0, density=0.25, noise=noise)
-    rules = {"allocation": ALLOCATIONS[allocation], "pattern": parse_pattern(pattern)}
-    whole, single = (draw_mask(tensors, candidate, **rules) for tensors in (weights, split_stacks(weights)))
+    method = replace(DEFAULT_METHOD, allocation=ALLOCATIONS[allocation], pattern=parse_pattern(pattern))
+    whole, single = (
+        draw_mask(tensors, 0.25, seed=seed or 0, noise=noise, method=method)
+        for tensors in (weights, split_stacks(weights))
+    )
     for name, kept in split_stacks(whole).items():
         assert torch.equal(kept, single[name])
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    budgets = max_kept(shapes, 0.25, **rules)
+    budgets = max_kept(shapes, 0.25, method)
     assert sum(budgets.values()) == sum(int(kept.sum()) for kept in whole.values())
 
 
