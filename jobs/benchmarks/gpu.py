@@ -78,12 +78,10 @@ class Bench:
     def __init__(self, name: str, config: BertConfig, device: str, count: int) -> None:
         self.name = name
         self.spec = Spec.model_validate({"model": name, "task": "glue/mrpc", "distill": False})
-        self.source = inspect_model(self.spec.model, config, None, ("different", "same"))
+        self.source = inspect_model(self.spec.model, config, ("different", "same"))
         self.rows = mrpc_rows(count, config.vocab_size)
         data = TaskData(self.rows, self.rows, self.rows, {"": (0, count)}, ("accuracy",), "classification", padding=0)
-        self.worker = Worker(
-            WorkerContext(self.spec, config, data, self.source.prunable, self.source.sizes.whole), device
-        )
+        self.worker = Worker(WorkerContext(self.spec, self.source, data), device)
         self.parent = Snapshot("random", pack(state_tensors(build_model(config))))
         with isolated_torch_state(self.spec, self.worker.device):
             self.mask, _ = self.worker.reset(self.parent, CANDIDATE)

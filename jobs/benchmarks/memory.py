@@ -20,7 +20,7 @@ from raymask.core.tensors import pack
 from raymask.driver.setup import prepare
 from raymask.executor import ray_executor
 from raymask.train.context import WorkerContext
-from raymask.train.model import build_model, inspect_model, state_tensors
+from raymask.train.model import ModelInfo, build_model, inspect_model, state_tensors
 
 SMALL = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
 MB = 1e6
@@ -53,11 +53,14 @@ def bert(count: int, changes: dict[str, int]) -> tuple[WorkerContext, int]:
         }
     )
     search_setup = prepare(spec)
-    source = inspect_model(
-        spec.model, BertConfig(**changes), search_setup.model_info.tokenizer, search_setup.dataset.classes
-    )
+    source = inspect_model(spec.model, BertConfig(**changes), search_setup.dataset.classes)
     # It asks for the least memory that a worker can: all are to fit here, and what they take is the question.
-    return WorkerContext(spec, source.config, search_setup.context.data, source.prunable, 0), source.sizes.whole
+    return WorkerContext(spec, of_size(source, 0), search_setup.context.data), source.sizes.whole
+
+
+def of_size(model: ModelInfo, parameters: int) -> ModelInfo:
+    """The model as if it had so many parameters, from which a worker's memory is estimated."""
+    return replace(model, sizes=replace(model.sizes, whole=parameters))
 
 
 def parent_of(config: Any) -> Snapshot:
@@ -111,7 +114,7 @@ def report(counts: list[int], changes: dict[str, int]) -> None:
         size = parent.weights.buffer.nbytes
         found[count] = measure(job, parent)
         tell_parent(count, found[count], size, parameters)
-    asked = replace(job, num_parameters=parameters).peak_host_memory(on_gpu=False)
+    asked = replace(job, model=of_size(job.model, parameters)).peak_host_memory(on_gpu=False)
     tell_growth(found[counts[0]], found[counts[-1]], counts[-1] - counts[0], size, asked)
 
 

@@ -80,7 +80,7 @@ class Bench:
             logging_strategy="no",
             disable_tqdm=True,
         )
-        collator = DataCollatorWithPadding(self.search_setup.model_info.tokenizer)
+        collator = DataCollatorWithPadding(self.search_setup.tokenizer)
         trainer = Trainer(self.reset(module), arguments, train_dataset=self.examples, data_collator=collator)
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -229,7 +229,7 @@ def cut(search_setup: SearchSetup, folder: Path, neurons: int) -> None:
     config = copy.deepcopy(search_setup.model_info.config)
     config.num_hidden_layers, config.intermediate_size = 1, neurons
     config.save_pretrained(folder)
-    search_setup.model_info.tokenizer.save_pretrained(folder)
+    search_setup.tokenizer.save_pretrained(folder)
     write_tensors(folder / MODEL, kept)
 
 

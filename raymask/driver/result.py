@@ -74,7 +74,9 @@ def build_result(setup: SearchSetup, run_dir: RunDir, wall: float) -> Result:
         timeline=timeline,
         export=run_dir.export_uri,
     )
-    files = export(run_dir, setup.model_info, result, lineages[-1], recipe.spec.model.trust_remote_code)
+    files = export(
+        run_dir, setup.model_info, setup.tokenizer, result, lineages[-1], recipe.spec.model.trust_remote_code
+    )
     result = result.model_copy(update={"files": files})
     write_report(run_dir, "finished", result)
     run_dir.write_result(result)  # written last: its existence means that the search is done

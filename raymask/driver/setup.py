@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,15 +35,20 @@ class SearchSetup:
 
     Attributes:
         recipe: What was asked, resolved to functions.
-        model_info: The model without its weights.
+        tokenizer: The transformers tokenizer.
         dataset: The raw data.
         context: What every worker needs, tokenized data included.
     """
 
     recipe: Recipe
-    model_info: ModelInfo
+    tokenizer: Any
     dataset: RawDataset | Documents
     context: WorkerContext
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """The model without its weights."""
+        return self.context.model
 
 
 def prepare(spec: Spec, *, test_only: bool = False) -> SearchSetup:
@@ -60,12 +66,11 @@ def prepare(spec: Spec, *, test_only: bool = False) -> SearchSetup:
     config, tokenizer = read_config(spec.model)
     dataset = load_dataset(spec, config, test_only=test_only)
     model_info = inspect_model(
-        spec.model, config, tokenizer, dataset.classes, dataset.kind, gradient_checkpointing=spec.gradient_checkpointing
+        spec.model, config, dataset.classes, dataset.kind, gradient_checkpointing=spec.gradient_checkpointing
     )
     require_masks(model_info, recipe)
     data = tokenize_dataset(dataset, tokenizer, config)
-    context = WorkerContext(spec, model_info.config, data, model_info.prunable, model_info.sizes.whole)
-    return SearchSetup(recipe, model_info, dataset, context)
+    return SearchSetup(recipe, tokenizer, dataset, WorkerContext(spec, model_info, data))
 
 
 def require_own_functions(recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,12 +18,15 @@ from raymask.runs.run_dir import EXPORT, MASK, MODEL, RunDir, bits_to_tensors, s
 from raymask.train.model import ModelInfo, build_model, quiet, state_tensors
 
 
-def export(run_dir: RunDir, source: ModelInfo, result: Result, lineage: str, trust_remote_code: bool) -> dict[str, str]:
+def export(
+    run_dir: RunDir, source: ModelInfo, tokenizer: Any, result: Result, lineage: str, trust_remote_code: bool
+) -> dict[str, str]:
     """Write `export/` from a lineage's last level; the folder appears complete or not at all.
 
     Args:
         run_dir: The run directory.
-        source: The model's configuration, tokenizer and kind of task.
+        source: The model's configuration and kind of task.
+        tokenizer: The transformers tokenizer.
         result: The search's result, for the model card.
         lineage: The lineage whose last level is exported.
         trust_remote_code: Whether the model may run code of its own.
@@ -37,7 +41,7 @@ def export(run_dir: RunDir, source: ModelInfo, result: Result, lineage: str, tru
     mask = run_dir.read_tensors(lineage, last, MASK)
     with run_dir.storage.writing_folder(EXPORT) as folder:
         save_module(module, folder)
-        source.tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         write_tensors(folder / MASK, mask)
         (folder / MODEL_CARD).write_text(model_card(result), encoding="utf-8")
         return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}

@@ -25,10 +25,8 @@ class WorkerContext:
 
     Attributes:
         spec: The spec.
-        config: The model's transformers configuration.
+        model: The model without its weights.
         data: The task's rows.
-        prunable: Names of the prunable weights.
-        num_parameters: The number of the model's parameters.
         teacher: The teacher of fine-tunings, if it is not a dense model of this shape. It has the same width and heads,
             and as many layers or a multiple. None if it is such a model, or nothing is distilled.
         activation_bytes: Bytes that a training step keeps for its backward pass, for each row of the longest length;
@@ -36,12 +34,15 @@ class WorkerContext:
     """
 
     spec: Spec
-    config: Any
+    model: ModelInfo
     data: TaskData
-    prunable: tuple[str, ...]
-    num_parameters: int
     teacher: ModelInfo | None = None
     activation_bytes: int | None = None
+
+    @property
+    def config(self) -> Any:
+        """The model's transformers configuration."""
+        return self.model.config
 
     @property
     def scored_rows(self) -> TokenizedSplit:
@@ -51,12 +52,12 @@ class WorkerContext:
     @property
     def model_bytes(self) -> int:
         """Bytes of one model's weights."""
-        return DTYPES[self.spec.model.dtype].itemsize * self.num_parameters
+        return DTYPES[self.spec.model.dtype].itemsize * self.model.sizes.whole
 
     @property
     def teacher_bytes(self) -> int:
         """Bytes of a teacher's weights: the teacher's own, or those of a dense model of this shape."""
-        count = self.teacher.sizes.whole if self.teacher else self.num_parameters
+        count = self.teacher.sizes.whole if self.teacher else self.model.sizes.whole
         return DTYPES[self.spec.model.dtype].itemsize * count
 
     @property
@@ -78,7 +79,7 @@ class WorkerContext:
         """
         calibrated = resolve(self.spec).method.scorer not in DATA_FREE
         checkpoint = self.model_bytes + self.moment_bytes
-        resident = 3 * self.model_bytes + self.moment_bytes + 4 * calibrated * self.num_parameters
+        resident = 3 * self.model_bytes + self.moment_bytes + 4 * calibrated * self.model.sizes.whole
         resident += self.teacher_bytes * self.spec.distill
         if on_gpu:
             return 2**30 * 3 + checkpoint

@@ -31,7 +31,6 @@ class ModelInfo:
 
     Attributes:
         config: The transformers configuration.
-        tokenizer: The transformers tokenizer.
         shapes: Shapes (n_out, n_in) of the prunable matrices by name, (n_experts, n_out, n_in) of experts.
         sizes: Numbers of parameters.
         kind: The spec's task.kind.
@@ -39,7 +38,6 @@ class ModelInfo:
     """
 
     config: Any
-    tokenizer: Any
     shapes: dict[str, tuple[int, ...]]
     sizes: Sizes
     kind: str = "classification"
@@ -71,7 +69,6 @@ def read_config(model: Model) -> tuple[Any, Any]:
 def inspect_model(
     model: Model,
     config: Any,
-    tokenizer: Any,
     classes: tuple[str, ...],
     kind: str | None = None,
     *,
@@ -84,7 +81,6 @@ def inspect_model(
     Args:
         model: The spec's model section.
         config: The transformers configuration.
-        tokenizer: The transformers tokenizer.
         classes: Class names in the order of their numbers; empty for a regression or a language model.
         kind: The spec's task.kind; None for classification or regression, depending on `classes`.
         gradient_checkpointing: Check that the model supports gradient checkpointing.
@@ -120,7 +116,7 @@ def inspect_model(
     left_out = {
         name: tuple(module.get_parameter(name).shape) for name in sorted(block_parameters(module) - set(prunable))
     }
-    return ModelInfo(config, tokenizer, shapes, count_sizes(module, prunable), kind, left_out)
+    return ModelInfo(config, shapes, count_sizes(module, prunable), kind, left_out)
 
 
 def choose_prunable(model: Model, module: nn.Module) -> tuple[str, ...]:

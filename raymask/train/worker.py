@@ -425,7 +425,8 @@ class Worker:
             return {}
         data = self.context.data
         rows = data.train.sample(CALIBRATION_ROWS, derive(self.context.spec.seed, seeds.CALIBRATION))
-        found = calibrate(self.module, self.context.prunable, rows, padding=data.padding, task_loss=self.task_loss)
+        prunable = self.context.model.prunable
+        found = calibrate(self.module, prunable, rows, padding=data.padding, task_loss=self.task_loss)
         unseen = [name for name, calibration in found.items() if calibration.inputs is None]
         if unseen and self.method.scorer in NEEDS_INPUTS:
             raise UserError(
@@ -444,7 +445,7 @@ class Worker:
     ) -> DrawnMask:
         """Draw the candidate's mask on the model's weights, which must be the snapshot's."""
         live, transposed = (
-            {name: self.named_tensors[name] for name in self.context.prunable},
+            {name: self.named_tensors[name] for name in self.context.model.prunable},
             transposed_weights(self.module),
         )
         weights = snapshot.weights.views() if self.group.sharded else live

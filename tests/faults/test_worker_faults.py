@@ -166,7 +166,7 @@ def test_a_worker_of_several_processes_with_a_sharded_model_is_replaced_as_a_who
     plain = tiny_context(early_eval=EARLY_EVAL, workers={"cpus": 0.5, "count": 1, "fsdp": 2})
     config = copy.deepcopy(plain.config)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    job = replace(plain, config=config)
+    job = replace(plain, model=replace(plain.model, config=config))
     with local_executor.LocalExecutor(job, Callback()) as executor:
         expected = by_place(run_halving(executor, parent, pool[:2]))
     killer = Killer(together=1)
@@ -190,7 +190,8 @@ def test_workers_that_cannot_start_end_the_search_with_the_last_reason(
     parent: Snapshot, pool: tuple[Candidate, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actor_pool, "MAX_FAILED_STARTS", 1)
-    nothing_known, ear = replace(tiny_context(workers=ONE), config=dict), RecordingCallback()
+    plain, ear = tiny_context(workers=ONE), RecordingCallback()
+    nothing_known = replace(plain, model=replace(plain.model, config=dict))
     with (
         hired(nothing_known, ear) as executor,
         pytest.raises(UserError, match=r"1 workers in a row did not start; the last one said: TypeError: cannot set"),

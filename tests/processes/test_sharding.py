@@ -383,7 +383,7 @@ def evaluated(mesh, job, parent, candidate):
     live = state_tensors(module)
     copy_into_shards(parent.weights, live)
     views, method = parent.weights.views(), resolve(spec).method
-    weights = {name: views[name] for name in job.prunable}
+    weights = {name: views[name] for name in job.model.prunable}
     arguments = {"density": candidate.density, "seed": candidate.seed, "method": method}
     mask, bits = draw_sharded_mask(weights, live, **arguments, noise=candidate.noise)
     _, magnitude_bits = draw_sharded_mask(weights, live, **arguments)
@@ -417,8 +417,8 @@ def evaluated(mesh, job, parent, candidate):
 def test_an_early_evaluation_on_two_ranks_scores_as_on_one(together):
     job, tokenizer = tiny_context("roberta", early_eval={"score_window": 1}), tiny_tokenizer("roberta")
     config = configured("llama", vocab_size=len(tokenizer))
-    source = inspect_model(Model(name="llama"), config, tokenizer, ("bad", "good"))
-    job = replace(job, config=source.config, prunable=source.prunable)
+    source = inspect_model(Model(name="llama"), config, ("bad", "good"))
+    job = replace(job, model=source)
     parent, candidate = tiny_snapshot(job), propose_candidates(resolve(job.spec), 1)[1]
     worker = Worker(job, "cpu")
     expected, _ = worker.evaluate(parent, EvalTask(candidate))

@@ -136,10 +136,10 @@ def tiny_context(
     spec = Spec.model_validate(sections)
     model = spec.model.model_copy(update={"name": family})
     settings = {"kind": corpus.kind, "gradient_checkpointing": spec.gradient_checkpointing}
-    source = inspect_model(model, tiny_config(family), tokenizer, corpus.classes, **settings)
+    source = inspect_model(model, tiny_config(family), corpus.classes, **settings)
     limits = max_seq_length(source.config), vocab_size(source.config)
     data = group_texts(corpus, tokenizer, *limits) if isinstance(corpus, Documents) else tokenize(corpus, tokenizer)
-    return WorkerContext(spec, source.config, data, source.prunable, source.sizes.whole)
+    return WorkerContext(spec, source, data)
 
 
 def random_weights(config: Any, seed: int, kind: str = "classification") -> PackedTensors:

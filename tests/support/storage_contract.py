@@ -134,7 +134,7 @@ class StorageContract:
         assert not [name for name in store.downloadable_files() if name.endswith(".safetensors")]
 
     def test_what_is_damaged_or_gone_is_said_with_its_place(self, place: Place) -> None:
-        """What counts as damage is shown in a folder, in test_store."""
+        """What counts as damage is shown in a folder, in test_run_dir."""
         store = RunDir(place.uri)
         write(store)
         record, where = store.level_uri(SEARCH, 1), store.storage.at(f"level-1/{MODEL}")

@@ -38,14 +38,14 @@ def ragged(rows):
 
 def calibrated(module, job):
     rows = ragged(job.data.train)
-    return calibrate(module, job.prunable, rows, padding=job.data.padding, task_loss=TASK_LOSSES[job.data.kind])
+    return calibrate(module, job.model.prunable, rows, padding=job.data.padding, task_loss=TASK_LOSSES[job.data.kind])
 
 
 def one_by_one(module, job):
     """The same row after row, without padding: (squares of the inputs, gradients) by name."""
     rows = ragged(job.data.train)
-    layers = {name: module.get_submodule(name.removesuffix(".weight")) for name in job.prunable}
-    squares = {name: torch.zeros(weight.shape[1]) for name, weight in matrices(module, job.prunable).items()}
+    layers = {name: module.get_submodule(name.removesuffix(".weight")) for name in job.model.prunable}
+    squares = {name: torch.zeros(weight.shape[1]) for name, weight in matrices(module, job.model.prunable).items()}
 
     def hear(name):
         def add(layer, inputs):
@@ -53,13 +53,13 @@ def one_by_one(module, job):
 
         return add
 
-    hooks = [layers[name].register_forward_pre_hook(hear(name)) for name in job.prunable]
+    hooks = [layers[name].register_forward_pre_hook(hear(name)) for name in job.model.prunable]
     for row in range(len(rows)):
         batch = collate(rows, np.array([row]), job.data.padding)
         mean_label_loss(module, batch, TASK_LOSSES[job.data.kind], loss_denominators(rows.lengths)).backward()
     for hook in hooks:
         hook.remove()
-    gradients = {name: module.get_parameter(name).grad.clone() for name in job.prunable}
+    gradients = {name: module.get_parameter(name).grad.clone() for name in job.model.prunable}
     gradients |= {name: gradients[name].T for name in transposed_weights(module) & gradients.keys()}
     module.zero_grad(set_to_none=True)
     return squares, gradients
@@ -72,7 +72,7 @@ def test_it_is_what_rows_without_padding_add_up_to(family, regression):
     module, job = prepared(family, regression=regression)
     found = calibrated(module, job)
     squares, gradients = one_by_one(module, job)
-    assert list(found) == list(job.prunable)
+    assert list(found) == list(job.model.prunable)
     for name, seen in found.items():
         torch.testing.assert_close(seen.inputs, squares[name].sqrt(), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(seen.gradient, gradients[name], rtol=1e-3, atol=1e-6)
@@ -113,7 +113,8 @@ def test_it_is_the_same_to_the_bit_and_leaves_nothing_behind():
 def test_a_layer_that_is_not_called_has_no_inputs_and_gradients_of_zero():
     module, job = prepared()
     module.add_module("unused", torch.nn.Linear(4, 3))
-    found = calibrated(module, replace(job, prunable=(*job.prunable, "unused.weight")))
+    shapes = job.model.shapes | {"unused.weight": (3, 4)}
+    found = calibrated(module, replace(job, model=replace(job.model, shapes=shapes)))
     assert found["unused.weight"].inputs is None
     assert torch.equal(found["unused.weight"].gradient, torch.zeros(3, 4))
 

@@ -19,7 +19,7 @@ def info(prunable: int, encoder: int) -> ModelInfo:
         f"{layer}.experts.up": (3, 4, 8) for layer in layers
     }
     left_out = {f"{layer}.gate.weight": (3, 8) for layer in layers} | {f"{layer}.norm.weight": (8,) for layer in layers}
-    return ModelInfo(None, None, shapes, Sizes(prunable, encoder, 1000), left_out=left_out)
+    return ModelInfo(None, shapes, Sizes(prunable, encoder, 1000), left_out=left_out)
 
 
 def test_weights_are_listed_by_pattern_shape_count_and_share() -> None:

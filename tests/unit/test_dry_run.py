@@ -17,7 +17,6 @@ from support.builders import (
     refused,
     tiny_config,
     tiny_context,
-    tiny_tokenizer,
 )
 from support.fakes import setup_of
 from transformers import AutoConfig
@@ -39,10 +38,10 @@ STACKS |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim
 def context_of(config: Any, **settings: Any) -> WorkerContext:
     """A worker's context for a classifier of any configuration, with the tiny tokenizer's rows."""
     base = tiny_context(rows=(12, 6, 6), **settings)
-    info = inspect_model(Model(name=config.model_type), config, tiny_tokenizer(), ("bad", "good"))
+    info = inspect_model(Model(name=config.model_type), config, ("bad", "good"))
     rows = {name: ragged(getattr(base.data, name)) for name in ("train", "validation", "test")}
     data = replace(base.data, padding=config.pad_token_id or 0, **rows)
-    return WorkerContext(base.spec, info.config, data, info.prunable, info.sizes.whole)
+    return WorkerContext(base.spec, info, data)
 
 
 def ragged(rows: TokenizedSplit) -> TokenizedSplit:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.builders import SIZE, refused, tiny_context, tiny_snapshot, tiny_tokenizer
+from support.builders import SIZE, refused, tiny_context, tiny_snapshot
 from torch import nn
 from transformers import AutoConfig
 
@@ -111,9 +111,9 @@ def test_experts_that_hold_their_weights_transposed_are_seen_as_others() -> None
 def test_pruned_experts_stay_zero_in_training() -> None:
     base = tiny_context("llama")
     info = inspect_model(
-        Model(name="mixtral"), AutoConfig.for_model("mixtral", **SHARED | EXPERTS["mixtral"]), None, (), "causal-lm"
+        Model(name="mixtral"), AutoConfig.for_model("mixtral", **SHARED | EXPERTS["mixtral"]), (), "causal-lm"
     )
-    context = WorkerContext(base.spec, info.config, base.data, info.prunable, info.sizes.whole)
+    context = WorkerContext(base.spec, info, base.data)
     candidate = deterministic_candidate(resolve(base.spec), 2)
     config = finetune_config(resolve(base.spec), 2).model_copy(update={"epochs": 0.5})
     checkpoint = Worker(context, "cpu").finetune(tiny_snapshot(context), FinetuneTask("experts", candidate, config))
@@ -172,12 +172,12 @@ def test_a_model_for_images_alone_is_pruned_as_before() -> None:
 
 def test_attention_in_one_block_of_numbers_is_refused() -> None:
     config = AutoConfig.for_model("xlnet", d_model=16, n_layer=2, n_head=2, d_inner=32, vocab_size=72)
-    message = refused(inspect_model, Model(name="some/xlnet"), config, tiny_tokenizer(), ("bad", "good"))
+    message = refused(inspect_model, Model(name="some/xlnet"), config, ("bad", "good"))
     assert message.startswith("model.name: some/xlnet holds ")
     assert (
         "in parameters of three dimensions, such as transformer.layer.0.rel_attn.q, which raymask does not" in message
     )
-    inspect_model(Model(name="some/xlnet", include=("*",)), config, tiny_tokenizer(), ("bad", "good"))
+    inspect_model(Model(name="some/xlnet", include=("*",)), config, ("bad", "good"))
 
 
 # Patterns that match nothing.

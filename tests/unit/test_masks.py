@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support.contests import unstructured
+from support.selections import unstructured
 
 from raymask.core.masking.allocations import ALLOCATIONS
 from raymask.core.masking.masks import (

@@ -61,14 +61,14 @@ def bert():
 def loaded(folder, *, seed=0, fine_tuned=False, classes=CLASSES, **keys):
     """The weights of a saved model by name, as a search gets them."""
     model = Model(name=str(folder), **keys)
-    source = inspect_model(model, *read_config(model), classes)
+    source = inspect_model(model, read_config(model)[0], classes)
     return load_weights(model, source.config, seed, fine_tuned).views()
 
 
 def decoded(folder, *, fine_tuned=False):
     """The same of a saved decoder."""
     model = Model(name=str(folder))
-    source = inspect_model(model, *read_config(model), (), "causal-lm")
+    source = inspect_model(model, read_config(model)[0], (), "causal-lm")
     return load_weights(model, source.config, 0, fine_tuned, source.kind).views()
 
 
@@ -175,7 +175,7 @@ def test_transposed_weights_are_seen_as_those_of_linear_layers(twins):
     torch.testing.assert_close(module(input_ids=ids).logits, twin(input_ids=ids).logits)
     ours, theirs = matrices(module, names), matrices(twin, names)
     assert all(torch.equal(ours[name], theirs[name]) for name in names)
-    source = inspect_model(Model(name="tiny"), tiny_config("gpt2"), None, (), "causal-lm")
+    source = inspect_model(Model(name="tiny"), tiny_config("gpt2"), (), "causal-lm")
     assert source.shapes == {name: tuple(weight.shape) for name, weight in twin.named_parameters() if name in names}
 
 
@@ -223,7 +223,7 @@ def test_a_saved_decoder_is_loaded_as_it_is_and_counts_as_fine_tuned(tmp_path, f
 def test_a_decoder_keeps_its_configuration_and_all_its_positions(tmp_path):
     config = read_config(Model(name=str(tiny_model(tmp_path, "llama", pad_token_id=40))))[0]
     before = config.to_dict()
-    inspect_model(Model(name="tiny"), config, None, (), "causal-lm")
+    inspect_model(Model(name="tiny"), config, (), "causal-lm")
     assert config.to_dict() == before
     assert max_seq_length(config) == 72
 
@@ -282,7 +282,7 @@ def test_sparsities_state_all_three_denominators():
 
 def test_minilm_has_36_matrices(minilm):
     model = Model(name=str(minilm))
-    source = inspect_model(model, *read_config(model), CLASSES)
+    source = inspect_model(model, read_config(model)[0], CLASSES)
     assert len(source.prunable) == 36
     assert source.sizes.prunable == 10_616_832
     weights = load_weights(model, source.config, 0, False).views()
@@ -303,7 +303,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, value):
 
 @pytest.mark.parametrize("classes", [CLASSES, ("a", "b", "c"), ()])
 def test_the_classifier_has_one_output_a_class_or_one_for_a_regression(classes):
-    source = inspect_model(Model(name="tiny"), tiny_config(), None, classes)
+    source = inspect_model(Model(name="tiny"), tiny_config(), classes)
     assert build_model(source.config).classifier.out_features == (len(classes) or 1)
     assert source.config.problem_type == ("single_label_classification" if classes else "regression")
     if classes:
@@ -462,7 +462,7 @@ def test_a_pickle_is_never_read(tmp_path, name):
 
 @pytest.mark.parametrize("config", [ViTConfig(), WhisperConfig()], ids=["vision", "speech"])
 def test_a_model_that_classifies_no_sequences_is_refused(config):
-    message = refused(inspect_model, Model(name="some/model"), config, None, CLASSES)
+    message = refused(inspect_model, Model(name="some/model"), config, CLASSES)
     assert message.startswith("model.name: some/model cannot be built as a sequence classifier: ")
     assert len(message.splitlines()) == 1
 
@@ -475,12 +475,12 @@ def test_a_model_without_linear_layers_is_refused():
 
 def test_a_model_whose_layers_cannot_run_again_is_refused_where_they_would_have_to():
     config = tiny_config("albert")
-    message = refused(inspect_model, Model(name="some/albert"), config, None, CLASSES, gradient_checkpointing=True)
+    message = refused(inspect_model, Model(name="some/albert"), config, CLASSES, gradient_checkpointing=True)
     assert message == (
         "gradient_checkpointing: some/albert does not support it: remove it, and lower batch_size in dense, early_eval "
         "and finetune if memory runs out"
     )
-    assert inspect_model(Model(name="some/albert"), config, None, CLASSES).prunable
+    assert inspect_model(Model(name="some/albert"), config, CLASSES).prunable
 
 
 @pytest.mark.parametrize("keys", [{"include": ("*.key.weight",), "exclude": ("*",)}, {"exclude": ("*",)}])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.contests import largest, unstructured
+from support.selections import largest, unstructured
 
 from raymask.core.masking.patterns import PATTERNS, Pattern, kth_largest, num_kept, parse_pattern, topk_mask
 from raymask.core.masking.scorers import magnitude

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from support.contests import unstructured
+from support.selections import unstructured
 
 from raymask.core.masking import samplers
 from raymask.core.masking.patterns import num_kept, topk_mask

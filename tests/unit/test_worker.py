@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from support.builders import FAMILIES, random_weights, refused, tiny_config, tiny_context, tiny_snapshot, tiny_tokenizer
+from support.builders import FAMILIES, random_weights, refused, tiny_config, tiny_context, tiny_snapshot
 
 from raymask.core.masking.masks import num_kept_bits, unpack_bits
 from raymask.core.masking.scorers import SCORERS
@@ -21,7 +21,6 @@ from raymask.core.tensors import pack
 from raymask.data.metrics import compute_metrics
 from raymask.train import device, worker
 from raymask.train.calibration import calibrate
-from raymask.train.context import WorkerContext
 from raymask.train.device import autocast_factory, deterministic
 from raymask.train.failures import SystemFailure
 from raymask.train.losses import TASK_LOSSES
@@ -218,7 +217,7 @@ def test_training_that_diverges_is_a_record_and_no_exception(dense):
     ],
 )
 def test_a_broken_snapshot_fails_its_candidates_and_nobody_after_them(job, dense, name, error, index):
-    busy, candidate, matrix = Worker(job, "cpu"), pool(job)[index], job.prunable[-1]
+    busy, candidate, matrix = Worker(job, "cpu"), pool(job)[index], job.model.prunable[-1]
     broken = with_nan(dense, name.format(matrix=matrix))
     assert evaluate(busy, broken, candidate).error == error.format(matrix=matrix)
     assert findings(evaluate(busy, dense, candidate)) == findings(evaluated(job, dense, candidate))
@@ -328,7 +327,7 @@ def test_the_mask_that_was_scored_is_drawn_again(job, dense, index):
     found = Worker(job, "cpu").finetune(dense, finetune_task(job, candidate, digest))
     bits, weights = unpack_bits(found.mask), found.weights.views()
     assert found.digest == digest
-    assert set(bits) == set(job.prunable)
+    assert set(bits) == set(job.model.prunable)
     assert (found.num_kept, found.num_prunable) == (num_kept_bits(found.mask), 4096)
     assert found.num_kept == 2048  # half of every matrix
     for name, mask in bits.items():
@@ -371,7 +370,7 @@ def test_a_dense_fine_tuning_prunes_nothing(job, dense):
     found = finetuned(job, dense, deterministic_candidate(resolve(job.spec), 0))
     assert (found.num_kept, found.num_prunable, found.mask.index) == (0, 0, {})
     weights = found.weights.views()
-    assert all(weights[name].count_nonzero() == weights[name].numel() for name in job.prunable)
+    assert all(weights[name].count_nonzero() == weights[name].numel() for name in job.model.prunable)
     assert not np.array_equal(found.weights.buffer, dense.weights.buffer)
 
 
@@ -418,7 +417,7 @@ def test_the_teacher_is_what_a_student_learns_from():
 
 def test_a_teacher_may_be_a_deeper_model():
     job, deep = tiny_context(distill=True), tiny_config(num_hidden_layers=4)
-    teacher = inspect_model(job.spec.model, deep, tiny_tokenizer(), ("bad", "good"))
+    teacher = inspect_model(job.spec.model, deep, ("bad", "good"))
     taught, candidate = replace(job, teacher=teacher), deterministic_candidate(resolve(job.spec), 0)
     parents = [replace(tiny_snapshot(job), teacher=random_weights(deep, seed)) for seed in (1, 2)]
     first, other = (finetuned(taught, parent, candidate) for parent in parents)
@@ -455,7 +454,7 @@ def test_weights_in_bf16_are_multiplied_as_they_are_and_stay_so(monkeypatch, dis
     assert findings(evaluated(half, dense, pool(half)[1])) == findings(found)
     tuned = busy.finetune(dense, finetune_task(half, pool(half)[1], found.digest))
     weights, state = tuned.weights.views(), tuned.optimizer.views()
-    for name in half.prunable:
+    for name in half.model.prunable:
         assert {weights[name].dtype, state[f"exp_avg/{name}"].dtype} == {torch.bfloat16}
         assert not weights[name][~unpack_bits(tuned.mask)[name]].any()
     assert tuned.test_outputs.dtype == np.float32
@@ -558,7 +557,7 @@ def test_every_worker_draws_the_same_masks_wherever_sparsity_goes(where):
     later = after(dense, first)
     second = busy.finetune(later, finetune_task(job, pool(job, 2)[1], evaluated(job, later, pool(job, 2)[1]).digest))
     parent, child = unpack_bits(first.mask), unpack_bits(second.mask)
-    assert all(not (child[name] & ~parent[name]).any() for name in job.prunable)
+    assert all(not (child[name] & ~parent[name]).any() for name in job.model.prunable)
     assert (first.num_kept / first.num_prunable, second.num_kept / second.num_prunable) == pytest.approx(
         (0.5, 0.25), abs=0.001
     )
@@ -622,16 +621,19 @@ def test_the_share_that_is_done_rises_to_one(job, dense, work):
     assert shares == pytest.approx([(step + 1) / steps for step in range(steps)])
 
 
+def of_size(job, parameters):
+    """The job with a model of so many parameters."""
+    return replace(job, model=replace(job.model, sizes=replace(job.model.sizes, whole=parameters)))
+
+
 def test_memory_counts_the_weights_and_the_teacher(job):
-    other = WorkerContext(job.spec, job.config, job.data, job.prunable, job.num_parameters + 1000)
-    taught = WorkerContext(tiny_context(distill=True).spec, job.config, job.data, job.prunable, job.num_parameters)
+    other = of_size(job, job.model.sizes.whole + 1000)
+    taught = replace(job, spec=tiny_context(distill=True).spec)
     grown = other.peak_host_memory(on_gpu=False) - job.peak_host_memory(on_gpu=False)
     assert grown >= 1000 * 4 * 4  # weights, gradients and two moments at the least
-    assert taught.peak_host_memory(on_gpu=False) - job.peak_host_memory(on_gpu=False) >= 4 * job.num_parameters
-    seeing = WorkerContext(
-        tiny_context(mask={"score": "wanda"}).spec, job.config, job.data, job.prunable, job.num_parameters
-    )
-    assert seeing.peak_host_memory(on_gpu=False) - job.peak_host_memory(on_gpu=False) >= 4 * job.num_parameters
+    assert taught.peak_host_memory(on_gpu=False) - job.peak_host_memory(on_gpu=False) >= 4 * job.model.sizes.whole
+    seeing = replace(job, spec=tiny_context(mask={"score": "wanda"}).spec)
+    assert seeing.peak_host_memory(on_gpu=False) - job.peak_host_memory(on_gpu=False) >= 4 * job.model.sizes.whole
     assert 0 < other.peak_host_memory(on_gpu=True) - job.peak_host_memory(on_gpu=True) < grown
     assert other.object_store_memory > job.object_store_memory
 
@@ -639,7 +641,7 @@ def test_memory_counts_the_weights_and_the_teacher(job):
 def test_memory_is_less_by_each_key_that_is_there_to_save_it(job):
     def bytes_a_weight(**settings):
         spec = tiny_context(**settings).spec
-        large, none = (WorkerContext(spec, job.config, job.data, job.prunable, count) for count in (10**9, 0))
+        large, none = (of_size(replace(job, spec=spec), count) for count in (10**9, 0))
         sizes = (large.peak_host_memory(on_gpu=False), large.peak_host_memory(on_gpu=True), large.object_store_memory)
         return [
             (size - rest) / 10**9
@@ -657,11 +659,11 @@ def test_memory_is_less_by_each_key_that_is_there_to_save_it(job):
 
 
 def test_a_run_takes_weights_and_moments_of_every_trained_model(job):
-    sizes = {count: replace(job, num_parameters=count).run_dir_bytes for count in (0, 10**9)}
+    sizes = {count: of_size(job, count).run_dir_bytes for count in (0, 10**9)}
     assert sizes == {0: 0, 10**9: (1 + 2 * 2) * 12 * 10**9 + 4 * 10**9}  # dense, two levels of search and IMP; export
     assert (
         tiny_context(distill=True, imp={"run": False}).run_dir_bytes
-        == (2 + 2) * 12 * job.num_parameters + 4 * job.num_parameters
+        == (2 + 2) * 12 * job.model.sizes.whole + 4 * job.model.sizes.whole
     )
 
 
@@ -687,7 +689,7 @@ def test_deterministic_kernels_are_for_the_block_alone():
 
 def test_a_worker_that_has_no_teacher_asks_for_no_memory_for_its_answers():
     job = tiny_context()
-    unknown = replace(job, config=object())  # tells nothing of its layers
+    unknown = replace(job, model=replace(job.model, config=object()))  # tells nothing of its layers
     assert unknown.peak_host_memory(on_gpu=False) == job.peak_host_memory(on_gpu=False)
 
 
