@@ -17,6 +17,7 @@ from raymask.core.tensors import PackedTensors
 from raymask.data.types import TokenizedSplit
 from raymask.train.context import WorkerContext
 from raymask.train.device import isolated_torch_state
+from raymask.train.model import quiet
 from raymask.train.worker import Worker
 
 ROWS = 2  # of the shortest and of the longest rows of each split, and of a batch
@@ -113,7 +114,7 @@ def run_steps(context: WorkerContext, weights: PackedTensors) -> DryRun:
             worker.train(parent, config, mask, 0, [], lambda step: None, optimizer)
         return sum(sizes.values())
 
-    with isolated_torch_state(spec, worker.device):
+    with quiet(), isolated_torch_state(spec, worker.device):
         mask, _ = worker.reset(parent, deterministic_candidate(worker.recipe, 1))
         worker.predictions(extreme_rows(data.test))
         effect = batch_effect(worker, extreme_rows(data.test))
