@@ -117,7 +117,7 @@ def run_steps(context: WorkerContext, weights: PackedTensors) -> DryRun:
     with quiet(), isolated_torch_state(spec, worker.device):
         mask, _ = worker.reset(parent, deterministic_candidate(worker.recipe, 1))
         worker.predictions(extreme_rows(data.test))
-        effect = batch_effect(worker, extreme_rows(data.test))
+        effect = batch_effect(worker, extreme_rows(data.validation))
         optimizer, longest = worker.optimizer(parent), np.argsort(-data.train.lengths, kind="stable")[:ROWS]
         one, two = (train(data.train.take(np.sort(longest[:count]))) for count in (1, ROWS))
         train(extreme_rows(data.train))
