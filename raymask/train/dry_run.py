@@ -17,6 +17,7 @@ from raymask.core.tensors import PackedTensors
 from raymask.data.types import TokenizedSplit
 from raymask.train.context import WorkerContext
 from raymask.train.device import isolated_torch_state
+from raymask.train.model import quiet
 from raymask.train.worker import Worker
 
 ROWS = 2  # of the shortest and of the longest rows of each split, and of a batch
@@ -114,10 +115,10 @@ def run_steps(context: WorkerContext, weights: PackedTensors) -> DryRun:
             list(worker.trainer.train(rows, config, optimizer, mask, seed=0, teacher=teacher))
         return sum(sizes.values())
 
-    with isolated_torch_state(spec, worker.device):
+    with quiet(), isolated_torch_state(spec, worker.device):
         mask, _ = worker.reset(parent, deterministic_candidate(recipe, 1))
         worker.trainer.predict(extreme_rows(data.test))
-        effect = batch_effect(worker, extreme_rows(data.test))
+        effect = batch_effect(worker, extreme_rows(data.validation))
         optimizer, longest = worker.optimizer(parent), np.argsort(-data.train.lengths, kind="stable")[:ROWS]
         one, two = (train(data.train.take(np.sort(longest[:count]))) for count in (1, ROWS))
         train(extreme_rows(data.train))
