@@ -18,7 +18,9 @@ def usable_cpus(root: Path = ROOT) -> int:
         root: The folder with /proc and /sys.
     """
     quota = min(map(cpu_quota, cgroup_folders("cpu", root)), default=math.inf)
-    return max(1, int(min(len(os.sched_getaffinity(0)), quota)))
+    # only Linux has affinity
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(cpus, quota)))
 
 
 def available_memory(root: Path = ROOT) -> int:
@@ -28,7 +30,10 @@ def available_memory(root: Path = ROOT) -> int:
         root: The folder with /proc and /sys.
     """
     words = read_words(root / "proc/meminfo")
-    of_machine = 1024 * int(words[words.index("MemAvailable:") + 1])
+    if "MemAvailable:" in words:
+        of_machine = 1024 * int(words[words.index("MemAvailable:") + 1])
+    else:  # no Linux
+        of_machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return int(max(0, min(of_machine, *map(memory_left, cgroup_folders("memory", root)))))
 
 

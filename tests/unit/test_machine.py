@@ -100,3 +100,11 @@ def test_too_little_memory_for_ray_is_said_with_what_works(monkeypatch: pytest.M
     assert said.endswith("`raymask search --in-process`)")
     monkeypatch.setattr(resources, "available_memory", lambda: 1000 * MIB)
     assert resources.private_resources()["memory"] == 700 * MIB
+
+
+def test_without_linux_the_machine_s_own_numbers_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 16384}.__getitem__)
+    assert usable_cpus(tmp_path) == 8
+    assert available_memory(tmp_path) == 1000 * 16384
