@@ -34,7 +34,7 @@ def available_memory(root: Path = ROOT) -> int:
         of_machine = 1024 * int(words[words.index("MemAvailable:") + 1])
     else:  # no Linux
         of_machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(max(0, min(of_machine, *map(memory_left, cgroup_folders("memory", root)))))
+    return int(max(0, min([of_machine, *map(memory_left, cgroup_folders("memory", root))])))
 
 
 def cgroup_folders(controller: str, root: Path) -> list[Path]:
