@@ -78,7 +78,7 @@ def draw_mask(
         module: The module. By default the weights of linear layers and experts inside its repeated blocks are pruned.
         density: Share of these weights that is kept, in (0, 1].
         seed: Seed of a random mask near the magnitude mask, in [0, 2^63). None for the magnitude mask.
-        exponent: Exponent a > 0 of the scores (README, "How it works").
+        exponent: Exponent a > 0 of the scores (docs/method.md, "Random masks").
         sampling_ratio: Sampling ratio r > 0. Larger is nearer to the magnitude mask.
         sampler: As in a spec's `candidates`: a name or an import path.
         allocation: As in a spec's `mask`: a name or an import path.

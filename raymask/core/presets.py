@@ -33,13 +33,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Settings by name; the spec's own keys override them.
 
-`paper` has the reference's settings to the letter, the task metric as score included. Two things stay raymask's: the
-magnitude mask is a candidate beside the 8 random masks, and `validation` is carved out of `train`.
+`paper` has the reference's settings, the task metric as score included. docs/method.md lists what still differs.
 """
 
 
 MUTABLE_KEYS = tuple(("workers", key) for key in ("count", "timeout", "max_retries", "scale_up_timeout"))
-"""Keys that a resumed search may change: they affect how long it takes, never its result."""
+"""Keys that a resumed search may change: they affect how long it takes and what fails, never a candidate's result."""
 
 
 def fingerprint(spec: Spec) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The spec: what the user asks for, as pure data.
 
-Every default is the reference implementation's, with two exceptions: the early evaluation's score is the loss, and bf16
-is used where it is fast. Pydantic finds the mistakes in a spec; `config` turns them into one message.
+Most defaults are the reference implementation's; docs/method.md lists the exceptions. Pydantic finds the mistakes in a
+spec; `config` turns them into one message.
 """
 
 from __future__ import annotations
