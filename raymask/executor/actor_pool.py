@@ -189,15 +189,14 @@ class WorkerPool:
         """
         if self.starvation is None:
             self.begin_phase()
+        finished = None
         try:
-            while True:
+            while finished is None:
                 self.scale_up(tasks)
                 self.dispatch(tasks)
                 self.poll()
                 for ref in self.wait():
                     finished = self.pending.pop(ref)(ref)
-                    if finished is not None:
-                        return finished
         except OSError as error:
             if error.errno is not None or isinstance(error, RayTaskError):  # not Ray's own
                 raise
@@ -205,6 +204,10 @@ class WorkerPool:
                 f"this machine's Ray node is gone ({first_line(error)}). Once a node runs here again, the same command "
                 "goes on from here"
             ) from None
+        finally:
+            if finished is None:  # after an error no one waits for the tasks that still run
+                self.cancel()
+        return finished
 
     def begin_phase(self) -> None:
         """Ask the actors of the phase before whether they are alive: some may have died since."""

@@ -24,7 +24,6 @@ from support.callbacks import (
 
 from raymask.core.callbacks import Callback
 from raymask.core.errors import UserError
-from raymask.core.protocols import Evaluate, FineTune
 from raymask.core.recipe import finetune_config, propose_candidates, resolve
 from raymask.core.records import Candidate
 from raymask.core.tasks import FinetuneTask, Snapshot
@@ -64,11 +63,11 @@ def pool() -> tuple[Candidate, ...]:
 
 
 @contextmanager
-def hired(job: WorkerContext, callback: RecordingCallback) -> Iterator[tuple[Evaluate, FineTune]]:
-    """The seams on the Ray that runs already, when the workers of the test before are gone."""
+def hired(job: WorkerContext, callback: RecordingCallback) -> Iterator[ray_executor.RayExecutor]:
+    """An executor on the Ray that runs already, when the workers of the test before are gone."""
     wait_until(lambda: not worker_pids())
-    with ray_executor.RayExecutor(job, callback, None) as seams:
-        yield seams
+    with ray_executor.RayExecutor(job, callback, None) as executor:
+        yield executor
 
 
 def test_a_worker_killed_in_the_middle_of_an_early_evaluation_is_replaced_on_every_rung(

@@ -253,7 +253,7 @@ def test_an_encoder_is_no_language_model(tmp_path):
 
 
 def test_a_model_that_speaks_no_language_is_refused():
-    message = refused(inspect_model, Model(name="some/model"), ViTConfig(), None, (), "causal-lm")
+    message = refused(inspect_model, Model(name="some/model"), ViTConfig(), (), "causal-lm")
     assert message.startswith("model.name: some/model cannot be built as a causal language model: ")
 
 
@@ -469,7 +469,7 @@ def test_a_model_that_classifies_no_sequences_is_refused(config):
 
 def test_a_model_without_linear_layers_is_refused():
     small = AutoConfig.for_model("gpt2", n_embd=16, n_layer=0, n_head=2, vocab_size=50)
-    message = refused(inspect_model, Model(name="gpt2"), small, None, CLASSES)
+    message = refused(inspect_model, Model(name="gpt2"), small, CLASSES)
     assert message == "model: no matrix of gpt2 can be pruned"
 
 
@@ -485,7 +485,7 @@ def test_a_model_whose_layers_cannot_run_again_is_refused_where_they_would_have_
 
 @pytest.mark.parametrize("keys", [{"include": ("*.key.weight",), "exclude": ("*",)}, {"exclude": ("*",)}])
 def test_patterns_that_leave_nothing_to_prune_are_refused(keys):
-    message = refused(inspect_model, Model(name="tiny", **keys), tiny_config(), None, CLASSES)
+    message = refused(inspect_model, Model(name="tiny", **keys), tiny_config(), CLASSES)
     assert message == "model: no matrix of tiny can be pruned: model.include and model.exclude leave none"
 
 
