@@ -433,11 +433,13 @@ def handle_interrupts() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         handle_signals(lambda *_: os._exit(INTERRUPTED))
+        before.clear()
         say_on_stderr(STOPPED)
         raise typer.Exit(INTERRUPTED) from None
-    for number, handler in before.items():
-        if handler is not None:  # it was not set by Python
-            signal.signal(number, handler)
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # it was not set by Python
+                signal.signal(number, handler)
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:

@@ -18,8 +18,9 @@ from support.fake_ray import FakeRay
 from support.fakes import Fakes, setup_of
 from support.paths import RAYMASK
 
-from raymask.cli import app
+from raymask.cli import app, handle_interrupts
 from raymask.core import stats
+from raymask.core.errors import UserError
 from raymask.driver.result import build_result
 from raymask.executor import ray_executor
 from raymask.runs.run_dir import RunDir, open_run
@@ -129,6 +130,16 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
             process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (130, "raymask: stopped. Run the same command again to continue\n")
+
+
+def test_whatever_ends_a_command_the_signals_are_the_caller_s_again() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with handle_interrupts():
+        assert signal.getsignal(signal.SIGINT) is not before[0]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    with pytest.raises(UserError, match="a mistake"), handle_interrupts():
+        raise UserError("a mistake")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

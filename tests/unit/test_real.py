@@ -26,10 +26,19 @@ def mrpc(glue: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_minilm_on_mrpc_exports_what_it_reports(minilm: Path, mrpc: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def two_layers(minilm: Path, tmp_path: Path) -> Path:
+    """The first two of its six layers, which take a third of the time."""
+    folder = tmp_path / "model"
+    AutoModel.from_pretrained(minilm, num_hidden_layers=2).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(minilm).save_pretrained(folder)
+    return folder
+
+
+def test_minilm_on_mrpc_exports_what_it_reports(two_layers: Path, mrpc: Path, tmp_path: Path) -> None:
     """One level at 16x, a magnitude and a random mask, a step or two each; then the export, by transformers alone."""
     spec = {
-        "model": str(minilm),
+        "model": str(two_layers),
         "task": {"name": "glue/mrpc", "folder": str(mrpc), "validation_rows": 16},
         "levels": [0.9375],
         "candidates": {"count": 1, "sampling_ratios": [3e-4]},
@@ -42,13 +51,13 @@ def test_minilm_on_mrpc_exports_what_it_reports(minilm: Path, mrpc: Path, tmp_pa
     dense, selected = result.models
     assert set(dense.test_metrics) == {"accuracy", "f1"}
     assert selected.sparsity["prunable"] == pytest.approx(0.9375)
-    assert 0.43 < selected.sparsity["whole"] < 0.45  # embeddings stay dense
+    assert 0.20 < selected.sparsity["whole"] < 0.23  # embeddings stay dense
     assert result.levels[0].num_evaluated == 2
 
     folder = tmp_path / "run" / "export"
     module = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    real, ours = AutoModel.from_pretrained(minilm).embeddings, module.base_model.embeddings
+    real, ours = AutoModel.from_pretrained(two_layers).embeddings, module.base_model.embeddings
     weights = real.word_embeddings.weight, ours.word_embeddings.weight
     assert torch.nn.functional.cosine_similarity(*weights).mean() > 0.99, "these are not the pre-trained weights"
     rows = pq.read_table(mrpc / "mrpc" / "validation.parquet").to_pydict()
