@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 
 from raymask.core import seeds
 from raymask.core.lineage import DENSE, IMP, branch, branches
-from raymask.core.recipe import has_baseline
+from raymask.core.recipe import Recipe, has_baseline
 from raymask.core.records import BASELINE, RAYMASK, ConfidenceInterval, LevelRecord, ModelMetrics, Result
 from raymask.core.seeds import derive
 from raymask.core.stats import bootstrap
@@ -43,10 +43,7 @@ def build_result(setup: SearchSetup, run_dir: RunDir, wall: float) -> Result:
         for lineage in branches(recipe.spec)
         if run_dir.has_level(lineage, level)
     }
-    # From the best branch of the last level back to level 1.
-    lineages = [branch(best_branch(recipe, run_dir, last))]
-    for level in range(last, 1, -1):
-        lineages.insert(0, branch(records[lineages[0], level].winner.candidate.parent_branch))
+    lineages = selected_lineages(recipe, run_dir, records)
     levels = tuple(records.pop((lineage, level)) for level, lineage in enumerate(lineages, 1))
     other_levels = tuple(records.values())
     imp = tuple(run_dir.read_level(IMP, level) for level in range(1, last + 1)) if has_baseline(recipe.spec) else ()
@@ -81,6 +78,21 @@ def build_result(setup: SearchSetup, run_dir: RunDir, wall: float) -> Result:
     write_report(run_dir, "finished", result)
     run_dir.write_result(result)  # written last: its existence means that the search is done
     return result
+
+
+def selected_lineages(recipe: Recipe, run_dir: RunDir, records: Mapping[tuple[str, int], LevelRecord]) -> list[str]:
+    """The lineages that lead to the selected model, level 1 first.
+
+    Args:
+        recipe: The recipe.
+        run_dir: The run directory, with all levels done.
+        records: Records of the search's levels by lineage and level.
+    """
+    last = len(recipe.densities)
+    lineages = [branch(best_branch(recipe, run_dir, last))]
+    for level in range(last, 1, -1):
+        lineages.insert(0, branch(records[lineages[0], level].winner.candidate.parent_branch))
+    return lineages
 
 
 def compare_on_test(
