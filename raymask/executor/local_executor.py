@@ -27,6 +27,7 @@ class LocalExecutor:
         worker: The worker.
         paused: Snapshots in which candidates are paused at a rung, by key of the evaluation; None where there are no
             rungs above.
+        callback_error: What the callback raised during the current task, if it did.
     """
 
     def __init__(self, context: WorkerContext, callback: Callback) -> None:
@@ -39,6 +40,7 @@ class LocalExecutor:
         self.callback = callback
         self.worker = Worker(context, device_for(context.spec))
         self.paused: dict[EvalKey, Snapshot | None] = {}
+        self.callback_error: Exception | None = None
 
     def __enter__(self) -> Self:
         """Nothing: the worker is ready."""
@@ -59,7 +61,8 @@ class LocalExecutor:
                 parents[eval_task.candidate.parent_branch], eval_task, self.paused.pop(eval_task.resume_from, None)
             )
         except SystemFailure as error:  # there is no other machine to try
-            return eval_task.system_failure(str(error), self.worker.name)
+            evaluation = eval_task.system_failure(str(error), self.worker.name)
+        self.raise_callback_error()
         return evaluation
 
     def cancel(self) -> None:
@@ -74,12 +77,22 @@ class LocalExecutor:
                 checkpoint = self.worker.finetune(parent, finetune_task)
             except SystemFailure as error:
                 raise UserError(f"{finetune_task.name}: {error}. The same command goes on from here") from None
+            self.raise_callback_error()
             assert checkpoint is not None, "a single process returns the checkpoint"
             yield index, checkpoint
 
     def report_progress(self, name: str, share: float) -> None:
         """Tell the callback the share in [0, 1] of a task that is done."""
-        self.callback.on_progress({name: share})
+        try:
+            self.callback.on_progress({name: share})
+        except Exception as error:  # noqa: BLE001 - the worker would take it for the candidate's own
+            self.callback_error = error
+
+    def raise_callback_error(self) -> None:
+        """Raise what the callback raised during the task that has ended."""
+        error, self.callback_error = self.callback_error, None
+        if error is not None:
+            raise error
 
 
 def device_for(spec: Spec) -> str:

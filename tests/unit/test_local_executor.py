@@ -156,3 +156,17 @@ def test_the_callers_threads_and_random_numbers_are_untouched(
         assert np.array_equal(np.random.get_state()[1], legacy)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_what_a_callback_raises_is_not_the_candidate_s_failure(
+    search_setup: SearchSetup, parent: Snapshot, pool: tuple[Candidate, ...]
+) -> None:
+    class Broken(Callback):
+        def on_progress(self, shares: Mapping[str, float]) -> None:
+            raise ZeroDivisionError("in a callback")
+
+    with (
+        local_executor.LocalExecutor(search_setup.context, Broken()) as executor,
+        pytest.raises(ZeroDivisionError, match="in a callback"),
+    ):
+        executor.evaluate({1: parent}, [EvalTask(pool[0])])
