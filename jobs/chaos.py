@@ -494,8 +494,9 @@ def worker_killed_repeatedly(search: Search, dice: Random) -> str:
 def node_lost(search: Search, dice: Random) -> str:
     """One on which the driver does not hang, with work in flight."""
     mine = search.until(lambda: drivers_node(search))
-    node = dice.choice([name for name in search.cluster.raylets() if name != mine])
-    search.until(lambda: at_work(search.cluster.workers(node)))
+    others = sorted(name for name in search.cluster.raylets() if name != mine)
+    dice.shuffle(others)  # the search may have workers on some of them only
+    node = search.until(lambda: next((name for name in others if at_work(search.cluster.workers(name))), None))
     search.cluster.raylets()[node].kill()
     return f"killed the raylet of {node}"
 
