@@ -37,11 +37,12 @@ class EvalTask:
         """Key of the evaluation whose paused state this one continues, where that state still exists."""
         return self.candidate.index, self.rung - 1, self.repeat
 
-    def system_failure(self, reason: str, worker: str = "") -> Evaluation:
-        """The evaluation's record when the machine failed.
+    def failed(self, reason: str, *, system_failure: bool = False, worker: str = "") -> Evaluation:
+        """The evaluation's record when it failed.
 
         Args:
             reason: Why.
+            system_failure: Whether the machine failed, not the candidate.
             worker: Name of the worker, where it is known.
         """
         return Evaluation(
@@ -49,7 +50,7 @@ class EvalTask:
             rung=self.rung,
             repeat=self.repeat,
             error=reason,
-            system_failure=True,
+            system_failure=system_failure,
             worker=worker,
         )
 

@@ -152,6 +152,7 @@ class WorkerPool:
         self.last_scale_up = self.last_poll = 0.0
         self.failed_starts = 0
         self.starvation: Starvation | None = None  # None between two phases
+        self.ping_deadline = 0.0
         if not self.workers.scale_up_timeout:
             require_capacity(self.need, node_resources(), self.workers.fsdp)
         config_module = type(context.config).__module__

@@ -61,7 +61,7 @@ class LocalExecutor:
                 parents[eval_task.candidate.parent_branch], eval_task, self.paused.pop(eval_task.resume_from, None)
             )
         except SystemFailure as error:  # there is no other machine to try
-            evaluation = eval_task.system_failure(str(error), self.worker.name)
+            evaluation = eval_task.failed(str(error), system_failure=True, worker=self.worker.name)
         self.raise_callback_error()
         return evaluation
 

@@ -8,7 +8,7 @@ failure a task is retried on a fresh actor; a candidate's own failure is recorde
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,6 +31,7 @@ class RayExecutor:
         callback: Receives progress and messages.
         address: Address of the cluster; None for a private Ray that ends with the block.
         pool: The workers, inside the block.
+        cleanup: Ends the workers and the connection, inside the block.
         paused: References to the snapshots in which candidates are paused at a rung, by key of the evaluation.
     """
 
@@ -45,7 +46,6 @@ class RayExecutor:
         self.context = context
         self.callback = callback
         self.address = address
-        self.connection: AbstractContextManager[None] = ray_connection(context, address)
         self.paused: dict[EvalKey, Any] = {}
 
     def __enter__(self) -> Self:
@@ -56,31 +56,29 @@ class RayExecutor:
         """
         where = f"connecting to the Ray cluster at {self.address}" if self.address else "starting Ray on this machine"
         self.callback.on_message(where)
-        self.connection.__enter__()
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(ray_connection(self.context, self.address))
             self.pool = WorkerPool(self.context, self.callback)
-        except BaseException as error:
-            self.connection.__exit__(type(error), error, error.__traceback__)
-            raise
-        num_slots = num_worker_slots(self.pool.need, node_resources(), self.context.spec.workers.fsdp)
-        self.callback.on_message(f"room for {num_slots} workers; each has {format_resources(self.pool.need)}")
+            stack.callback(self.pool.close)
+            num_slots = num_worker_slots(self.pool.need, node_resources(), self.context.spec.workers.fsdp)
+            self.callback.on_message(f"room for {num_slots} workers; each has {format_resources(self.pool.need)}")
+            self.cleanup = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """End the workers and the connection."""
-        try:
-            self.pool.close()
-        finally:
-            self.connection.__exit__(kind, error, traceback)
+        self.cleanup.__exit__(kind, error, traceback)
 
     def evaluate(self, parents: Mapping[int, Snapshot], tasks: Sequence[EvalTask]) -> Evaluation:
         """Keep the workers busy with early evaluations until one ends (`Executor.evaluate`)."""
         needed = {task.resume_from for task in tasks} | {task.key.key for task in self.pool.running_tasks()}
         self.paused = {key: ref for key, ref in self.paused.items() if key in needed}
         eval_task, result = self.pool.next_result([self.remote_evaluation(task, parents) for task in tasks])
-        evaluation: Evaluation = eval_task.system_failure(result.reason) if isinstance(result, TaskFailed) else result
+        evaluation: Evaluation = (
+            eval_task.failed(result.reason, system_failure=True) if isinstance(result, TaskFailed) else result
+        )
         return evaluation
 
     def remote_evaluation(self, eval_task: EvalTask, parents: Mapping[int, Snapshot]) -> RemoteTask:

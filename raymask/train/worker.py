@@ -177,10 +177,7 @@ class Worker:
                 if self.group.sharded and not isinstance(error, FloatingPointError):
                     # the other processes may not have failed, and would wait for this one
                     raise SystemFailure(f"{type(error).__name__}: {error}") from error
-                message = f"{type(error).__name__}: {error}"[:2000]
-                evaluation = Evaluation(
-                    candidate=eval_task.candidate, rung=eval_task.rung, repeat=eval_task.repeat, error=message
-                )
+                evaluation = eval_task.failed(f"{type(error).__name__}: {error}"[:2000])
         seconds = time.perf_counter() - start_time
         return evaluation.model_copy(update={"started": started, "seconds": seconds, "worker": self.name}), snapshot
 
@@ -308,7 +305,8 @@ class Worker:
         started, start_time = time.time(), time.perf_counter()
         name, *helpers = (self.name,) if group.sharded else group.all_gather_names(self.name, self.device)
         mask, bits = self.reset(parent, finetune_task.candidate)
-        require_digest(finetune_task, masks.digest(bits), self.name)
+        digest = masks.digest(bits)
+        require_digest(finetune_task, digest, self.name)
         group_trainer = replace(self.trainer, group=group)
         curve, best = self.train_and_keep_best(parent, finetune_task, mask, group_trainer)
         test_outputs = group_trainer.without_autocast.predict(self.context.data.test)
@@ -318,7 +316,7 @@ class Worker:
             weights=best.weights,
             optimizer=best.moments,
             mask=bits,
-            digest=masks.digest(bits),
+            digest=digest,
             num_kept=masks.num_kept_bits(bits),
             num_prunable=sum(math.prod(shape) for _, _, shape, _ in bits.index.values()),
             finetune_result=FinetuneResult(
