@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+
+import pages  # noqa: E402 - a module of jobs/, which is no package
+
 PAGE = HERE.parents[1] / "docs" / "performance.md"
 RESULTS = HERE / "results.json"
 ORDER = ("masks", "training", "driver", "memory", "scaling", "whole", "startup")
-BEGIN, END = "<!-- jobs/benchmarks/run.py writes this table -->", "<!-- its end -->"
+SCRIPT = "jobs/benchmarks/run.py"
 
 
 def measure(name: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
@@ -65,9 +69,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 def write(results: dict[str, list[dict[str, Any]]]) -> None:
     """Put the findings into RESULTS and their table into PAGE."""
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}", encoding="utf-8")
+    pages.write_table(PAGE, SCRIPT, table(results))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,11 @@ from raymask.runs.open import open_storage
 from raymask.runs.run_dir import LEVEL, MODEL, RunDir, open_run, write_tensors
 
 JOBS = Path(__file__).resolve().parents[1]
+sys.path.append(str(JOBS))
+
+import pages  # noqa: E402 - a module of jobs/, which is no package
+
+SCRIPT = "jobs/experiments/glue.py"
 OURS, BASELINE, SMALLER = "raymask", "IMP", "smaller dense"
 SINGLE = {"one uniform mask": "random", "one random mask": "voting"}  # by the sampler that draws it
 METHODS = ("dense", SMALLER, BASELINE, *SINGLE, OURS)
@@ -81,6 +86,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--skip", nargs="+", choices=(SMALLER, *SINGLE), default=[], help="methods to leave out")
     parser.add_argument("--run", default="runs/glue", help="folder of the searches, or a URI")
+    parser.add_argument("--page", type=Path, help="a page that gets the table too, such as docs/results.md")
     parser.add_argument("--address", help="a Ray cluster: auto, HOST or HOST:PORT; else a private Ray")
     asked = parser.parse_args()
     try:
@@ -92,6 +98,8 @@ def main() -> None:
 
 def fill(asked: argparse.Namespace) -> None:
     """Do what is not done yet, and write the table after every task and seed. Raises UserError."""
+    if asked.page:
+        pages.split(asked.page, SCRIPT)  # before any long work
     data, console = load_data(asked.spec, asked.set), Console(width=120)
     cells: list[Cell] = []
     for seed in range(asked.seeds):  # a whole table of one seed first
@@ -101,6 +109,8 @@ def fill(asked: argparse.Namespace) -> None:
             cells += [Cell(task, seed, *found) for found in measured(console, spec, place, asked.address, asked.skip)]
             text = table(cells)
             write(asked.run, {"glue.md": text, "glue.json": json.dumps([asdict(cell) for cell in cells], indent=1)})
+            if asked.page:
+                pages.write_table(asked.page, SCRIPT, text.strip())
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

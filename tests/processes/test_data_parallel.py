@@ -119,7 +119,7 @@ def finetune_tasks(job):
     ]
 
 
-def settled(gathering, jobs):
+def fine_tuned(gathering, jobs):
     """What a worker finds, and the bits of its model and its mask afterwards."""
     found = []
     with gathering as member:
@@ -138,8 +138,8 @@ def test_a_group_fine_tunes_to_the_bits_of_one_worker_and_all_draw_one_mask():
         tiny_context(rows=(19, 300, 12), **SHARDS),
         tiny_context(rows=(19, 300, 12), distill=True, precision="bf16", **SHARDS),
     ]
-    alone = settled(nullcontext(SINGLE_PROCESS), jobs)
-    first, second = in_a_group(2, settled, jobs)
+    alone = fine_tuned(nullcontext(SINGLE_PROCESS), jobs)
+    first, second = in_a_group(2, fine_tuned, jobs)
     for (expected, *bits), (checkpoint, *leader_s), helper in zip(alone, first, second, strict=True):
         assert leader_s == bits
         assert helper == (None, *bits)

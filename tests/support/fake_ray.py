@@ -37,7 +37,7 @@ class Ref:
     outcome: Any = None
     ready: bool = False
 
-    def settle(self, outcome: Any) -> None:
+    def complete(self, outcome: Any) -> None:
         if not self.ready:
             self.outcome, self.ready = outcome, True
 
@@ -70,17 +70,17 @@ class Actor:
     def later(self, kind: Any, seconds: float, outcome: Any) -> Ref:
         ref = Ref(kind)
         if not self.alive:
-            ref.settle(RayActorError())
+            ref.complete(RayActorError())
             return ref
         self.refs.append(ref)
         if not self.hangs:
-            self.ray.at(self.ray.now + seconds, lambda: ref.settle(outcome))
+            self.ray.at(self.ray.now + seconds, lambda: ref.complete(outcome))
         return ref
 
     def die(self) -> None:
         self.alive = False
         for ref in self.refs:
-            ref.settle(RayActorError())
+            ref.complete(RayActorError())
 
     def __getattr__(self, name: str) -> Any:
         if name == "__ray_ready__":
@@ -106,7 +106,7 @@ class Actor:
         self, key: str, refs: Any, finetune_task: FinetuneTask, member: ProcessGroup, rendezvous: Ref | None
     ) -> Ref:
         self.ray.order.append(finetune_task.name)
-        return self.later(finetune_task.name, self.ray.settle_seconds, self.ray.settled)
+        return self.later(finetune_task.name, self.ray.finetune_seconds, self.ray.finetuned)
 
 
 class FakeRay:
@@ -123,7 +123,7 @@ class FakeRay:
         progress: What workers say when they are asked how far they are.
         below: Of every early evaluation, what it was given to go on from.
         scored: Result of an early evaluation, which takes a second: a value or an error.
-        settled: Result of every fine-tuning, which takes `settle_seconds`.
+        finetuned: Result of every fine-tuning, which takes `finetune_seconds`.
     """
 
     def __init__(self, cpus: Sequence[int], start_seconds: float = 1.0) -> None:
@@ -140,8 +140,8 @@ class FakeRay:
         self.scored: Callable[[EvalTask], Any] = lambda eval_task: Evaluation(
             candidate=eval_task.candidate, rung=eval_task.rung, repeat=eval_task.repeat, score=0.5
         )
-        self.settled: Any = "checkpoint"
-        self.settle_seconds = 1.0
+        self.finetuned: Any = "checkpoint"
+        self.finetune_seconds = 1.0
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(actor_pool, "ray", self)
@@ -241,7 +241,7 @@ class FakeRay:
                     if actor.alive:
                         actor.node = node
                         outcome = next(self.start_errors, None)
-                        self.at(self.now + self.start_seconds, partial(ref.settle, outcome))
+                        self.at(self.now + self.start_seconds, partial(ref.complete, outcome))
                     break
         self.most = max(self.most, self.living())
 

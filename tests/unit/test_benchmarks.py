@@ -7,6 +7,8 @@ import pytest
 import torch
 from support.paths import ROOT
 
+from raymask.core.errors import UserError
+
 BENCHMARKS = ROOT / "jobs" / "benchmarks"
 
 
@@ -31,7 +33,22 @@ def started(name, *arguments):
 def test_the_documentation_has_the_table_of_what_was_measured_last():
     results = json.loads(run.RESULTS.read_text(encoding="utf-8"))
     assert list(results) == list(run.ORDER)
-    assert f"{run.BEGIN}\n\n{run.table(results)}\n\n{run.END}" in run.PAGE.read_text(encoding="utf-8")
+    begin, end = run.pages.begin(run.SCRIPT), run.pages.END
+    assert f"{begin}\n\n{run.table(results)}\n\n{end}" in run.PAGE.read_text(encoding="utf-8")
+
+
+def test_a_table_takes_the_place_of_the_one_before_and_a_page_without_a_place_is_refused(tmp_path):
+    page, begin = tmp_path / "page.md", run.pages.begin("a.py")
+    page.write_text(f"above\n\n{begin}\n\nold\n\n{run.pages.END}\n\nbelow\n")
+    for text in ("new", "newer"):
+        run.pages.write_table(page, "a.py", text)
+        assert page.read_text() == f"above\n\n{begin}\n\n{text}\n\n{run.pages.END}\n\nbelow\n"
+    with pytest.raises(
+        UserError, match=r"page\.md: has no place for the table: write <!-- b\.py writes this table -->"
+    ):
+        run.pages.write_table(page, "b.py", "text")
+    with pytest.raises(UserError, match=r"none\.md: cannot be read: No such file"):
+        run.pages.write_table(tmp_path / "none.md", "a.py", "text")
 
 
 def test_every_benchmark_is_run_by_the_one_command_or_needs_a_gpu_or_much_memory():

@@ -174,12 +174,14 @@ def test_it_runs_and_what_is_done_is_not_done_again(
     [small] = [cell for cell in cells if cell.method == "smaller dense"]
     assert small.sparsity == 0.75  # one layer of 16 neurons
 
-    whole = (tmp_path / "run" / "glue.md").read_text()
-    for words in ((), ("--skip", "one uniform mask")):
+    page, whole = tmp_path / "page.md", (tmp_path / "run" / "glue.md").read_text()
+    page.write_text(f"{glue.pages.begin(glue.SCRIPT)}\n{glue.pages.END}\n")
+    for words in (("--page", str(page)), ("--skip", "one uniform mask")):
         again = printed(*words)
-        searches = ("raymask", "voting") if words else ("raymask", "random", "voting")
+        searches = ("raymask", "voting") if "--skip" in words else ("raymask", "random", "voting")
         said = re.findall(r"== (.+)\n.*was finished before: nothing is done again\n", again)
         assert said == [str(place / name) for name in searches]
         text = (tmp_path / "run" / "glue.md").read_text()
         assert again.splitlines()[2 * len(searches) :] == [*text.splitlines(), ""]
-        assert (text == whole) is not bool(words)
+        assert (text == whole) is ("--skip" not in words)
+    assert whole.strip() in page.read_text()

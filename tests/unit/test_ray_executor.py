@@ -110,7 +110,7 @@ def test_a_fine_tuning_that_may_not_be_repeated_ends_the_search_and_says_which(
     job: WorkerContext, parent: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulated, [magnitude, *_] = fake(monkeypatch, 1), propose_candidates(resolve(job.spec), 1)
-    simulated.settled = RayActorError()
+    simulated.finetuned = RayActorError()
     work = [(parent, FinetuneTask("IMP", magnitude, finetune_config(resolve(job.spec), 1)))]
     with (
         simulated.executor(workers={"max_retries": 0}) as executor,
@@ -138,7 +138,7 @@ def test_a_fine_tuning_has_the_timeout_once_an_epoch(
     job: WorkerContext, parent: Snapshot, monkeypatch: pytest.MonkeyPatch, epochs: float, seconds: float, ends: bool
 ) -> None:
     simulated, [magnitude, *_] = fake(monkeypatch, 1), propose_candidates(resolve(job.spec), 1)
-    simulated.settle_seconds = seconds
+    simulated.finetune_seconds = seconds
     config = finetune_config(resolve(job.spec), 1).model_copy(update={"epochs": epochs})
     with simulated.executor(workers={"timeout": 10}) as executor:
         if ends:
